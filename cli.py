@@ -1,0 +1,74 @@
+"""What the scripts share: errors in one clear line, checked flags, files that are never half."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a flag in one line; every flag's default stands in --help."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+
+    def error(self, message: str):
+        sys.exit(_one_line(f"{message} (see --help)"))
+
+
+def run(main, parser: Parser) -> None:
+    """main(args), with what a user can mend said in one line on stderr, and exit code 2."""
+    try:
+        main(parser.parse_args())
+    except (ValueError, OSError) as problem:
+        sys.exit(_one_line(problem))
+    except KeyboardInterrupt:
+        _one_line("interrupted; what was finished is kept")
+        sys.exit(130)
+
+
+def _one_line(problem) -> int:
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(problem).split())}", file=sys.stderr)
+    return 2
+
+
+def number(kind=float, low=None, high=None):
+    """An argparse type: a number of this kind, no less than low and no more than high."""
+
+    def parse(words: str):
+        try:
+            value = kind(words)
+        except ValueError:
+            value = None
+        if (
+            value is None
+            or not (low is None or value >= low)
+            or not (high is None or value <= high)
+        ):
+            limits = f" of at least {low}" * (low is not None) + f" and at most {high}" * (
+                high is not None
+            )
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{name}{limits} is needed, not {words!r}")
+        return value
+
+    return parse
+
+
+def output_folder(path: str) -> Path:
+    """The folder, made if need be; an OSError says so at once if nothing can be written there."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".write-{os.getpid()}"
+    probe.touch()
+    probe.unlink()
+    return folder
+
+
+def write_json(path: Path, content) -> None:
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,152 @@
+"""Charts drawn with pillow: a figure, axes in it, lines, bands, dots and densities of points."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+INK, GREY, FAINT = (38, 40, 48), (120, 124, 134), (228, 230, 234)
+CLASS_COLOURS = [(214, 69, 65), (44, 110, 190), (46, 150, 92), (232, 152, 30)]
+
+
+class Figure:
+    """A white picture drawn at SCALE times its size and shrunk when saved: all is anti-aliased."""
+
+    SCALE = 3
+
+    def __init__(self, width: int, height: int):
+        self.size = width, height
+        self.image = Image.new("RGB", (width * self.SCALE, height * self.SCALE), "white")
+        self.pen = ImageDraw.Draw(self.image, "RGBA")
+
+    def text(self, x, y, words: str, size=16, colour=INK, anchor="lm", upright=False) -> None:
+        """Words at (x, y); anchor as in pillow ("l m r" by "t m b"); upright turns them left."""
+        font = ImageFont.load_default(size * self.SCALE)
+        if not upright:
+            self.pen.text((x * self.SCALE, y * self.SCALE), words, colour, font, anchor)
+            return
+        left, top, right, bottom = font.getbbox(words)
+        strip = Image.new("L", (right, bottom + top), 0)
+        ImageDraw.Draw(strip).text((0, 0), words, 255, font)
+        strip = strip.rotate(90, expand=True)
+        corner = round(x * self.SCALE - strip.width / 2), round(y * self.SCALE - strip.height / 2)
+        self.image.paste(colour, corner, strip)
+
+    def line(self, points, colour=INK, width=1.5, dash: float | None = None) -> None:
+        points = [(x * self.SCALE, y * self.SCALE) for x, y in points]
+        for piece in [points] if dash is None else _dashes(points, dash * self.SCALE):
+            self.pen.line(piece, colour, max(1, round(width * self.SCALE)), joint="curve")
+
+    def dot(self, x, y, colour=INK, radius=3.0, hollow=False) -> None:
+        x, y, r = x * self.SCALE, y * self.SCALE, radius * self.SCALE
+        edge = round(1.6 * self.SCALE) if hollow else 0
+        self.pen.ellipse((x - r, y - r, x + r, y + r), "white" if hollow else colour, colour, edge)
+
+    def polygon(self, points, colour) -> None:
+        self.pen.polygon([(x * self.SCALE, y * self.SCALE) for x, y in points], colour)
+
+    def paste(self, pixels: np.ndarray, x, y, width, height) -> None:
+        """An RGB picture (h, w, 3) in uint8, resized to the given box."""
+        size = round(width * self.SCALE), round(height * self.SCALE)
+        picture = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+        self.image.paste(picture, (round(x * self.SCALE), round(y * self.SCALE)))
+
+    def save(self, path: Path) -> None:
+        with_suffix = Path(path).with_suffix(".part.png")  # renamed: never half a picture
+        self.image.resize(self.size, Image.Resampling.LANCZOS).save(with_suffix)
+        with_suffix.replace(path)
+
+
+def _dashes(points, length):
+    """Pieces of a path, `length` drawn and `length` left out in turn."""
+    pieces, drawn, left = [[points[0]]], True, length
+    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        way = whole = math.hypot(x1 - x0, y1 - y0)
+        while way > left:
+            way -= left
+            share = 1 - way / whole
+            corner = x0 + share * (x1 - x0), y0 + share * (y1 - y0)
+            if drawn:
+                pieces[-1].append(corner)
+            else:
+                pieces.append([corner])
+            drawn, left = not drawn, length
+        left -= way
+        if drawn:
+            pieces[-1].append((x1, y1))
+    return [piece for piece in pieces if len(piece) > 1]
+
+
+class Axes:
+    """A box (x, y, width, height) of a figure with data coordinates, y upwards."""
+
+    def __init__(self, figure: Figure, box, xlim, ylim, log_y=False):
+        self.figure, self.box, self.log_y = figure, box, log_y
+        self.xlim, self.ylim = xlim, ylim
+
+    def place(self, x, y):
+        """Data coordinates to the figure's."""
+        left, top, width, height = self.box
+        (x0, x1), (y0, y1) = self.xlim, self.ylim
+        if self.log_y:
+            y, y0, y1 = (math.log(max(v, 1e-12)) for v in (y, y0, y1))
+        return left + width * (x - x0) / (x1 - x0), top + height * (y1 - y) / (y1 - y0)
+
+    def frame(self, title="", xlabel="", ylabel="", xticks=(), yticks=(), size=14) -> None:
+        """Grid lines, tick labels and titles. A tick is a number or a pair (number, words)."""
+        left, top, width, height = self.box
+        for tick in xticks:
+            value, words = tick if isinstance(tick, tuple) else (tick, f"{tick:g}")
+            x = self.place(value, self.ylim[0])[0]
+            self.figure.line([(x, top), (x, top + height)], FAINT, 1)
+            self.figure.text(x, top + height + size, words, size, GREY, "mm")
+        for tick in yticks:
+            value, words = tick if isinstance(tick, tuple) else (tick, f"{tick:g}")
+            y = self.place(self.xlim[0], value)[1]
+            self.figure.line([(left, y), (left + width, y)], FAINT, 1)
+            self.figure.text(left - size / 2, y, words, size, GREY, "rm")
+        corners = [(left, top), (left, top + height), (left + width, top + height)]
+        self.figure.line(corners, GREY, 1)
+        self.figure.text(left, top - size * 1.1, title, size + 3, INK, "lm")
+        self.figure.text(left + width / 2, top + height + 2.6 * size, xlabel, size, INK, "mm")
+        self.figure.text(left - 3.6 * size, top + height / 2, ylabel, size, INK, upright=True)
+
+    def line(self, x, y, colour=INK, width=2.0, dash=None, dots=0.0, hollow=False) -> None:
+        points = [self.place(a, b) for a, b in zip(x, y, strict=True)]
+        self.figure.line(points, colour, width, dash)
+        for point in points if dots else ():
+            self.figure.dot(*point, colour, dots, hollow)
+
+    def band(self, x, low, high, colour) -> None:
+        """The area between two curves, in a pale shade of the colour."""
+        lower = [self.place(a, b) for a, b in zip(x, low, strict=True)]
+        upper = [self.place(a, b) for a, b in zip(x, high, strict=True)]
+        self.figure.polygon(lower + upper[::-1], (*colour, 45))
+
+    def density(self, points: np.ndarray, label: np.ndarray) -> None:
+        """Points (n, 2) as a smooth cloud, each label in its class colour."""
+        width, height = (round(self.figure.SCALE * side) for side in self.box[2:])
+        (x0, x1), (y0, y1) = self.xlim, self.ylim
+        ink = np.zeros((height, width, 3))
+        for c, colour in enumerate(CLASS_COLOURS):
+            own = points[label == c]
+            counts, _, _ = np.histogram2d(
+                own[:, 1], own[:, 0], bins=(height, width), range=((y0, y1), (x0, x1))
+            )
+            cover = 1 - np.exp(-30 * _blur(counts, 0.006 * width) / (0.006 * width) ** -1.0)
+            ink += cover[..., None] * (255 - np.array(colour))
+        pixels = (255 - ink.clip(0, 255))[::-1].astype(np.uint8)
+        self.figure.paste(pixels, *self.box)
+        left, top, w, h = self.box
+        corners = [(left, top), (left + w, top), (left + w, top + h), (left, top + h), (left, top)]
+        self.figure.line(corners, FAINT, 1)
+
+
+def _blur(grid: np.ndarray, radius: float) -> np.ndarray:
+    reach = math.ceil(3 * radius)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / radius) ** 2)
+    kernel /= kernel.sum()
+    for axis in (0, 1):
+        grid = np.apply_along_axis(np.convolve, axis, grid, kernel, mode="same")
+    return grid

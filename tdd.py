@@ -1,0 +1,289 @@
+"""Target-Driven Distillation (arXiv 2409.01347), section 3 in the paper's order.
+
+A network is any callable model(x_t, t, cond) -> eps, with x_t (b, ..), t (b,) and cond a tensor or
+a dict of tensors with a leading axis b. `null` is the condition of an empty prompt, in the same
+form with a leading axis of b or 1. Teacher, student and target network are three such callables.
+"""
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from solvers import CLEAN, Schedule, ddim, eps_from_x0, renoise, solver_grid, x0_from_eps
+
+# ------------------------------------------------------------- 3.2 target timestep selection
+
+
+@dataclass(frozen=True)
+class TargetSet:
+    """The target timesteps (Eq. 5) and, for each solver step n, which of them Eq. 7 admits.
+
+    grid: (N + 1,) the solver's timesteps t_0..t_N
+    tau: (M,) targets in ascending order, on the grid points that the k-step schedules visit
+    first, count: (N,) tau[first[n] : first[n] + count[n]] may be chosen from t_n; unused at n = 0
+    """
+
+    grid: Tensor
+    tau: Tensor
+    first: Tensor
+    count: Tensor
+
+    def select(self, n: Tensor, u: Tensor) -> Tensor:
+        """Eq. 7: tau_m, drawn from the targets admitted at t_n by uniform u in [0, 1); (b,)."""
+        return self.tau[self.first[n] + (u * self.count[n]).floor().long()]
+
+    def admitted(self, n: int) -> list[int]:
+        """The targets that `select` draws from at t_n."""
+        return self.tau[self.first[n] : self.first[n] + self.count[n]].tolist()
+
+
+def target_set(
+    N: int, kmin: int, kmax: int, e: float | None = None, strict: bool = False, T: int = 1000
+) -> TargetSet:
+    """Eq. 5's targets for schedules of kmin..kmax steps, with Eq. 7's reach e (default T/kmin).
+
+    strict: Eq. 4's rule instead of Eq. 7's, the one largest target below t_n.
+    Raises ValueError unless 1 <= kmin <= kmax <= N and N divides T, or if e leaves a t_n no target.
+    """
+    grid = solver_grid(N, T)
+    if not 1 <= kmin <= kmax <= N:
+        raise ValueError(f"1 <= kmin <= kmax <= N is needed, not kmin {kmin}, kmax {kmax}, N {N}")
+    exact = sorted({Fraction(m * T, k) for k in range(kmin, kmax + 1) for m in range(k)})  # Eq. 5
+    reach = Fraction(T, kmin) if e is None else Fraction(e)
+    first, count = [0], [0]
+    for n in range(1, N):
+        t = Fraction(n * T, N)  # exact times decide what is admitted, 750 and not 751
+        if strict:
+            low, high = bisect_left(exact, t) - 1, bisect_left(exact, t)  # Eq. 4
+        else:
+            low, high = bisect_left(exact, t - reach), bisect_right(exact, t)  # Eq. 7
+        if low == high:
+            raise ValueError(f"no target lies within e = {float(reach):g} below t = {float(t):g}")
+        first.append(low)
+        count.append(high - low)
+    tau = [grid[math.ceil(time * N / T)] for time in exact]
+    return TargetSet(*(torch.tensor(v) for v in (grid, tau, first, count)))
+
+
+METHODS = ("cm", "lcm", "pcm", "ctm", "tcd", "tdd")
+
+
+def targets_of(method: str, N: int, kmin: int = 4, kmax: int = 8, T: int = 1000) -> TargetSet:
+    """The targets in which consistency distillation's methods differ (the remark below Eq. 5).
+
+    TCD/CTM may reach anywhere below t_n: with Eq. 7's e = T/N one or two targets would be left.
+    """
+    match method:
+        case "cm" | "lcm":
+            return target_set(N, 1, 1, T=T)
+        case "pcm":
+            return target_set(N, kmin, kmin, strict=True, T=T)
+        case "ctm" | "tcd":
+            return target_set(N, N, N, e=T, T=T)
+        case "tdd":
+            return target_set(N, kmin, kmax, T=T)
+    raise ValueError(f"unknown method {method!r}: one of {', '.join(METHODS)}")
+
+
+def offset(tau: Tensor, eta: float, v: Tensor) -> Tensor:
+    """Eq. 8: tau~ ~ U[(1 - eta) tau, tau] from uniform v in [0, 1), as an integer timestep."""
+    return (tau * (1 - eta * v)).floor().long()
+
+
+# ------------------------------------------------------------------------------- the loss
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What Algorithm 1 draws for a batch: the times, who keeps the condition, and the noise."""
+
+    t_next: Tensor  # (b,) t_{n+1}
+    t_n: Tensor  # (b,)
+    tau: Tensor  # (b,) tau~
+    kept: Tensor  # (b,) bool
+    noise: Tensor  # (b, ..)
+    rows: Tensor | None  # indices of the kept examples; None has the teacher guide all b
+
+    def to(self, device) -> "Draws":
+        move = {
+            k: v if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()
+        }
+        return Draws(**move)
+
+
+def draw(targets: TargetSet, shape, eta: float, rho: float, generator: torch.Generator) -> Draws:
+    """Algorithm 1, lines 8-9 and 11, for x_0 of the given shape (b, ..), from a CPU generator.
+
+    Drawn on the CPU, they are the same on every device and the GPU is never waited for.
+    """
+    u_n, u_tau, u_eta, u_kept = torch.rand((4, shape[0]), generator=generator, dtype=torch.float64)
+    n = 1 + (u_n * (len(targets.count) - 1)).floor().long()  # n ~ U[1, N - 1]
+    tau = offset(targets.select(n, u_tau), eta, u_eta)
+    kept = u_kept >= rho
+    noise = torch.randn(shape, generator=generator)
+    return Draws(targets.grid[n + 1], targets.grid[n], tau, kept, noise, kept.nonzero()[:, 0])
+
+
+def squared_l2(d: Tensor) -> Tensor:
+    """Eq. 10's distance as a mean over the axes, (b, ..) -> (b,), so that size does not matter."""
+    return d.float().square().flatten(1).mean(1)
+
+
+def pseudo_huber(d: Tensor, c: float = 0.001) -> Tensor:
+    """sqrt(d^2 + c^2) - c in the same mean: the published training script's setting."""
+    return ((d.float().square() + c * c).sqrt() - c).flatten(1).mean(1)
+
+
+def tdd_loss(
+    student, target, teacher, x_0, cond, null, draws: Draws, w, schedule: Schedule,
+    solver=ddim, jump=ddim, distance=squared_l2,
+) -> Tensor:  # fmt: skip
+    """Algorithm 1, lines 10-16: the loss of each example, (b,), for given draws.
+
+    x_0: (b, ..) data. w: the distillation guidance w', a number or (b,); guidance g = 1 + w'.
+    solver: Phi, one step of the teacher's PF-ODE. jump: f, how eps becomes a prediction at tau~.
+    """
+    t_next, t_n, tau = draws.t_next, draws.t_n, draws.tau
+    x_next = schedule.diffuse(x_0, draws.noise, t_next)  # line 10
+    c = _zip(lambda c, u: torch.where(_like(draws.kept, c), c, u), cond, null)  # line 11
+    with torch.no_grad():
+        phi = guided(teacher, c, null, w * draws.kept, draws.rows)  # lines 11-15
+        x_n, _ = solver(phi, x_next, t_next, t_n, schedule)  # Eq. 9
+        aim, _ = jump(bind(target, c), x_n, t_n, tau, schedule)  # f_theta-(x_n, t_n, tau~)
+    pred, _ = jump(bind(student, c), x_next, t_next, tau, schedule)  # f_theta(x_n+1, t_n+1, tau~)
+    return distance(pred - aim)  # line 16, Eqs. 10 and 11
+
+
+@torch.no_grad()
+def ema_update(target, student, mu: float) -> None:
+    """Algorithm 1, line 18: theta- <- mu theta- + (1 - mu) theta, over two lists of tensors."""
+    torch._foreach_lerp_(list(target), list(student), 1 - mu)
+
+
+# ------------------------------------------------------------------ 3.3 decoupled guidance
+
+
+def bind(model, cond):
+    """model(x_t, t, cond) as the eps(x_t, t) that solvers take."""
+    return lambda x_t, t: model(x_t, t, cond)
+
+
+def guided(model, cond, null, w, rows: Tensor | None = None):
+    """Eq. 12: eps(x_t, t) = (1 + w) eps(x_t, t, c) - w eps(x_t, t), both passes in one batch.
+
+    w: a number or (b,). rows: the examples with w != 0, when others need no second pass.
+    """
+    if not torch.is_tensor(w) and w == 0:
+        return bind(model, cond)
+    rows = slice(None) if rows is None else rows
+    both = _zip(lambda c, u: torch.cat([c, u.expand_as(c)[rows]]), cond, null)
+
+    def eps_hat(x_t: Tensor, t: Tensor) -> Tensor:
+        eps = model(torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), both)
+        eps_c, eps_u = eps[: len(x_t)].clone(), eps[len(x_t) :]
+        w_rows = _like(torch.as_tensor(w, device=eps.device).expand(len(x_t)), eps)[rows]
+        eps_c[rows] = (1 + w_rows) * eps_c[rows] - w_rows * eps_u
+        return eps_c
+
+    return eps_hat
+
+
+def tuned(w: float, w_distilled: float) -> float:
+    """Eq. 13: the w to sample a student distilled at w' with, so that it acts as the teacher at w.
+
+    [eps_hat_w + w' eps(x_t, t)] / (1 + w') is Eq. 12 again, at 1 + w -> (1 + w) / (1 + w').
+    For a student of a range of w' (Eq. 14), w_distilled is the middle of the range.
+    """
+    return (1 + w) / (1 + w_distilled) - 1
+
+
+def _zip(fn, cond, null):
+    if isinstance(cond, dict):
+        return {name: fn(cond[name], null[name]) for name in cond}
+    return fn(cond, null)
+
+
+def _like(a: Tensor, x: Tensor) -> Tensor:
+    return a.reshape(a.shape + (1,) * (x.ndim - a.ndim))
+
+
+# ---------------------------------------------------------------------------- 3.4 sampling
+
+
+def equidistant(k: int, N: int = 250, T: int = 1000) -> list[int]:
+    """The k-step schedule: every N/k-th point of the solver grid, descending from T - 1.
+
+    Raises ValueError unless 1 <= k <= N.
+    """
+    if not 1 <= k <= N:
+        raise ValueError(f"{k} steps: from 1 to {N} (the solver steps N) are possible")
+    return [solver_grid(N, T)[N - i * N // k] for i in range(k)]
+
+
+def nonequidistant(k: int, N: int = 250, kmin: int = 4, kmax: int = 8, T: int = 1000) -> list[int]:
+    """The kmin-step schedule with k - kmin of the kmax-step one's timesteps, the noisiest first.
+
+    Raises ValueError unless kmin <= k <= kmax.
+    """
+    if not kmin <= k <= kmax:
+        raise ValueError(f"no non-equidistant schedule of {k} steps: {kmin} to {kmax} are possible")
+    coarse = equidistant(kmin, N, T)
+    inserted = [t for t in equidistant(kmax, N, T) if t not in coarse][: k - kmin]
+    return sorted(coarse + inserted, reverse=True)
+
+
+def clip_x0(x_0: Tensor, percentile: float = 0.995, max_value: float = 1.0) -> Tensor:
+    """C above Eq. 17: clamp to the percentile s of |x_0| and divide by it, s in [1, max_value]."""
+    s = torch.quantile(x_0.abs().flatten(1).float(), percentile, dim=1).clamp(1, max_value)
+    s = _like(s, x_0).to(x_0.dtype)
+    return x_0.clamp(-s, s) / s
+
+
+def clipped(model, clip, schedule: Schedule):
+    """eps(x_t, t) with C on its x_0, which turns every solver's Eq. 16 into Eq. 17."""
+
+    def eps_hat(x_t: Tensor, t: Tensor) -> Tensor:
+        x_0 = x0_from_eps(x_t, model(x_t, t), t, schedule)
+        return eps_from_x0(x_t, clip(x_0), t, schedule)
+
+    return eps_hat
+
+
+@torch.no_grad()
+def gamma_sample(
+    model, x_t: Tensor, timesteps: list[int], schedule: Schedule, gamma: float = 0.2,
+    noise: Iterator[Tensor] | None = None, clip=None, clip_steps: int = 0, jump=ddim, callback=None,
+) -> Tensor:  # fmt: skip
+    """The gamma-sampler, Eqs. 15-18: jump down to s = (1 - gamma) p, then renoise up to p.
+
+    model: eps(x_t, t), for instance from `guided`. x_t: (b, ..) noise at timesteps[0].
+    timesteps: descending, as from `equidistant`; the last step returns the x_0 prediction.
+    gamma: 0 is deterministic (DDIM), 1 is multistep consistency sampling. noise: a z for each step
+    but the last, unless gamma = 0. clip: C, used in the first clip_steps steps. jump: one of the
+    solvers, or any function of their signature. callback(p, x_p) is called after each step.
+    """
+    for i, (t, p) in enumerate(pairwise([*timesteps, CLEAN])):
+        s = CLEAN if p == CLEAN else math.floor((1 - gamma) * p + 1e-6)  # no 0.9999.. for 1
+        eps = clipped(model, clip, schedule) if i < clip_steps else model  # Eq. 17
+        x_s, _ = jump(eps, x_t, t, s, schedule)  # Eqs. 15, 16
+        x_t = renoise(x_s, s, p, next(noise), schedule) if s < p else x_s  # Eq. 18
+        if callback is not None:
+            callback(p, x_t)
+    return x_t
+
+
+def noise_stream(seeds, shape, device="cpu") -> Iterator[Tensor]:
+    """Endless draws of (b, *shape), image i from its own CPU generator seeded with seeds[i].
+
+    The first draw is the starting noise: the same on every device, and the same as diffusers'.
+    """
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    while True:
+        draws = [torch.randn((1, *shape), generator=generator) for generator in generators]
+        yield torch.cat(draws).to(device)

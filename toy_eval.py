@@ -1,0 +1,135 @@
+"""How near few-step samples come to what the teacher's PF-ODE would give: rmse and Wasserstein."""
+
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from solvers import Schedule, dpmpp_2s, solve
+from tdd import bind, clip_x0, equidistant, gamma_sample, guided, nonequidistant, tuned
+from toy import CLASSES, Data, Ensemble, one_hot, rmse, sliced_wasserstein
+
+GAMMAS = (0.0, 0.2)
+FINE = 10  # timesteps a step of the reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to sample: the fields of a row in metrics.json. w is 0 for a student on its own."""
+
+    k: int
+    gamma: float = 0.0
+    schedule: str = "equidistant"
+    w: float = 0.0
+    tune: float | None = None
+    clip_steps: int = 0
+
+
+class Evaluation:
+    """Samples students and teacher from the same noise, and holds them against the reference.
+
+    The reference is the sampler of a perfect student: the same schedule, starting noise and step
+    noise, but every jump the teacher's many-step solution, guided by the w' that the student
+    distils; at gamma = 0 that is the ODE's endpoint. Where the student is itself guided (Eq. 12)
+    so are the exact jumps: (1 + w) Phi(w') - w Phi(null). Rows are "(n m s)": samples, methods, seeds.
+    """
+
+    def __init__(self, args, teacher: Ensemble, schedule: Schedule, data: Data):
+        self.args, self.teacher, self.schedule, self.data = args, teacher, schedule, data
+        self.label = torch.arange(args.samples) // 2 % CLASSES  # every second one: the same labels
+        self.rows, self.samples, self.references = [], {}, {}
+
+    def noise(self, members: int):
+        """The starting noise, then the step noise: the same for every method and case."""
+        generator = torch.Generator().manual_seed(self.args.seed + 1)
+        while True:
+            z = torch.randn((len(self.label), self.args.seeds, 2), generator=generator)
+            yield repeat(z, "n s d -> (n m s) d", m=members)
+
+    def cond(self, members: int) -> Tensor:
+        return repeat(one_hot(self.label), "n c -> (n r) c", r=members * self.args.seeds)
+
+    def timesteps(self, case: Case) -> list[int]:
+        N = self.args.solver_steps
+        if case.schedule == "nonequidistant":
+            return nonequidistant(case.k, N, self.args.kmin, self.args.kmax)
+        return equidistant(case.k, N)
+
+    # -------------------------------------------------------------------------------- sampling
+
+    def sample(self, network, members: int, case: Case, w: float, callback=None, **options):
+        """The gamma-sampler's x_0 of an ensemble, (m, s, n, 2)."""
+        eps = guided(network, self.cond(members), torch.zeros(1, CLASSES), w)
+        noise, clip = self.noise(members), lambda x: self.data.bound * clip_x0(x / self.data.bound)
+        x = gamma_sample(eps, next(noise), self.timesteps(case), self.schedule, case.gamma, noise,
+                         clip, case.clip_steps, callback=callback, **options)  # fmt: skip
+        return rearrange(x, "(n m s) d -> m s n d", m=members, s=self.args.seeds)
+
+    def reference(self, case: Case, w: float, w_distilled: float) -> Tensor:
+        """What the case would give were every jump exact; (s, n, 2)."""
+        if case.gamma == w == 0:
+            case = Case(1)  # whatever the stops, the ODE's endpoint
+        key = replace(case, w=w, tune=w_distilled, clip_steps=0)
+        if key not in self.references:
+            null = torch.zeros(1, CLASSES)
+            branches = [guided(self.teacher, self.cond(1), null, w_distilled)]
+            if w != 0:
+                branches.append(bind(self.teacher, torch.zeros_like(self.cond(1))))
+
+            def jump(model, x_t, t, s, schedule, past=None):
+                conditional, *null = (fine_jump(eps, x_t, t, s, schedule) for eps in branches)
+                return ((1 + w) * conditional - w * null[0] if null else conditional), past
+
+            self.references[key] = self.sample(
+                self.teacher, 1, replace(case, clip_steps=0), 0.0, jump=jump
+            )[0]
+        return self.references[key]
+
+    # ------------------------------------------------------------------------------------ rows
+
+    def teacher_row(self, case: Case, w: float) -> None:
+        """The teacher itself with k guided steps of DDIM."""
+        x = self.sample(self.teacher, 1, case, w)[0]
+        self._keep("teacher", "", replace(case, w=w), x, self.reference(case, 0.0, w))
+
+    def student_rows(self, students, network: Ensemble, members: list[int], case: Case) -> None:
+        """The students (methods) numbered `members`; all seeds of each."""
+        seeds = self.args.seeds
+        picked = network.pick([m * seeds + s for m in members for s in range(seeds)])
+        w = case.w if case.tune is None else tuned(case.w, case.tune)
+        for student, x in zip(students, self.sample(picked, len(members), case, w), strict=True):
+            reference = self.reference(case, w, student.w)
+            W = (1 + w) * (1 + student.w) - 1  # Eq. 22: all of a guided student's guidance
+            endpoint = self.reference(Case(1), 0.0, W) if w != 0 else None
+            self._keep(student.method, student.variant, case, x, reference, endpoint)
+
+    def _keep(self, method: str, variant: str, case: Case, x, reference, endpoint=None) -> None:
+        """Rows of a case: rmse, sw, and where w != 0 the rmse to the teacher guided as strongly."""
+        values = {
+            "rmse": rmse(x, reference),
+            "sw": sliced_wasserstein(x[:, ::2], reference[:, 1::2], self.label[::2]),
+        }
+        if endpoint is not None:
+            values["rmse_teacher"] = rmse(x, endpoint)
+        self.samples[method, variant, case] = x
+        for metric, each in values.items():
+            spread = {"mean": each.mean().item(), "std": each.std(correction=0).item()}
+            row = {"method": method, "variant": variant, **asdict(case), "metric": metric}
+            self.rows.append({**row, "per_seed": each.tolist(), **spread})
+
+    def noise_floor(self) -> dict:
+        """sw between independent halves of the references: no method can be told apart below it."""
+        floors = [
+            sliced_wasserstein(x[:, ::2], x[:, 1::2], self.label[::2])
+            for x in self.references.values()
+        ]
+        each = torch.stack(floors).mean(0)
+        return {"sw": {"per_seed": each.tolist(), "mean": each.mean().item()}}
+
+
+def fine_jump(eps, x_t: Tensor, t: int, s: int, schedule: Schedule) -> Tensor:
+    """The PF-ODE from t to s in steps of FINE timesteps, of second order."""
+    between = [u for u in range(schedule.T - FINE, 0, -FINE) if s < u < t]
+    stops = [t, *between, *([0] if s < 0 else []), s]
+    return solve(eps, x_t, stops, schedule, dpmpp_2s)

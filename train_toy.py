@@ -1,0 +1,281 @@
+"""TDD on 2-D data in about two minutes on a CPU: teacher, students, evaluation, pictures.
+
+    python train_toy.py            the whole experiment, into runs/toy
+    python train_toy.py --quick    a first look in under 20 seconds
+
+A teacher is trained from data, then every consistency-distillation method from that same teacher at
+the same budget. All seeds and methods train together, as one batched network.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange, repeat
+from tqdm import tqdm, trange
+
+import cli
+import toy_figures
+from solvers import SOLVERS, Schedule, sdxl_schedule
+from tdd import Draws, TargetSet, draw, ema_update, targets_of, tdd_loss
+from toy import CLASSES, DATA, Data, Ensemble, one_hot
+from toy_eval import GAMMAS, Case, Evaluation
+
+LABEL_DROP = 0.15  # share of the teacher's examples trained under the null condition
+
+
+@dataclass(frozen=True)
+class Student:
+    """A method as it is trained: its targets, eta and rho, and the guidance w' it distils."""
+
+    method: str
+    targets: TargetSet
+    eta: float
+    rho: float
+    w: float
+    variant: str = ""
+
+
+# -------------------------------------------------------------------------------------- students
+
+
+STUDENTS = ("cm", "pcm4", "pcm8", "tcd", "tdd", "tdd_eta0", "tdd_rho0")
+
+
+def students_of(args) -> list[Student]:
+    """The students to train; with tdd_rho0 come the three that the guidance study compares."""
+    N, w = args.solver_steps, args.guidance - 1
+    tdd = targets_of("tdd", N, args.kmin, args.kmax)
+    every = {
+        "cm": Student("cm", targets_of("cm", N), 0.0, args.rho, w),
+        "pcm4": Student("pcm4", targets_of("pcm", N, 4), 0.0, args.rho, w),
+        "pcm8": Student("pcm8", targets_of("pcm", N, 8), 0.0, args.rho, w),
+        "tcd": Student("tcd", targets_of("tcd", N), 0.0, args.rho, w),
+        "tdd": Student("tdd", tdd, args.eta, args.rho, w),
+        "tdd_eta0": Student("tdd_eta0", tdd, 0.0, args.rho, w),
+    }
+    students = [every[name] for name in args.methods if name in every]
+    if "tdd_rho0" in args.methods:
+        students += [
+            Student("tdd", tdd, args.eta, args.rho, 1.0, "w'=1"),
+            Student("tdd_rho0", tdd, args.eta, 0.0, 1.0, "w'=1"),
+            Student("tdd", tdd, args.eta, args.rho, 5.0, "w'=5"),
+        ]
+    return students
+
+
+# -------------------------------------------------------------------------------------- training
+
+
+def fit(network: Ensemble, loss_of_step, steps: int, lr: float, name: str, after=None) -> Ensemble:
+    """Adam with a cosine to zero on loss_of_step() -> (b*m,); the mean of each member's loss."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=lr, fused=True)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    bar = trange(steps, desc=f"{name:8}", mininterval=0.5, dynamic_ncols=True)
+    for step in bar:
+        loss = loss_of_step().mean()
+        optimizer.zero_grad()
+        (loss * network.members).backward()
+        optimizer.step()
+        cosine.step()
+        if after is not None:
+            after()
+        if step % 100 == 0 or step == steps - 1:
+            if not loss.isfinite():
+                raise ValueError(f"the {name}'s loss is {loss} at step {step}: lower --lr")
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+    return network.requires_grad_(False)
+
+
+def train_teacher(args, data: Data, schedule: Schedule, generator) -> Ensemble:
+    """An eps-prediction teacher for each seed, trained from data with its label dropped at times."""
+    teacher = Ensemble.fresh(args.seeds, schedule, generator)
+    rows = args.seeds * 2 * args.batch_size
+
+    def loss():
+        x_0, label = data.draw(rows, generator)
+        cond = one_hot(label) * (torch.rand((rows, 1), generator=generator) >= LABEL_DROP)
+        t = torch.randint(schedule.T, (rows,), generator=generator)
+        eps = torch.randn(x_0.shape, generator=generator)
+        return (teacher(schedule.diffuse(x_0, eps, t), t, cond) - eps).square().mean(1)
+
+    return fit(teacher, loss, args.steps, 2 * args.lr, "teacher")
+
+
+def train_students(
+    args, students: list[Student], teacher: Ensemble, data: Data, schedule: Schedule, generator
+) -> Ensemble:
+    """Every student of every seed by Algorithm 1, as one ensemble with rows "(b method seed)"."""
+    b, m, s = args.batch_size, len(students), args.seeds
+    student = teacher.pick(list(range(s)) * m).requires_grad_()  # theta <- phi
+    target = student.pick(range(s * m))
+    w = repeat(torch.tensor([x.w for x in students]), "m -> (b m s)", b=b, s=s)
+    null = torch.zeros(1, CLASSES)
+
+    def loss():
+        x_0, label = data.draw(b * s, generator)
+        x_0, cond = (repeat(a, "(b s) d -> (b m s) d", m=m, s=s) for a in (x_0, one_hot(label)))
+        # Every method sees the same noise, starts and uniforms: only its targets and rho differ.
+        state, draws = generator.get_state(), []
+        for x in students:
+            generator.set_state(state)
+            draws.append(draw(x.targets, (b * s, 2), x.eta, x.rho, generator))
+        return tdd_loss(
+            student,
+            target,
+            teacher,
+            x_0,
+            cond,
+            null,
+            join(draws, s),
+            w,
+            schedule,
+            SOLVERS[args.solver],
+        )
+
+    def line_18():
+        ema_update(target.parameters(), student.parameters(), args.ema)
+
+    return fit(student, loss, args.steps, args.lr, "students", after=line_18)
+
+
+def join(draws: list[Draws], seeds: int) -> Draws:
+    """Each method's draws with rows "(b s)" as those of the whole ensemble, "(b m s)"."""
+
+    def one(name):
+        each = [getattr(d, name) for d in draws]
+        return rearrange(each, "m (b s) ... -> (b m s) ...", s=seeds)
+
+    return Draws(*(one(name) for name in ("t_next", "t_n", "tau", "kept", "noise")), rows=None)
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+
+def main_cases(args) -> list[Case]:
+    """Every k and gamma on the equidistant schedule; between kmin and kmax on the other as well."""
+    ks = sorted({1, 2, *range(args.kmin, args.kmax + 1)})
+    equidistant = [Case(k, gamma) for gamma in GAMMAS for k in ks]
+    between = range(args.kmin + 1, args.kmax)
+    return equidistant + [Case(k, gamma, "nonequidistant") for gamma in GAMMAS for k in between]
+
+
+def evaluate(args, students, teacher, network, data, schedule):
+    """All rows of metrics.json, by name of the part they belong to, and the samples behind them."""
+    ev = Evaluation(args, teacher, schedule, data)
+    plain = [i for i, x in enumerate(students) if not x.variant]
+    study = {(x.method, x.variant): i for i, x in enumerate(students) if x.variant}
+    jobs = [(plain, case) for case in main_cases(args)]
+    ends = (args.kmin, args.kmax)
+    if study:
+        pair = [study["tdd", "w'=1"], study["tdd_rho0", "w'=1"]]
+        jobs += [(pair, Case(k, w=w)) for k in ends for w in (0.0, 1.0, 2.0, 3.0)]
+        high = [study["tdd", "w'=5"]]
+        jobs += [(high, Case(k, w=w, tune=5.0)) for k in ends for w in (1.0, 2.0, 3.0)]
+        jobs += [(high, Case(k)) for k in ends]
+    if any(x.method == "tdd" for x in students if not x.variant):
+        clip = [i for i in plain if students[i].method == "tdd"]
+        jobs += [
+            (clip, Case(args.kmin, w=w, clip_steps=n))
+            for w in (1.0, 2.0)
+            for n in (0, 1, args.kmin)
+        ]
+    for case in main_cases(args):
+        ev.teacher_row(case, args.guidance - 1)
+    for members, case in tqdm(jobs, desc="evaluate", mininterval=0.5, dynamic_ncols=True):
+        ev.student_rows([students[i] for i in members], network, members, case)
+    return ev
+
+
+# ---------------------------------------------------------------------------------------- output
+
+
+def settings_of(args) -> dict:
+    return {**vars(args), "output": str(args.output), "torch": torch.__version__,
+            "threads": torch.get_num_threads()}  # fmt: skip
+
+
+def table(rows, gamma: float, ks) -> str:
+    """The rmse of every method over k at one gamma, with its mean over k = kmin..kmax."""
+    lines = [f"{'rmse, gamma ' + format(gamma, 'g'):22}" + "".join(f"  k={k:<5}" for k in ks)]
+    names = dict.fromkeys((row["method"], row["schedule"]) for row in rows if not row["variant"])
+    for method, schedule in names:
+        cells = []
+        for k in ks:
+            found = [
+                row for row in rows
+                if (row["method"], row["schedule"], row["k"]) == (method, schedule, k)
+                and row["gamma"] == gamma and row["metric"] == "rmse" and not row["variant"]
+                and not row["clip_steps"] and (method == "teacher" or not row["w"])
+            ]  # fmt: skip
+            cells.append(f"{found[0]['mean']:9.3f}" if found else " " * 9)
+        lines.append(f"{method + ' *' * (schedule != 'equidistant'):22}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def main(args) -> None:
+    start = time.time()
+    if args.quick:
+        args.steps, args.seeds, args.samples = min(args.steps, 250), 1, 512
+        print("--quick: a first look, 1 seed, 250 steps, 512 samples; its figures are not results")
+    students, output = students_of(args), cli.output_folder(args.output)
+    if not students:
+        raise ValueError("--methods names no student")
+    data, schedule = Data(args.data), sdxl_schedule()
+    generator = torch.Generator().manual_seed(args.seed)
+    toy_figures.targets(output / "targets.png", students, args)
+    teacher = train_teacher(args, data, schedule, generator)
+    network = train_students(args, students, teacher, data, schedule, generator)
+    ev = evaluate(args, students, teacher, network, data, schedule)
+    result = {"settings": settings_of(args), "rows": ev.rows, "noise_floor": ev.noise_floor()}
+    cli.write_json(output / "metrics.json", {**result, "seconds": round(time.time() - start, 1)})
+    toy_figures.draw_all(output, ev, students, network, args)
+    ks = sorted({row["k"] for row in ev.rows})
+    print("\n\n".join(table(ev.rows, gamma, ks) for gamma in GAMMAS))
+    print(
+        "* the non-equidistant schedule. Distance to the teacher's many-step sampler, same noise."
+    )
+    cli.write_json(output / "metrics.json", {**result, "seconds": round(time.time() - start, 1)})
+    print(f"{time.time() - start:.0f} s; pictures and metrics.json are in {output}/")
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser("Trains a 2-D teacher, distils it with TDD and its rivals, and compares them.")
+    whole, share, above = cli.number(int, 1), cli.number(float, 0, 1), cli.number(float, 1)
+    p.add_argument("--data", choices=DATA, default="spirals", help="the 2-D distribution")
+    p.add_argument(
+        "--methods",
+        nargs="+",
+        choices=STUDENTS,
+        default=list(STUDENTS),
+        metavar="M",
+        help=f"students, of {' '.join(STUDENTS)}; the last brings the guidance study",
+    )
+    p.add_argument("--steps", type=whole, default=3000, help="training steps, teacher and students")
+    p.add_argument("--seeds", type=whole, default=3, help="independent teachers, each distilled")
+    p.add_argument("--seed", type=cli.number(int, 0), default=0, help="of all random numbers")
+    p.add_argument("--batch-size", type=whole, default=256, help="examples a step and student")
+    p.add_argument("--lr", type=cli.number(float, 0), default=1e-3, help="delta, the learning rate")
+    p.add_argument("--ema", type=share, default=0.95, help="mu of the target network theta-")
+    p.add_argument("--kmin", type=whole, default=4, help="K_min, fewest steps to distil for")
+    p.add_argument("--kmax", type=whole, default=8, help="K_max, most steps to distil for")
+    p.add_argument(
+        "--eta", type=share, default=0.3, help="eta of Eq. 8, the targets' random offset"
+    )
+    p.add_argument("--rho", type=share, default=0.2, help="rho, share of null conditions")
+    p.add_argument("--guidance", type=above, default=3.0, help="g = 1 + w', guidance to distil")
+    p.add_argument(
+        "--solver-steps", type=whole, default=50, help="N, steps of the teacher's solver"
+    )
+    p.add_argument("--solver", choices=["ddim", "dpm2s", "dpm++2s"], default="ddim", help="Phi")
+    p.add_argument(
+        "--samples", type=cli.number(int, 64), default=2048, help="evaluated, of each seed"
+    )
+    p.add_argument("--output", type=Path, default=Path("runs/toy"), help="folder for the results")
+    p.add_argument("--quick", action="store_true", help="1 seed, 250 steps: under 20 s")
+    return p
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())
