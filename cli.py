@@ -59,12 +59,17 @@ def number(kind=float, low=None, high=None):
 
 
 def output_folder(path: str) -> Path:
-    """The folder, made if need be; an OSError says so at once if nothing can be written there."""
+    """The folder, made if need be; a ValueError says at once if nothing can be written there."""
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".write-{os.getpid()}"
-    probe.touch()
-    probe.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as problem:
+        raise ValueError(
+            f"cannot write to {folder}: {problem.strerror}; name another folder"
+        ) from problem
     return folder
 
 

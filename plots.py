@@ -1,6 +1,7 @@
 """Charts drawn with pillow: a figure, axes in it, lines, bands, dots and densities of points."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ class Figure:
         if not upright:
             self.pen.text((x * self.SCALE, y * self.SCALE), words, colour, font, anchor)
             return
-        left, top, right, bottom = font.getbbox(words)
+        _, top, right, bottom = font.getbbox(words)
         strip = Image.new("L", (right, bottom + top), 0)
         ImageDraw.Draw(strip).text((0, 0), words, 255, font)
         strip = strip.rotate(90, expand=True)
@@ -61,7 +62,7 @@ class Figure:
 def _dashes(points, length):
     """Pieces of a path, `length` drawn and `length` left out in turn."""
     pieces, drawn, left = [[points[0]]], True, length
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         way = whole = math.hypot(x1 - x0, y1 - y0)
         while way > left:
             way -= left
@@ -126,7 +127,7 @@ class Axes:
 
     def density(self, points: np.ndarray, label: np.ndarray) -> None:
         """Points (n, 2) as a smooth cloud, each label in its class colour."""
-        width, height = (round(self.figure.SCALE * side) for side in self.box[2:])
+        width, height = (round(1.5 * side) for side in self.box[2:])
         (x0, x1), (y0, y1) = self.xlim, self.ylim
         ink = np.zeros((height, width, 3))
         for c, colour in enumerate(CLASS_COLOURS):
@@ -134,7 +135,7 @@ class Axes:
             counts, _, _ = np.histogram2d(
                 own[:, 1], own[:, 0], bins=(height, width), range=((y0, y1), (x0, x1))
             )
-            cover = 1 - np.exp(-30 * _blur(counts, 0.006 * width) / (0.006 * width) ** -1.0)
+            cover = 1 - np.exp(-0.36 * width * _blur(counts, 0.006 * width))
             ink += cover[..., None] * (255 - np.array(colour))
         pixels = (255 - ink.clip(0, 255))[::-1].astype(np.uint8)
         self.figure.paste(pixels, *self.box)
@@ -144,9 +145,9 @@ class Axes:
 
 
 def _blur(grid: np.ndarray, radius: float) -> np.ndarray:
-    reach = math.ceil(3 * radius)
-    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / radius) ** 2)
-    kernel /= kernel.sum()
+    """A Gaussian blur, as a product with a band matrix along each axis."""
     for axis in (0, 1):
-        grid = np.apply_along_axis(np.convolve, axis, grid, kernel, mode="same")
+        i = np.arange(grid.shape[axis])
+        kernel = np.exp(-0.5 * ((i[:, None] - i) / radius) ** 2) / (radius * math.sqrt(2 * math.pi))
+        grid = kernel @ grid if axis == 0 else grid @ kernel
     return grid

@@ -7,7 +7,7 @@ form with a leading axis of b or 1. Teacher, student and target network are thre
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise

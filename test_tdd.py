@@ -4,12 +4,15 @@ import json
 import math
 from collections import Counter
 from fractions import Fraction
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import cli
+import toy
+import train_toy
 from solvers import (
     CLEAN,
     SOLVERS,
@@ -20,7 +23,6 @@ from solvers import (
     eps_from_x0,
     integrate_eps,
     integrate_x0,
-    renoise,
     sdxl_schedule,
     solve,
     solver_grid,
@@ -29,7 +31,6 @@ from solvers import (
 )
 from tdd import (
     Draws,
-    bind,
     clip_x0,
     clipped,
     draw,
@@ -185,9 +186,8 @@ def diffusers_run(scheduler, k, x_t, model=toy_eps, **step_options):
     return states
 
 
-SDXL = dict(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing"
-)
+SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+TRAILING = {**SDXL, "timestep_spacing": "trailing"}
 
 
 def our_run(timesteps, x_t, solver):
@@ -200,7 +200,7 @@ def our_run(timesteps, x_t, solver):
 def test_ddim_is_diffusers(k):
     from diffusers import DDIMScheduler
 
-    scheduler = DDIMScheduler(**SDXL, clip_sample=False)
+    scheduler = DDIMScheduler(**TRAILING, clip_sample=False)
     scheduler.set_timesteps(k)
     x_t = randn(2, 3, 4)
     ours = our_run([*scheduler.timesteps.tolist(), CLEAN], x_t, ddim)
@@ -215,7 +215,7 @@ def test_multistep_is_diffusers(algorithm, name, k):
 
     last = "zero" if algorithm == "dpmsolver++" else "sigma_min"
     scheduler = DPMSolverMultistepScheduler(
-        **SDXL,
+        **TRAILING,
         algorithm_type=algorithm,
         solver_order=2,
         final_sigmas_type=last,
@@ -558,3 +558,321 @@ def test_several_targets_per_start_meet_their_least_squares_compromise(method, e
     assert c[2:] == pytest.approx(fixed[2:], rel=0.02)
     full_jump = [jump_scale(x, 999, 751)[0] / exact_scale(999, 751) for x in (c[-1], fixed[-1])]
     assert full_jump[0] == pytest.approx(full_jump[1], rel=0.02)
+
+
+# ---------------------------------------------------------------------------------- the sampler
+
+
+def noises(*shape, seed=7):
+    return iter(randn(20, *shape, seed=seed))
+
+
+@pytest.mark.parametrize("k", [1, 4, 7])
+def test_gamma_0_is_ddim(k):
+    x_T, times = randn(3, 2, 4), equidistant(k, 50)
+    ours = gamma_sample(toy_eps, x_T, times, SCHEDULE, gamma=0.0)
+    x = x_T
+    for t, s in zip(times, [*times[1:], CLEAN], strict=True):
+        x_0 = (x - SIGMA[t + 1] * toy_eps(x, torch.full((3,), t))) / ALPHA[t + 1]
+        eps = (x - ALPHA[t + 1] * x_0) / SIGMA[t + 1]
+        x = ALPHA[s + 1] * x_0 + SIGMA[s + 1] * eps
+    assert torch.allclose(ours, x, rtol=1e-10)
+
+
+def test_gamma_1_is_multistep_consistency_sampling():
+    """Each step predicts timestep 0 (which holds sigma_0) and diffuses from there (TCD Alg. 3)."""
+    x_T, times = randn(3, 2, 4), equidistant(5, 50)
+    ours = gamma_sample(toy_eps, x_T, times, SCHEDULE, 1.0, noises(3, 2, 4))
+    x, z = x_T, noises(3, 2, 4)
+    for t, p in zip(times, [*times[1:], None], strict=True):
+        eps = toy_eps(x, torch.full((3,), t))
+        x_0 = (x - SIGMA[t + 1] * eps) / ALPHA[t + 1]
+        at_0, ratio = ALPHA[1] * x_0 + SIGMA[1] * eps, ALPHA[(p or 0) + 1] / ALPHA[1]
+        x = x_0 if p is None else ratio * at_0 + math.sqrt(1 - ratio**2) * next(z)
+    assert torch.allclose(ours, x, rtol=1e-10)
+
+
+@pytest.mark.parametrize("gamma", [0.2, 0.7, 1.0])
+def test_renoising_keeps_the_marginal_variance(gamma):
+    """With exact jumps on N(0, V) the sampler is linear in its noise, so variances just add up."""
+
+    def exact(model, x_t, t, s, schedule, past=None):
+        return exact_scale(t, s) * x_t, past
+
+    times, draws = equidistant(6, 50), 6
+    unit = torch.eye(draws, dtype=torch.float64)  # example i has 1 in the i-th draw, 0 elsewhere
+    start = (ALPHA[1000] ** 2 * V + SIGMA[1000] ** 2) ** 0.5
+    stops = []
+    gamma_sample(
+        None, start * unit[:, :1], times, SCHEDULE, gamma, iter(unit.T[1:, :, None]),
+        jump=exact, callback=lambda p, x: stops.append((p, x)),
+    )  # fmt: skip
+    for p, x in stops:
+        assert x.square().sum() == pytest.approx(
+            ALPHA[p + 1] ** 2 * V + SIGMA[p + 1] ** 2, rel=1e-10
+        )
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.2, 0.3, 0.9, 1.0])
+def test_sampler_is_diffusers_tcd_but_for_the_last_step(gamma):
+    """TCDScheduler ends on timestep 0, with sigma_0 left in; the paper's sampler returns x_0."""
+    from diffusers import TCDScheduler
+
+    scheduler = TCDScheduler(**SDXL, original_inference_steps=50)
+    scheduler.set_timesteps(6)
+    assert scheduler.timesteps.tolist() == equidistant(6, 50)
+    stream = noise_stream(range(3), (2, 4))
+    x_T, stops = next(stream), []
+    gamma_sample(toy_eps, x_T, equidistant(6, 50), SCHEDULE, gamma, stream,
+                 callback=lambda p, x: stops.append(x))  # fmt: skip
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    assert torch.equal(x_T, torch.cat([torch.randn((1, 2, 4), generator=g) for g in generators]))
+    theirs = diffusers_run(scheduler, 6, x_T, eta=gamma, generator=generators)
+    for a, b in zip(stops[:-1], theirs[:-1], strict=True):
+        assert torch.allclose(a, b, atol=2e-5)
+    last = scheduler.timesteps[-1]
+    end = integrate_eps(stops[-2], toy_eps(stops[-2], last.expand(3)), last, 0, SCHEDULE)
+    assert torch.allclose(end, theirs[-1], atol=2e-5)
+    assert not torch.allclose(stops[-1], theirs[-1], atol=2e-3)
+
+
+def test_floor_of_gamma_is_not_a_rounding_error():
+    """(1 - 0.9) * 250 is 24.999999999999996 in floating point; s is 25."""
+    seen = []
+
+    def jump(model, x_t, t, s, schedule, past=None):
+        seen.append(s)
+        return x_t, past
+
+    gamma_sample(None, randn(1, 1), [999, 250], SCHEDULE, 0.9, noises(1, 1), jump=jump)
+    assert seen == [25, CLEAN]
+
+
+def test_noise_stream_is_diffusers():
+    from diffusers.utils.torch_utils import randn_tensor
+
+    generators = [torch.Generator("cpu").manual_seed(5 + i) for i in range(4)]
+    stream = noise_stream(range(5, 9), (4, 8, 6))
+    for _ in range(3):
+        assert torch.equal(next(stream), randn_tensor((4, 4, 8, 6), generator=generators))
+    assert torch.equal(
+        next(noise_stream([7], (4, 8, 6))), next(noise_stream(range(5, 9), (4, 8, 6)))[2:3]
+    )
+
+
+# ------------------------------------------------------------------------------------- guidance
+
+
+def test_guidance_is_equation_12():
+    net, x_t, cond, null = Net(0), randn(5, 2, 3), randn(5, 4), torch.zeros(1, 4)
+    t = torch.tensor([999, 5, 500, 20, 750])
+    eps_c, eps_u = net(x_t, t, cond), net(x_t, t, null.expand(5, 4))
+    for w in (0.5, 7.5):
+        assert torch.allclose(guided(net, cond, null, w)(x_t, t), (1 + w) * eps_c - w * eps_u)
+    assert torch.equal(guided(net, cond, null, 0.0)(x_t, t), eps_c)
+    w, rows = torch.tensor([2.0, 0.0, 1.0, 0.0, 0.0]), torch.tensor([0, 2])
+    each = (1 + w[:, None, None]) * eps_c - w[:, None, None] * eps_u
+    assert torch.allclose(guided(net, cond, null, w, rows)(x_t, t), each)
+
+
+def test_tuning_is_equation_13_and_undoes_the_distilled_guidance():
+    teacher, x_t, cond, null = Net(0), randn(5, 2, 3), randn(5, 4), torch.zeros(1, 4)
+    t, w, w_distilled = torch.tensor([999, 5, 500, 20, 750]), 1.5, 7.0
+
+    def student(x_t, t, c):  # a perfect one: the guided teacher, or unguided under the null
+        is_null = (c == 0).all(1)[:, None, None]
+        eps_u = teacher(x_t, t, torch.zeros_like(c))
+        strong = (1 + w_distilled) * teacher(x_t, t, c) - w_distilled * eps_u
+        return torch.where(is_null, eps_u, strong)
+
+    eps_u = student(x_t, t, torch.zeros(5, 4))
+    eps_hat = guided(student, cond, null, w)(x_t, t)
+    literal = (eps_hat + w_distilled * eps_u) / (1 + w_distilled)
+    ours = guided(student, cond, null, tuned(w, w_distilled))(x_t, t)
+    assert torch.allclose(ours, literal)
+    assert torch.allclose(ours, guided(teacher, cond, null, w)(x_t, t))
+
+
+def test_clipping_is_numpys_percentile():
+    x_0 = 3 * randn(6, 4, 5, 5)
+    x_0[0] /= 100  # a percentile below 1 leaves the example as it is
+    for percentile, top in [(0.995, 1.0), (0.9, 2.5), (0.5, 100.0)]:
+        for x, got in zip(x_0.numpy(), clip_x0(x_0, percentile, top).numpy(), strict=True):
+            s = np.clip(np.percentile(np.abs(x), 100 * percentile), 1, top)
+            assert np.allclose(got, np.clip(x, -s, s) / s, rtol=1e-6)
+    assert torch.allclose(clip_x0(x_0), x_0.clamp(-1, 1))
+
+
+def test_clipped_sampling_is_equation_17():
+    x_T, times = 2 * randn(3, 2, 4), equidistant(4, 50)
+    ours = gamma_sample(toy_eps, x_T, times, SCHEDULE, 0.0, clip=clip_x0, clip_steps=2)
+    x = x_T
+    for i, (t, s) in enumerate(zip(times, [*times[1:], CLEAN], strict=True)):
+        x_0 = (x - SIGMA[t + 1] * toy_eps(x, torch.full((3,), t))) / ALPHA[t + 1]
+        x_0 = x_0.clamp(-1, 1) if i < 2 else x_0
+        x = (
+            SIGMA[s + 1] / SIGMA[t + 1] * x
+            + (ALPHA[s + 1] - SIGMA[s + 1] * ALPHA[t + 1] / SIGMA[t + 1]) * x_0
+        )
+    assert torch.allclose(ours, x, rtol=1e-9)
+    assert not torch.allclose(ours, gamma_sample(toy_eps, x_T, times, SCHEDULE, 0.0))
+
+
+def test_clipping_under_a_higher_order_solver_acts_on_x0():
+    x_t, eps = 2 * randn(3, 4), clipped(toy_eps, clip_x0, SCHEDULE)
+    x_0 = x0_from_eps(x_t, eps(x_t, torch.full((3,), 400)), 400, SCHEDULE)
+    assert x_0.abs().max() == pytest.approx(1, rel=1e-9)
+
+
+# -------------------------------------------------------------------------------------- the toy
+
+
+def test_timestep_embedding_is_diffusers():
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    t = torch.tensor([0, 1, 19, 500, 999])
+    theirs = get_timestep_embedding(t, 32, flip_sin_to_cos=True, downscale_freq_shift=0)
+    assert torch.allclose(toy.timestep_embedding(t), theirs, atol=1e-6)
+
+
+def test_ensemble_members_are_separate_mlps():
+    ensemble = toy.Ensemble.fresh(3, SCHEDULE, torch.Generator().manual_seed(0), width=8)
+    for p in ensemble.parameters():
+        p.data = randn(*p.shape, seed=p.numel(), dtype=torch.float32)
+    x_t, t, cond = randn(12, 2).float(), torch.arange(12) * 83, randn(12, 4, seed=2).float()
+    together = ensemble(x_t, t, cond)
+    for row in range(12):
+        m, (time,) = row % 3, t[row : row + 1].tolist()
+        h = torch.cat([x_t[row], toy.timestep_embedding(t[row : row + 1])[0], cond[row]])
+        for i in range(4):
+            h = (h if i == 0 else h * h.sigmoid()) @ ensemble.weight[i][m] + ensemble.bias[i][m, 0]
+        expected = SIGMA[time + 1] * x_t[row] + h
+        assert torch.allclose(together[row], expected, atol=1e-4)
+    swapped = ensemble.pick([2, 0, 1, 1])(x_t, t, cond)
+    assert torch.allclose(swapped[0], ensemble.pick([2])(x_t[:1], t[:1], cond[:1])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", toy.DATA)
+def test_data_is_standardised_and_classes_lie_where_they_should(name):
+    data = toy.Data(name)
+    x, label = data.draw(20_000, torch.Generator().manual_seed(1))
+    assert torch.allclose(x.mean(0), torch.zeros(2), atol=0.03)
+    assert torch.allclose(x.std(0), torch.ones(2), atol=0.02)
+    assert torch.bincount(label).float().std() < 200
+    a, b = (x * data.std + data.mean).T.double().numpy()
+    radius, angle = np.hypot(a, b), np.arctan2(b, a)
+    if name == "spirals":
+        arm = np.round((angle - 0.5 * np.pi * radius) / (np.pi / 2)) % 4
+        assert (arm == label.numpy()).mean() > 0.99
+    elif name == "gaussians":
+        centre = np.round(angle / (np.pi / 6)) % 12
+        assert (centre % 4 == label.numpy()).mean() > 0.99
+        assert radius.mean() == pytest.approx(2, abs=0.02)
+    else:
+        column, row = np.floor(a + 2), np.floor(b + 2)
+        assert (column == label.numpy()).all()
+        assert ((column + row) % 2 == 0).all()
+        assert set(row) == {0, 1, 2, 3}
+
+
+def test_distances():
+    label = torch.arange(4000) % 4
+    x = randn(4000, 2)
+    shift = torch.tensor([3.0, -4.0])
+    assert toy.rmse(x, x + shift).item() == pytest.approx(5)
+    # Every projection of a shift d is d cos, and the mean of cos^2 is 1/2.
+    assert toy.sliced_wasserstein(x, x + shift, label).item() == pytest.approx(5 / 2**0.5)
+    # N(0, 1) against N(0, 4): each projection is at W2 = 2 - 1.
+    far = toy.sliced_wasserstein(
+        randn(80_000, 2), 2 * randn(80_000, 2, seed=9), torch.arange(80_000) % 4
+    )
+    assert far.item() == pytest.approx(1, abs=0.03)
+    mixed = toy.sliced_wasserstein(x, x[torch.arange(4000) ^ 1], label)
+    assert mixed.item() > 0.02  # classes swapped in pairs: the same cloud, but not class by class
+
+
+def run_script(monkeypatch, capsys, *words):
+    """The exit code, and what was said on stderr."""
+    monkeypatch.setattr("sys.argv", ["train_toy.py", *map(str, words)])
+    code = 0
+    try:
+        cli.run(train_toy.main, train_toy.parser())
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--kmin", 9, "--kmax", 4], "kmin 9, kmax 4"),
+        (["--kmax", 51], "kmax 51"),
+        (["--kmin", 0], "at least 1"),
+        (["--eta", 1.5], "at most 1"),
+        (["--eta", "nan"], "at least 0"),
+        (["--rho", -0.1], "at least 0"),
+        (["--steps", 0], "at least 1"),
+        (["--steps", "ten"], "whole number"),
+        (["--guidance", 0.5], "at least 1"),
+        (["--solver-steps", 300], "must divide"),
+        (["--data", "moons"], "moons"),
+        (["--methods", "lcm2"], "lcm2"),
+        (["--output", "FILE/below"], "cannot write"),
+        (["--what"], "--what"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line(words, said, monkeypatch, capsys, tmp_path):
+    (tmp_path / "FILE").write_text("in the way")
+    output = [] if "--output" in words else ["--output", tmp_path / "out"]
+    words = [str(word).replace("FILE", str(tmp_path / "FILE")) for word in words]
+    code, err = run_script(monkeypatch, capsys, "--quick", *words, *output)
+    assert code == 2
+    assert said in err
+    assert err.startswith("train_toy.py: ")
+    assert err.count("\n") == 1
+
+
+def test_a_loss_that_explodes_stops_the_run(monkeypatch, capsys, tmp_path):
+    code, err = run_script(monkeypatch, capsys, "--quick", "--lr", 1e30, "--output", tmp_path)
+    assert code == 2
+    assert "train_toy.py: the teacher's loss is" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_keeps_what_is_finished(monkeypatch, capsys, tmp_path):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_toy, "train_students", interrupt)
+    code, err = run_script(monkeypatch, capsys, "--quick", "--steps", 2, "--output", tmp_path)
+    assert code == 130
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["targets.png"]
+
+
+def test_quick_run_end_to_end(monkeypatch, capsys, tmp_path):
+    """The whole script; even 500 steps put TDD well below CM and one step."""
+    code, err = run_script(monkeypatch, capsys, "--quick", "--output", tmp_path)
+    assert code == 0, err
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    fields = {"method", "variant", "k", "gamma", "schedule", "w", "tune", "clip_steps", "metric",
+              "per_seed", "mean", "std"}  # fmt: skip
+    assert all(set(row) == fields for row in result["rows"])
+    assert {row["method"] for row in result["rows"]} == {"teacher", *train_toy.STUDENTS}
+
+    def mean(method, ks):
+        return np.mean([
+            row["mean"] for row in result["rows"]
+            if row["method"] == method and row["k"] in ks and row["metric"] == "rmse"
+            and row["schedule"] == "equidistant" and not row["variant"] and not row["gamma"]
+            and not row["clip_steps"] and not row["w"]
+        ])  # fmt: skip
+
+    assert mean("tdd", range(4, 9)) < 0.7 * mean("cm", range(4, 9))
+    assert mean("tdd", [4]) < mean("tdd", [1]) / 2
+    assert 0 < result["noise_floor"]["sw"]["mean"] < 0.2
+    for name in ("samples", "curves", "targets", "trajectories", "guidance"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.getextrema() == ((0, 255),) * 3 or min(picture.getextrema())[0] < 60
+    assert not list(tmp_path.glob("*.part*"))

@@ -66,7 +66,7 @@ def one_hot(label: Tensor) -> Tensor:
 def timestep_embedding(t: Tensor, width: int = 32) -> Tensor:
     """SDXL's sinusoids of t: cosines before sines, frequencies 10000^(-i/half); (b,) -> (b, width)."""
     half = width // 2
-    frequency = 10000 ** (-torch.arange(half, device=t.device) / half)
+    frequency = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
     phase = t.float()[:, None] * frequency
     return torch.cat([phase.cos(), phase.sin()], 1)
 
@@ -129,7 +129,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, label: Tensor, directions: int = 32
     The directions are equally spaced over the half circle, so that the distance is repeatable.
     """
     angle = torch.arange(directions) * (math.pi / directions)
-    sides = torch.stack([angle.cos(), angle.sin()])  # (2, d)
+    sides = torch.stack([angle.cos(), angle.sin()]).to(x)  # (2, d)
     distances = []
     for c in range(CLASSES):
         one, other = ((z[..., label == c, :] @ sides).sort(-2).values for z in (x, y))

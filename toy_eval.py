@@ -11,7 +11,6 @@ from tdd import bind, clip_x0, equidistant, gamma_sample, guided, nonequidistant
 from toy import CLASSES, Data, Ensemble, one_hot, rmse, sliced_wasserstein
 
 GAMMAS = (0.0, 0.2)
-FINE = 10  # timesteps a step of the reference
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Evaluation:
     def __init__(self, args, teacher: Ensemble, schedule: Schedule, data: Data):
         self.args, self.teacher, self.schedule, self.data = args, teacher, schedule, data
         self.label = torch.arange(args.samples) // 2 % CLASSES  # every second one: the same labels
+        self.fine = 50 if args.quick else 10  # timesteps a step of the reference
         self.rows, self.samples, self.references = [], {}, {}
 
     def noise(self, members: int):
@@ -78,13 +78,19 @@ class Evaluation:
                 branches.append(bind(self.teacher, torch.zeros_like(self.cond(1))))
 
             def jump(model, x_t, t, s, schedule, past=None):
-                conditional, *null = (fine_jump(eps, x_t, t, s, schedule) for eps in branches)
+                conditional, *null = (self.follow(eps, x_t, t, s) for eps in branches)
                 return ((1 + w) * conditional - w * null[0] if null else conditional), past
 
             self.references[key] = self.sample(
                 self.teacher, 1, replace(case, clip_steps=0), 0.0, jump=jump
             )[0]
         return self.references[key]
+
+    def follow(self, eps, x_t: Tensor, t: int, s: int) -> Tensor:
+        """The PF-ODE from t to s in small steps of second order."""
+        between = [u for u in range(self.schedule.T - self.fine, 0, -self.fine) if s < u < t]
+        stops = [t, *between, *([0] if s < 0 else []), s]
+        return solve(eps, x_t, stops, self.schedule, dpmpp_2s)
 
     # ------------------------------------------------------------------------------------ rows
 
@@ -118,6 +124,29 @@ class Evaluation:
             row = {"method": method, "variant": variant, **asdict(case), "metric": metric}
             self.rows.append({**row, "per_seed": each.tolist(), **spread})
 
+    def find(self, method: str, case: Case, metric="rmse", variant="") -> dict | None:
+        """The row of a case; the teacher's is the one at the guidance that students distil."""
+        if method == "teacher":
+            case = replace(case, w=self.args.guidance - 1)
+        wanted = {"method": method, "variant": variant, "metric": metric, **asdict(case)}
+        return next((row for row in self.rows if wanted.items() <= row.items()), None)
+
+    @property
+    def methods(self) -> list[str]:
+        """The teacher, then every student at the main guidance."""
+        return list(dict.fromkeys(row["method"] for row in self.rows if not row["variant"]))
+
+    def table(self, gamma: float) -> str:
+        """The mean rmse of every method over k, with * on the non-equidistant schedule."""
+        ks = sorted({row["k"] for row in self.rows})
+        lines = [f"rmse at gamma = {gamma:<6g}" + "".join(f"{'k = ' + str(k):>9}" for k in ks)]
+        for schedule, mark in (("equidistant", ""), ("nonequidistant", " *")):
+            for method in self.methods:
+                found = [self.find(method, Case(k, gamma, schedule)) for k in ks]
+                cells = [f"{row['mean']:9.3f}" if row else " " * 9 for row in found]
+                lines += [f"{method + mark:21}" + "".join(cells)] * any(found)
+        return "\n".join(lines)
+
     def noise_floor(self) -> dict:
         """sw between independent halves of the references: no method can be told apart below it."""
         floors = [
@@ -126,10 +155,3 @@ class Evaluation:
         ]
         each = torch.stack(floors).mean(0)
         return {"sw": {"per_seed": each.tolist(), "mean": each.mean().item()}}
-
-
-def fine_jump(eps, x_t: Tensor, t: int, s: int, schedule: Schedule) -> Tensor:
-    """The PF-ODE from t to s in steps of FINE timesteps, of second order."""
-    between = [u for u in range(schedule.T - FINE, 0, -FINE) if s < u < t]
-    stops = [t, *between, *([0] if s < 0 else []), s]
-    return solve(eps, x_t, stops, schedule, dpmpp_2s)

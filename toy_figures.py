@@ -1,7 +1,10 @@
 """The five pictures of the 2-D experiment, named after the paper's figures that they mirror."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -20,15 +23,16 @@ NAMES = {
 }  # fmt: skip
 
 
-def draw_all(output: Path, ev: Evaluation, students, network, args) -> None:
-    samples(output / "samples.png", ev, args)
-    curves(output / "curves.png", ev, args)
-    trajectories(output / "trajectories.png", ev, students, network, args)
-    if any(student.variant for student in students):
-        guidance(output / "guidance.png", ev, args)
+def draw_all(output: Path, ev: Evaluation, students, network) -> None:
+    samples(output / "samples.png", ev)
+    curves(output / "curves.png", ev)
+    if len(ev.methods) > 1:
+        trajectories(output / "trajectories.png", ev, students, network)
+    if any(row["variant"] or row["clip_steps"] for row in ev.rows):
+        guidance(output / "guidance.png", ev)
 
 
-SIDE, LEFT = 168, 250  # of a panel of samples, and the width of the words before a row of them
+SIDE, LEFT = 168, 190  # of a panel of samples, and the width of the words before a row of them
 
 
 def _panels(figure: Figure, top: float, headers, rows, label: Tensor) -> float:
@@ -50,41 +54,30 @@ def _panels(figure: Figure, top: float, headers, rows, label: Tensor) -> float:
 
 def _cell(ev: Evaluation, method: str, case: Case, variant="", metric="rmse"):
     """The samples of a case in seed 0, and their distance in words."""
-    error = _found(ev, method, case, metric, variant)["per_seed"][0]
+    error = ev.find(method, case, metric, variant)["per_seed"][0]
+    if method == "teacher":
+        case = replace(case, w=ev.args.guidance - 1)
     return ev.samples[method, variant, case][0], f"rmse {error:.2f}"
-
-
-def _found(ev: Evaluation, method: str, case: Case, metric="rmse", variant=""):
-    """The row of metrics.json for a case, or None."""
-    wanted = {"method": method, "variant": variant, "metric": metric, **vars(case)}
-    return next((row for row in ev.rows if wanted.items() <= row.items()), None)
-
-
-def _methods(ev: Evaluation) -> list[str]:
-    return list(dict.fromkeys(row["method"] for row in ev.rows if not row["variant"]))
-
-
-def _teacher_case(method: str, case: Case, args) -> Case:
-    w = args.guidance - 1 if method == "teacher" else case.w
-    return Case(case.k, case.gamma, case.schedule, w)
 
 
 # ------------------------------------------------------------------- samples.png, after Fig. 4
 
 
-def samples(path: Path, ev: Evaluation, args) -> None:
+def samples(path: Path, ev: Evaluation) -> None:
     """Methods by number of steps at gamma = 0, all from the same noise, seed 0."""
-    ks = sorted({1, 2, args.kmin, (args.kmin + args.kmax) // 2, args.kmax})
-    methods, w = _methods(ev), args.guidance - 1
-    figure = Figure(LEFT + (SIDE + 8) * (len(ks) + 1) + 12, 100 + (SIDE + 30) * len(methods))
-    figure.text(20, 28, f"From the same noise: {args.data}, gamma = 0, guidance g = {1 + w:g}", 24)
+    kmin, kmax, w = ev.args.kmin, ev.args.kmax, ev.args.guidance - 1
+    ks = sorted({1, 2, kmin, (kmin + kmax) // 2, kmax})
+    figure = Figure(LEFT + (SIDE + 8) * (len(ks) + 1) + 12, 100 + (SIDE + 30) * len(ev.methods))
+    figure.text(
+        20, 28, f"From the same noise: {ev.args.data}, gamma = 0, guidance g = {1 + w:g}", 24
+    )
     headers = [f"{k} step" + "s" * (k > 1) for k in ks] + ["teacher's ODE"]
     exact = ev.reference(Case(1), 0.0, w)[0], "many steps"
-    rows = [
-        (NAMES[m], "guided DDIM" if m == "teacher" else "", COLOURS[m],
-         [_cell(ev, m, _teacher_case(m, Case(k), args)) for k in ks] + [exact])
-        for m in methods
-    ]  # fmt: skip
+    rows = []
+    for method in ev.methods:
+        note = "guided DDIM" if method == "teacher" else ""
+        cells = [_cell(ev, method, Case(k)) for k in ks]
+        rows.append((NAMES[method], note, COLOURS[method], [*cells, exact]))
     _panels(figure, 60, headers, rows, ev.label)
     figure.save(path)
 
@@ -92,148 +85,154 @@ def samples(path: Path, ev: Evaluation, args) -> None:
 # -------------------------------------------------------------------- curves.png, after Fig. 5
 
 
-def curves(path: Path, ev: Evaluation, args) -> None:
+def curves(path: Path, ev: Evaluation) -> None:
     """Distance to the reference over the number of steps, for each gamma; bands are seeds."""
     figure = Figure(1240, 640)
     figure.text(30, 30, "Distance to the teacher's exact sampler over the number of steps", 24)
-    ks = sorted({1, 2, *range(args.kmin, args.kmax + 1)})
-    shown = [row["mean"] for row in ev.rows if row["metric"] == "rmse" and not row["variant"]]
-    ticks = [
-        t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if min(shown) / 1.5 < t < 2 * max(shown)
-    ]
+    means = [row["mean"] for row in ev.rows if row["metric"] == "rmse" and not row["variant"]]
+    ylim = min(means) * 0.8, max(means) * 1.2
     for i, gamma in enumerate(GAMMAS):
-        box = 100 + i * 500, 100, 440, 440
-        axes = Axes(
-            figure, box, (ks[0] - 0.3, ks[-1] + 0.3), (min(shown) * 0.8, max(shown) * 1.2), True
-        )
-        axes.frame(
-            f"gamma = {gamma:g}", "steps k", "rmse (log scale)" if i == 0 else "", ks, ticks, 16
-        )
-        for method in _methods(ev):
-            rows = [_found(ev, method, _teacher_case(method, Case(k, gamma), args)) for k in ks]
-            mean, std = ([row[name] for row in rows] for name in ("mean", "std"))
-            low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
-            colour = COLOURS[method]
-            axes.band(ks, low, high, colour)
-            axes.line(ks, mean, colour, 2.5, 7 if method == "teacher" else None, dots=4)
-        other = [(k, _found(ev, "tdd", Case(k, gamma, "nonequidistant"))) for k in ks]
-        for k, row in other:
-            if row is not None:
-                figure.dot(*axes.place(k, row["mean"]), COLOURS["tdd"], 5, hollow=True)
-    for i, method in enumerate(_methods(ev)):
-        y = 130 + 34 * i
-        figure.line([(1075, y), (1105, y)], COLOURS[method], 3, 7 if method == "teacher" else None)
-        figure.text(1115, y, NAMES[method], 17, COLOURS[method])
-    figure.dot(1090, 130 + 34 * len(_methods(ev)), COLOURS["tdd"], 5, hollow=True)
-    figure.text(1115, 130 + 34 * len(_methods(ev)), "TDD, non-eq.", 17, COLOURS["tdd"])
-    figure.text(30, 615, f"{args.data}; mean of {args.seeds} seeds, bands one deviation; same starting "
-                "noise and step noise as the reference", 15, GREY)  # fmt: skip
+        _curve_panel(figure, (100 + i * 500, 100, 440, 440), ev, gamma, ylim)
+    entries = [(NAMES[method], COLOURS[method]) for method in ev.methods]
+    for i, (name, colour) in enumerate(entries):
+        figure.line([(1075, 130 + 34 * i), (1105, 130 + 34 * i)], colour, 3, None if i else 7)
+        figure.text(1115, 130 + 34 * i, name, 17, colour)
+    if "tdd" in ev.methods:
+        figure.dot(1090, 130 + 34 * len(entries), COLOURS["tdd"], 5, hollow=True)
+        figure.text(1115, 130 + 34 * len(entries), "TDD, non-eq.", 17, COLOURS["tdd"])
+    note = (
+        f"{ev.args.data}; mean and deviation of {ev.args.seeds} seeds; same noise as the reference"
+    )
+    figure.text(30, 615, note, 15, GREY)
     figure.save(path)
+
+
+def _curve_panel(figure: Figure, box, ev: Evaluation, gamma: float, ylim) -> None:
+    ks = sorted({1, 2, *range(ev.args.kmin, ev.args.kmax + 1)})
+    axes = Axes(figure, box, (ks[0] - 0.3, ks[-1] + 0.3), ylim, log_y=True)
+    ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if ylim[0] < t < ylim[1]]
+    axes.frame(f"gamma = {gamma:g}", "steps k", "rmse (log scale)", ks, ticks, 16)
+    for method in ev.methods:
+        rows = [ev.find(method, Case(k, gamma)) for k in ks]
+        mean, std = (np.array([row[name] for row in rows]) for name in ("mean", "std"))
+        axes.band(ks, mean - std, mean + std, COLOURS[method])
+        axes.line(ks, mean, COLOURS[method], 2.5, 7 if method == "teacher" else None, dots=4)
+    for k in ks:
+        if row := ev.find("tdd", Case(k, gamma, "nonequidistant")):
+            figure.dot(*axes.place(k, row["mean"]), COLOURS["tdd"], 5, hollow=True)
 
 
 # ------------------------------------------------------------------- targets.png, after Fig. 2
 
 
-def targets(path: Path, students, args) -> None:
+def targets(path: Path, students) -> None:
     """Which targets tau~ (up) each method trains from each start t (right): 20,000 real draws."""
-    chosen = {student.method: student for student in students if not student.variant}
-    side, columns = 300, 3
-    height = 80 + (side + 95) * -(-len(chosen) // columns)
-    figure = Figure(110 + columns * (side + 100), height)
-    figure.text(
-        30, 30, "Which targets each method trains from each start: draws of Eqs. 7 and 8", 24
-    )
-    ticks = [0, 250, 500, 750, 1000]
-    for i, (method, student) in enumerate(chosen.items()):
+    chosen = {student.method: student for student in reversed(students)}
+    names = [name for name in NAMES if name in chosen and name != "tdd_rho0"]
+    side, columns, ticks = 300, 3, [0, 250, 500, 750, 1000]
+    figure = Figure(110 + columns * (side + 100), 80 + (side + 95) * -(-len(names) // columns))
+    figure.text(30, 30, "Targets tau that each method trains from each start t (Eqs. 4, 7, 8)", 24)
+    for i, name in enumerate(names):
         box = 90 + (i % columns) * (side + 100), 100 + (i // columns) * (side + 95), side, side
         axes = Axes(figure, box, (0, 1000), (0, 1000))
-        axes.frame(NAMES[method], "start t", "target tau", ticks, ticks, 15)
+        axes.frame(NAMES[name], "start t", "target tau", ticks, ticks, 15)
         axes.line([0, 1000], [0, 1000], FAINT, 2)
-        draws = draw(
-            student.targets, (20_000, 1), student.eta, 0.0, torch.Generator().manual_seed(0)
-        )
-        for start, tau in set(zip(draws.t_next.tolist(), draws.tau.tolist(), strict=True)):
-            figure.dot(*axes.place(start, tau), (*COLOURS[method], 90), 1.6)
+        generator = torch.Generator().manual_seed(0)
+        draws = draw(chosen[name].targets, (20_000, 1), chosen[name].eta, 0.0, generator)
+        counts = Counter(zip(draws.t_next.tolist(), draws.tau.tolist(), strict=True))
+        for (start, tau), count in counts.items():
+            shade = 60 + 195 * count / max(counts.values())  # the likelier, the darker
+            figure.dot(*axes.place(start, tau), (*COLOURS[name], round(shade)), 2.2)
     figure.save(path)
 
 
 # --------------------------------------------------------------------------- trajectories.png
 
 
-def trajectories(path: Path, ev: Evaluation, students, network, args) -> None:
+def trajectories(path: Path, ev: Evaluation, students, network) -> None:
     """Twelve samples of seed 0 on their way from noise to data, over the teacher's own paths."""
     plain = [i for i, student in enumerate(students) if not student.variant]
-    side, columns, w = 380, 3, args.guidance - 1
+    side, columns, args = 380, 3, ev.args
     figure = Figure(40 + columns * (side + 20), 80 + (side + 60) * -(-len(plain) // columns))
-    figure.text(30, 30, f"{args.kmin} steps (a dot a stop) over the teacher's paths (grey)", 24)
-    picked = network.pick([m * args.seeds + s for m in plain for s in range(args.seeds)])
-    fine = _path(ev, ev.teacher, 1, Case(args.solver_steps), w)
-    few = _path(ev, picked, len(plain), Case(args.kmin), 0.0)
+    title = f"From noise (hollow) to data in {args.kmin} steps, over the teacher's paths (grey)"
+    figure.text(30, 30, title, 24)
+    fine = _path(ev, ev.teacher, 1, Case(args.solver_steps), args.guidance - 1)[0]
+    inside = [path for path in range(len(fine)) if fine[path].abs().max() < 2.9][:12]
     for i, m in enumerate(plain):
         box = 30 + (i % columns) * (side + 20), 100 + (i // columns) * (side + 60), side, side
-        axes = Axes(figure, box, (-2.6, 2.6), (-2.6, 2.6))
+        axes, colour = Axes(figure, box, (-3, 3), (-3, 3)), COLOURS[students[m].method]
         axes.frame(NAMES[students[m].method])
-        for j in range(12):
-            axes.line(*fine[0, j].T.tolist(), GREY, 1.2)
-            axes.line(*few[i, j].T.tolist(), COLOURS[students[m].method], 2, dots=3)
+        few = _path(
+            ev, network.pick(range(m * args.seeds, (m + 1) * args.seeds)), 1, Case(args.kmin), 0.0
+        )[0]
+        for j in inside:
+            axes.line(*fine[j].T.tolist(), GREY, 1.2)
+            axes.line(*few[j].T.tolist(), colour, 2, dots=3)
+            figure.dot(*axes.place(*few[j, 0].tolist()), GREY, 4, hollow=True)
     figure.save(path)
 
 
 def _path(ev: Evaluation, network, members: int, case: Case, w: float) -> Tensor:
-    """Every stop of the first samples' way, (m, n, stops, 2), seed 0."""
+    """Every stop of the samples' way, (m, n, stops, 2), seed 0."""
     stops = [next(ev.noise(members))]
     ev.sample(network, members, case, w, callback=lambda p, x: stops.append(x))
-    x = rearrange(stops, "stop (n m s) d -> m s n stop d", m=members, s=ev.args.seeds)
-    return x[:, 0, ::2]  # every other one: both classes of neighbours
+    return rearrange(stops, "stop (n m s) d -> s m n stop d", m=members, s=ev.args.seeds)[0]
 
 
 # ----------------------------------------------------------- guidance.png, after Figs. 6 and 7
 
 
-def guidance(path: Path, ev: Evaluation, args) -> None:
+def guidance(path: Path, ev: Evaluation) -> None:
     """Guiding students at inference: with and without null conditions, tuned down, and clipped."""
-    k, scales = args.kmin, (0.0, 1.0, 2.0, 3.0)
-    figure = Figure(LEFT + (SIDE + 8) * 4 + 12, 7 * (SIDE + 30) + 300)
-    figure.text(20, 28, f"Guidance at inference: {args.data}, {k} steps, gamma = 0", 24)
+    parts = []
+    if ev.find("tdd_rho0", Case(ev.args.kmin), variant="w'=1"):
+        parts += [_null_conditions(ev), _tuning(ev)]
+    if "tdd" in ev.methods:
+        parts.append(_clipping(ev))
+    height = sum(90 + (SIDE + 30) * len(rows) for _, _, rows in parts)
+    figure, top = Figure(LEFT + (SIDE + 8) * 4 + 12, 60 + height), 60
+    figure.text(
+        20, 28, f"Guidance at inference: {ev.args.data}, {ev.args.kmin} steps, gamma = 0", 24
+    )
+    for title, headers, rows in parts:
+        figure.text(20, top + 16, title, 19)
+        top = _panels(figure, top + 34, headers, rows, ev.label) + 26
+    figure.save(path)
 
-    def row(name, note, method, variant, cases):
-        cells = [_cell(ev, method, case, variant) for case in cases]
-        return name, note, COLOURS[method], cells
 
-    figure.text(20, 72, "Students distilled at w' = 1, sampled with w (Eq. 12; Fig. 6a)", 19)
-    cases = [Case(k, w=w) for w in scales]
+def _null_conditions(ev: Evaluation):
+    scales = 0.0, 1.0, 2.0, 3.0
+    cases = [Case(ev.args.kmin, w=w) for w in scales]
+    with_null = [_cell(ev, "tdd", case, "w'=1") for case in cases]
+    without = [_cell(ev, "tdd_rho0", case, "w'=1") for case in cases]
     exact = [(ev.reference(case, case.w, 1.0)[0], "") for case in cases]
     rows = [
-        row(f"rho {args.rho:g}", "with null conditions", "tdd", "w'=1", cases),
-        row("rho 0", "without", "tdd_rho0", "w'=1", cases),
-        ("exact", "perfect student", GREY, exact),
+        (f"rho {ev.args.rho:g}", "null conditions", COLOURS["tdd"], with_null),
+        ("rho 0", "none", COLOURS["tdd_rho0"], without),
+        ("exact jumps", "perfect student", GREY, exact),
     ]
-    top = _panels(figure, 90, [f"w = {w:g}" for w in scales], rows, ev.label)
+    title = "Students distilled at w' = 1, sampled with w (Eq. 12; Fig. 6a)"
+    return title, [f"w = {w:g}" for w in scales], rows
 
-    figure.text(
-        20,
-        top + 16,
-        "A student distilled at w' = 5, tuned to the teacher's w (Eq. 13; Fig. 6b)",
-        19,
-    )
-    cases = [Case(k)] + [Case(k, w=w, tune=5.0) for w in scales[1:]]
-    student = [_cell(ev, "tdd", cases[0], "w'=5")]
-    student += [_cell(ev, "tdd", case, "w'=5", "rmse_teacher") for case in cases[1:]]
-    wanted = [(ev.reference(Case(1), 0.0, w)[0], "") for w in (5.0, *scales[1:])]
+
+def _tuning(ev: Evaluation):
+    scales, k = (1.0, 2.0, 3.0), ev.args.kmin
+    student = [_cell(ev, "tdd", Case(k), "w'=5")]
+    student += [_cell(ev, "tdd", Case(k, w=w, tune=5.0), "w'=5", "rmse_teacher") for w in scales]
+    teacher = [(ev.reference(Case(1), 0.0, w)[0], "") for w in (5.0, *scales)]
     rows = [
-        ("TDD, w' = 5", "tuned", COLOURS["tdd"], student),
-        ("teacher's ODE", "at that w", GREY, wanted),
+        ("TDD, w' = 5", "Eq. 13", COLOURS["tdd"], student),
+        ("teacher's ODE", "at that w", GREY, teacher),
     ]
-    headers = ["not tuned"] + [f"to w = {w:g}" for w in scales[1:]]
-    top = _panels(figure, top + 34, headers, rows, ev.label)
+    title = "A student distilled at w' = 5, tuned to the teacher's w (Eq. 13; Fig. 6b)"
+    return title, ["as distilled"] + [f"to w = {w:g}" for w in scales], rows
 
-    if _found(ev, "tdd", Case(k)):
-        title = f"x_0 clipping of TDD, w' = {args.guidance - 1:g}, sampled with w (Eq. 17; Fig. 7)"
-        figure.text(20, top + 16, title, 19)
-        clips = {0: "none", 1: "first step", k: "every step"}
-        rows = [
-            row(f"w = {w:g}", "", "tdd", "", [Case(k, w=w, clip_steps=n) for n in clips])
-            for w in (1.0, 2.0)
-        ]
-        _panels(figure, top + 34, clips.values(), rows, ev.label)
-    figure.save(path)
+
+def _clipping(ev: Evaluation):
+    clips = {0: "none", 1: "first step", ev.args.kmin: "every step"}
+    rows = []
+    for w in (1.0, 2.0):
+        cells = [_cell(ev, "tdd", Case(ev.args.kmin, w=w, clip_steps=n)) for n in clips]
+        rows.append((f"w = {w:g}", "", COLOURS["tdd"], cells))
+    title = f"x_0 clipping, TDD distilled at w' = {ev.args.guidance - 1:g} (Eq. 17; Fig. 7)"
+    return title, list(clips.values()), rows

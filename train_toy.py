@@ -156,88 +156,76 @@ def join(draws: list[Draws], seeds: int) -> Draws:
 def main_cases(args) -> list[Case]:
     """Every k and gamma on the equidistant schedule; between kmin and kmax on the other as well."""
     ks = sorted({1, 2, *range(args.kmin, args.kmax + 1)})
-    equidistant = [Case(k, gamma) for gamma in GAMMAS for k in ks]
     between = range(args.kmin + 1, args.kmax)
-    return equidistant + [Case(k, gamma, "nonequidistant") for gamma in GAMMAS for k in between]
+    return [
+        case
+        for gamma in GAMMAS
+        for case in [Case(k, gamma) for k in ks]
+        + [Case(k, gamma, "nonequidistant") for k in between]
+    ]
 
 
-def evaluate(args, students, teacher, network, data, schedule):
-    """All rows of metrics.json, by name of the part they belong to, and the samples behind them."""
-    ev = Evaluation(args, teacher, schedule, data)
-    plain = [i for i, x in enumerate(students) if not x.variant]
-    study = {(x.method, x.variant): i for i, x in enumerate(students) if x.variant}
-    jobs = [(plain, case) for case in main_cases(args)]
-    ends = (args.kmin, args.kmax)
-    if study:
-        pair = [study["tdd", "w'=1"], study["tdd_rho0", "w'=1"]]
+def guidance_cases(args, students: list[Student]) -> list[tuple[list[int], Case]]:
+    """Guided students: rho 0 against rho (Fig. 6a), Eq. 13 (Fig. 6b), x_0 clipping (Fig. 7)."""
+    where = {(student.method, student.variant): i for i, student in enumerate(students)}
+    jobs, ends = [], sorted({args.kmin, args.kmax})
+    if ("tdd_rho0", "w'=1") in where:
+        pair = [where["tdd", "w'=1"], where["tdd_rho0", "w'=1"]]
         jobs += [(pair, Case(k, w=w)) for k in ends for w in (0.0, 1.0, 2.0, 3.0)]
-        high = [study["tdd", "w'=5"]]
-        jobs += [(high, Case(k, w=w, tune=5.0)) for k in ends for w in (1.0, 2.0, 3.0)]
+        high = [where["tdd", "w'=5"]]
         jobs += [(high, Case(k)) for k in ends]
-    if any(x.method == "tdd" for x in students if not x.variant):
-        clip = [i for i in plain if students[i].method == "tdd"]
-        jobs += [
-            (clip, Case(args.kmin, w=w, clip_steps=n))
-            for w in (1.0, 2.0)
-            for n in (0, 1, args.kmin)
-        ]
-    for case in main_cases(args):
-        ev.teacher_row(case, args.guidance - 1)
+        jobs += [(high, Case(k, w=w, tune=5.0)) for k in ends for w in (1.0, 2.0, 3.0)]
+    if ("tdd", "") in where:
+        first = sorted({0, 1, args.kmin})
+        clip = [Case(args.kmin, w=w, clip_steps=n) for w in (1.0, 2.0) for n in first]
+        jobs += [([where["tdd", ""]], case) for case in clip]
+    return jobs
+
+
+def evaluate(args, students: list[Student], teacher, network, data, schedule) -> Evaluation:
+    """Every row of metrics.json: the main cases for teacher and students, then guided students."""
+    ev = Evaluation(args, teacher, schedule, data)
+    plain = [i for i, student in enumerate(students) if not student.variant]
+    jobs = [("teacher", case) for case in main_cases(args)]
+    jobs += [(plain, case) for case in main_cases(args) if plain]
+    jobs += guidance_cases(args, students)
     for members, case in tqdm(jobs, desc="evaluate", mininterval=0.5, dynamic_ncols=True):
-        ev.student_rows([students[i] for i in members], network, members, case)
+        if members == "teacher":
+            ev.teacher_row(case, args.guidance - 1)
+        else:
+            ev.student_rows([students[i] for i in members], network, members, case)
     return ev
 
 
-# ---------------------------------------------------------------------------------------- output
-
-
-def settings_of(args) -> dict:
-    return {**vars(args), "output": str(args.output), "torch": torch.__version__,
-            "threads": torch.get_num_threads()}  # fmt: skip
-
-
-def table(rows, gamma: float, ks) -> str:
-    """The rmse of every method over k at one gamma, with its mean over k = kmin..kmax."""
-    lines = [f"{'rmse, gamma ' + format(gamma, 'g'):22}" + "".join(f"  k={k:<5}" for k in ks)]
-    names = dict.fromkeys((row["method"], row["schedule"]) for row in rows if not row["variant"])
-    for method, schedule in names:
-        cells = []
-        for k in ks:
-            found = [
-                row for row in rows
-                if (row["method"], row["schedule"], row["k"]) == (method, schedule, k)
-                and row["gamma"] == gamma and row["metric"] == "rmse" and not row["variant"]
-                and not row["clip_steps"] and (method == "teacher" or not row["w"])
-            ]  # fmt: skip
-            cells.append(f"{found[0]['mean']:9.3f}" if found else " " * 9)
-        lines.append(f"{method + ' *' * (schedule != 'equidistant'):22}" + "".join(cells))
-    return "\n".join(lines)
+# ------------------------------------------------------------------------------------------ main
 
 
 def main(args) -> None:
     start = time.time()
     if args.quick:
-        args.steps, args.seeds, args.samples = min(args.steps, 250), 1, 512
-        print("--quick: a first look, 1 seed, 250 steps, 512 samples; its figures are not results")
+        args.steps, args.seeds, args.samples = min(args.steps, 500), 1, 512
+        print("--quick: a first look, 1 seed, 500 steps, 512 samples; its figures are not results")
     students, output = students_of(args), cli.output_folder(args.output)
-    if not students:
-        raise ValueError("--methods names no student")
     data, schedule = Data(args.data), sdxl_schedule()
     generator = torch.Generator().manual_seed(args.seed)
-    toy_figures.targets(output / "targets.png", students, args)
+    toy_figures.targets(output / "targets.png", students)
     teacher = train_teacher(args, data, schedule, generator)
     network = train_students(args, students, teacher, data, schedule, generator)
     ev = evaluate(args, students, teacher, network, data, schedule)
-    result = {"settings": settings_of(args), "rows": ev.rows, "noise_floor": ev.noise_floor()}
-    cli.write_json(output / "metrics.json", {**result, "seconds": round(time.time() - start, 1)})
-    toy_figures.draw_all(output, ev, students, network, args)
-    ks = sorted({row["k"] for row in ev.rows})
-    print("\n\n".join(table(ev.rows, gamma, ks) for gamma in GAMMAS))
-    print(
-        "* the non-equidistant schedule. Distance to the teacher's many-step sampler, same noise."
-    )
-    cli.write_json(output / "metrics.json", {**result, "seconds": round(time.time() - start, 1)})
-    print(f"{time.time() - start:.0f} s; pictures and metrics.json are in {output}/")
+
+    def save_metrics():
+        settings = {**vars(args), "output": str(output), "torch": torch.__version__}
+        seconds = round(time.time() - start, 1)
+        floor = ev.noise_floor()
+        whole = {"settings": settings, "rows": ev.rows, "noise_floor": floor, "seconds": seconds}
+        cli.write_json(output / "metrics.json", whole)
+
+    save_metrics()
+    print("\n\n".join(ev.table(gamma) for gamma in GAMMAS))
+    print("* non-equidistant. Mean distance to the teacher's exact sampler from the same noise.")
+    toy_figures.draw_all(output, ev, students, network)
+    save_metrics()
+    print(f"{time.time() - start:.0f} s; metrics.json and the pictures are in {output}/")
 
 
 def parser() -> cli.Parser:
@@ -273,7 +261,7 @@ def parser() -> cli.Parser:
         "--samples", type=cli.number(int, 64), default=2048, help="evaluated, of each seed"
     )
     p.add_argument("--output", type=Path, default=Path("runs/toy"), help="folder for the results")
-    p.add_argument("--quick", action="store_true", help="1 seed, 250 steps: under 20 s")
+    p.add_argument("--quick", action="store_true", help="1 seed, 500 steps: under 20 s")
     return p
 
 
