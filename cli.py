@@ -23,6 +23,7 @@ def run(main, parser: Parser) -> None:
     """main(args), with what a user can mend said in one line on stderr, and exit code 2."""
     try:
         main(parser.parse_args())
+    # ValueError is what this project raises for input that cannot be used.
     except (ValueError, OSError) as problem:
         sys.exit(_one_line(problem))
     except KeyboardInterrupt:
@@ -74,6 +75,7 @@ def output_folder(path: str) -> Path:
 
 
 def write_json(path: Path, content) -> None:
+    # Renaming is atomic: whoever reads the file finds the old one or the new one, whole.
     part = Path(f"{path}.part")
     part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     part.replace(path)

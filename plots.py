@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+# Coordinates are pixels of the finished picture, y downwards; Axes alone knows data coordinates.
+
 INK, GREY, FAINT = (38, 40, 48), (120, 124, 134), (228, 230, 234)
 CLASS_COLOURS = [(214, 69, 65), (44, 110, 190), (46, 150, 92), (232, 152, 30)]
 
@@ -27,6 +29,7 @@ class Figure:
         if not upright:
             self.pen.text((x * self.SCALE, y * self.SCALE), words, colour, font, anchor)
             return
+        # pillow draws upright text only, so it goes onto a strip of its own that is then turned.
         _, top, right, bottom = font.getbbox(words)
         strip = Image.new("L", (right, bottom + top), 0)
         ImageDraw.Draw(strip).text((0, 0), words, 255, font)
@@ -132,6 +135,7 @@ class Axes:
         ink = np.zeros((height, width, 3))
         for c, colour in enumerate(CLASS_COLOURS):
             own = points[label == c]
+            # Ink saturates: one stray sample shows, and a thousand on one spot are no blot.
             counts, _, _ = np.histogram2d(
                 own[:, 1], own[:, 0], bins=(height, width), range=((y0, y1), (x0, x1))
             )

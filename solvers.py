@@ -19,6 +19,10 @@ CLEAN = -1  # the timestep of clean data: alpha = 1, sigma = 0. Timestep 0 still
 
 
 # ------------------------------------------------------------------------------ noise schedule
+#
+# The table holds log alpha, and sigma follows from expm1: near t = 0 alpha is almost 1, and
+# sqrt(1 - alpha^2) would lose half of its digits. Arithmetic stays in float64, on scalars or (b,)
+# vectors, whatever the precision of the samples.
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Schedule:
         return Schedule(self.log_alpha.to(device))
 
     def at(self, t, ndim: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """alpha_t, sigma_t and lam_t = log(alpha_t / sigma_t), shaped to broadcast over `ndim` axes."""
+        """alpha_t, sigma_t and lam_t = log(alpha_t / sigma_t), to broadcast over `ndim` axes."""
+        # A number stays 0-dimensional: it broadcasts as it is and never promotes a dtype.
         t = torch.as_tensor(t, device=self.log_alpha.device).to(self.log_alpha.dtype)
         t = t.reshape(t.shape + (1,) * (ndim - t.ndim)) if t.ndim else t  # (b, 1, ..) or ()
         below = t.floor().long().clamp(-1, self.T - 2)
@@ -51,13 +56,14 @@ class Schedule:
     def t_of_lam(self, lam: Tensor) -> Tensor:
         """The real-valued timestep with log-SNR lam, the inverse of lam_t on [CLEAN, T-1]."""
         log_alpha = -0.5 * torch.nn.functional.softplus(-2 * lam.to(self.log_alpha.dtype))
-        falling = -self.log_alpha  # searchsorted wants an ascending list
+        # searchsorted wants an ascending list, and alpha falls with t.
+        falling = -self.log_alpha
         above = torch.searchsorted(falling, -log_alpha.contiguous()).clamp(1, self.T)
         low, high = self.log_alpha[above - 1], self.log_alpha[above]
         return above - 2 + (log_alpha - low) / (high - low)
 
     def diffuse(self, x_0: Tensor, eps: Tensor, t) -> Tensor:
-        """A draw of x_t ~ N(alpha_t x_0, sigma_t^2 I) from unit noise eps (Algorithm 1, line 10)."""
+        """A draw of x_t ~ N(alpha_t x_0, sigma_t^2 I) from unit noise eps (Alg. 1, line 10)."""
         alpha_t, sigma_t, _ = self.at(t, x_0.ndim)
         return _mix(alpha_t, x_0, sigma_t, eps)
 
@@ -80,6 +86,8 @@ def solver_grid(N: int, T: int = 1000) -> list[int]:
 
 
 # ------------------------------------------------------------------ eps, x_0 and v predictions
+#
+# x_t = alpha_t x_0 + sigma_t eps ties the three together: any one of them and x_t give the others.
 
 
 def x0_from_eps(x_t: Tensor, eps: Tensor, t, schedule: Schedule) -> Tensor:
@@ -110,6 +118,9 @@ def _mix(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------- exponential integrator
+#
+# The PF-ODE is linear in x but for the network's prediction. In lam its linear part integrates
+# exactly, which leaves these two forms: exact as far as eps (or x_0) does not change from t to s.
 
 
 def integrate_eps(x_t: Tensor, eps: Tensor, t, s, schedule: Schedule) -> Tensor:
@@ -136,10 +147,14 @@ def renoise(x_s: Tensor, s, p, z: Tensor, schedule: Schedule) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------- solvers
+#
+# All of second order do the same: correct the prediction for its slope in lam, then integrate as
+# if it were constant. They differ in what they predict (eps, or x_0 in the ++ solvers) and in where
+# the slope comes from: a second evaluation at u (2S), or the step before (2M).
 
 
 def ddim(model, x_t: Tensor, t, s, schedule: Schedule, past=None):
-    """Order 1, Eq. 15 with one evaluation: the DDIM step, and the jump f_theta(x_t, t, s) itself."""
+    """Order 1, Eq. 15 with one evaluation: a DDIM step, and the jump f_theta(x_t, t, s) itself."""
     return integrate_eps(x_t, eps_theta(model, x_t, t, schedule), t, s, schedule), past
 
 

@@ -18,6 +18,11 @@ from torch import Tensor
 from solvers import CLEAN, Schedule, ddim, eps_from_x0, renoise, solver_grid, x0_from_eps
 
 # ------------------------------------------------------------- 3.2 target timestep selection
+#
+# Which tau a start t_{n+1} is trained to jump to is all that tells the methods apart. Eq. 5's times
+# mT/k are rational and need not lie on the solver's grid, so there are two sides to each target:
+# the exact time decides whether Eq. 7 admits it (750, not 751), and the grid timestep that a k-step
+# schedule really visits (751) is what the network is trained for and later sampled at.
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,13 @@ def target_set(
     grid = solver_grid(N, T)
     if not 1 <= kmin <= kmax <= N:
         raise ValueError(f"1 <= kmin <= kmax <= N is needed, not kmin {kmin}, kmax {kmax}, N {N}")
+    # One set: the 1/2 of k = 4, 6 and 8 is a single target, no likelier than the others.
     exact = sorted({Fraction(m * T, k) for k in range(kmin, kmax + 1) for m in range(k)})  # Eq. 5
     reach = Fraction(T, kmin) if e is None else Fraction(e)
     first, count = [0], [0]
     for n in range(1, N):
-        t = Fraction(n * T, N)  # exact times decide what is admitted, 750 and not 751
+        # Eq. 7's t is t_n: the target network, which starts there, cannot jump back up beyond it.
+        t = Fraction(n * T, N)
         if strict:
             low, high = bisect_left(exact, t) - 1, bisect_left(exact, t)  # Eq. 4
         else:
@@ -67,6 +74,7 @@ def target_set(
             raise ValueError(f"no target lies within e = {float(reach):g} below t = {float(t):g}")
         first.append(low)
         count.append(high - low)
+    # `equidistant` visits index floor(iN/k) from above, which is ceil(mN/k) from below: 750 -> 751.
     tau = [grid[math.ceil(time * N / T)] for time in exact]
     return TargetSet(*(torch.tensor(v) for v in (grid, tau, first, count)))
 
@@ -97,6 +105,9 @@ def offset(tau: Tensor, eta: float, v: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------- the loss
+#
+# Algorithm 1 in two halves: `draw` is all of its randomness, `tdd_loss` all of its arithmetic, so
+# that a test can hold the loss of given draws against the paper's lines one by one.
 
 
 @dataclass(frozen=True)
@@ -122,6 +133,7 @@ def draw(targets: TargetSet, shape, eta: float, rho: float, generator: torch.Gen
 
     Drawn on the CPU, they are the same on every device and the GPU is never waited for.
     """
+    # In float64: u * count in float32 could round up to count, a target above t_n.
     u_n, u_tau, u_eta, u_kept = torch.rand((4, shape[0]), generator=generator, dtype=torch.float64)
     n = 1 + (u_n * (len(targets.count) - 1)).floor().long()  # n ~ U[1, N - 1]
     tau = offset(targets.select(n, u_tau), eta, u_eta)
@@ -131,7 +143,9 @@ def draw(targets: TargetSet, shape, eta: float, rho: float, generator: torch.Gen
 
 
 def squared_l2(d: Tensor) -> Tensor:
-    """Eq. 10's distance as a mean over the axes, (b, ..) -> (b,), so that size does not matter."""
+    """Eq. 10's distance as a mean over the axes, (b, ..) -> (b,)."""
+    # The mean, as in the published script: Adam is blind to the factor, gradient clipping is not,
+    # and with the sum it would bite harder the larger the picture.
     return d.float().square().flatten(1).mean(1)
 
 
@@ -150,14 +164,19 @@ def tdd_loss(
     solver: Phi, one step of the teacher's PF-ODE. jump: f, how eps becomes a prediction at tau~.
     """
     t_next, t_n, tau = draws.t_next, draws.t_n, draws.tau
-    x_next = schedule.diffuse(x_0, draws.noise, t_next)  # line 10
-    c = _zip(lambda c, u: torch.where(_like(draws.kept, c), c, u), cond, null)  # line 11
+    # Line 10: x_{n+1} ~ N(alpha x, sigma^2 I).
+    x_next = schedule.diffuse(x_0, draws.noise, t_next)
+    # Line 11: the condition, or with probability rho the null condition.
+    c = _zip(lambda c, u: torch.where(_like(draws.kept, c), c, u), cond, null)
     with torch.no_grad():
-        phi = guided(teacher, c, null, w * draws.kept, draws.rows)  # lines 11-15
-        x_n, _ = solver(phi, x_next, t_next, t_n, schedule)  # Eq. 9
-        aim, _ = jump(bind(target, c), x_n, t_n, tau, schedule)  # f_theta-(x_n, t_n, tau~)
-    pred, _ = jump(bind(student, c), x_next, t_next, tau, schedule)  # f_theta(x_n+1, t_n+1, tau~)
-    return distance(pred - aim)  # line 16, Eqs. 10 and 11
+        # Lines 12-15, Eq. 9: one solver step of the teacher, guided where the condition was kept.
+        phi = guided(teacher, c, null, w * draws.kept, draws.rows)
+        x_n, _ = solver(phi, x_next, t_next, t_n, schedule)
+        # Line 16, Eqs. 10 and 11: f_theta-(x_n, t_n, tau~) from the teacher's x_n ...
+        aim, _ = jump(bind(target, c), x_n, t_n, tau, schedule)
+    # ... and f_theta(x_{n+1}, t_{n+1}, tau~), which is to agree with it.
+    pred, _ = jump(bind(student, c), x_next, t_next, tau, schedule)
+    return distance(pred - aim)
 
 
 @torch.no_grad()
@@ -167,6 +186,10 @@ def ema_update(target, student, mu: float) -> None:
 
 
 # ------------------------------------------------------------------ 3.3 decoupled guidance
+#
+# The paper's w counts from 0 (off); users know g = 1 + w. Line 12 mixes two teacher steps Phi, here
+# the two eps are mixed before one step: the same thing for DDIM, which is linear in eps, and for a
+# solver of higher order the guided PF-ODE that Phi stands for.
 
 
 def bind(model, cond):
@@ -214,6 +237,9 @@ def _like(a: Tensor, x: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------- 3.4 sampling
+#
+# A schedule lists the k timesteps at which the network is evaluated. The stop after its last one is
+# CLEAN: training's target 0 still holds sigma_0 = 0.029, a finished sample should not.
 
 
 def equidistant(k: int, N: int = 250, T: int = 1000) -> list[int]:
@@ -240,6 +266,7 @@ def nonequidistant(k: int, N: int = 250, kmin: int = 4, kmax: int = 8, T: int = 
 
 def clip_x0(x_0: Tensor, percentile: float = 0.995, max_value: float = 1.0) -> Tensor:
     """C above Eq. 17: clamp to the percentile s of |x_0| and divide by it, s in [1, max_value]."""
+    # With max_value = 1, the published default, s is 1 and C a plain clamp to [-1, 1].
     s = torch.quantile(x_0.abs().flatten(1).float(), percentile, dim=1).clamp(1, max_value)
     s = _like(s, x_0).to(x_0.dtype)
     return x_0.clamp(-s, s) / s
@@ -269,10 +296,13 @@ def gamma_sample(
     solvers, or any function of their signature. callback(p, x_p) is called after each step.
     """
     for i, (t, p) in enumerate(pairwise([*timesteps, CLEAN])):
-        s = CLEAN if p == CLEAN else math.floor((1 - gamma) * p + 1e-6)  # no 0.9999.. for 1
-        eps = clipped(model, clip, schedule) if i < clip_steps else model  # Eq. 17
-        x_s, _ = jump(eps, x_t, t, s, schedule)  # Eqs. 15, 16
-        x_t = renoise(x_s, s, p, next(noise), schedule) if s < p else x_s  # Eq. 18
+        # s = (1 - gamma) p; the 1e-6 mends floating point, where (1 - 0.9) * 250 is short of 25.
+        s = CLEAN if p == CLEAN else math.floor((1 - gamma) * p + 1e-6)
+        # Eqs. 15 and 16, or 17 with C on x_0: from t down to s.
+        eps = clipped(model, clip, schedule) if i < clip_steps else model
+        x_s, _ = jump(eps, x_t, t, s, schedule)
+        # Eq. 18: from s back up to p.
+        x_t = renoise(x_s, s, p, next(noise), schedule) if s < p else x_s
         if callback is not None:
             callback(p, x_t)
     return x_t

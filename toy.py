@@ -15,6 +15,9 @@ from solvers import Schedule
 CLASSES = 4
 
 # ---------------------------------------------------------------------------------------- data
+#
+# Each set maps a label, two uniforms and two normals to a point, so that drawing is a single call.
+# The spirals are the default: an arm bends, so a jump that aims wrong leaves the arm and is seen.
 
 
 def spirals(label: Tensor, u: Tensor, z: Tensor) -> Tensor:
@@ -44,6 +47,7 @@ class Data:
 
     def __init__(self, name: str):
         self.points, self.mean, self.std = DATA[name], 0.0, 1.0
+        # A sample is as good as the closed form here: 200,000 points fix both to 0.2 %.
         x, _ = self.draw(200_000, torch.Generator().manual_seed(0))
         self.mean, self.std = x.mean(0), x.std(0)
         self.bound = ((x - self.mean) / self.std).abs().max().item()
@@ -61,10 +65,13 @@ def one_hot(label: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------- network
+#
+# Three seeds of nine students are 27 networks of 25,000 weights. One after the other they would be
+# bound by the cost of calling operators; stacked, one step of all of them takes 20 ms on two cores.
 
 
 def timestep_embedding(t: Tensor, width: int = 32) -> Tensor:
-    """SDXL's sinusoids of t: cosines before sines, frequencies 10000^(-i/half); (b,) -> (b, width)."""
+    """SDXL's sinusoids of t: cosines, then sines, of 10000^(-i/half) t; (b,) -> (b, width)."""
     half = width // 2
     frequency = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
     phase = t.float()[:, None] * frequency
@@ -116,6 +123,9 @@ class Ensemble(nn.Module):
 
 
 # ------------------------------------------------------------------------------------ distance
+#
+# rmse asks whether each sample is where the teacher would have put it, sliced Wasserstein only
+# whether the cloud is right. The second has a floor: two finite clouds never agree.
 
 
 def rmse(x: Tensor, reference: Tensor) -> Tensor:

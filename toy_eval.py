@@ -31,7 +31,9 @@ class Evaluation:
     The reference is the sampler of a perfect student: the same schedule, starting noise and step
     noise, but every jump the teacher's many-step solution, guided by the w' that the student
     distils; at gamma = 0 that is the ODE's endpoint. Where the student is itself guided (Eq. 12)
-    so are the exact jumps: (1 + w) Phi(w') - w Phi(null). Rows are "(n m s)": samples, methods, seeds.
+    so are the exact jumps: (1 + w) Phi(w') - w Phi(null).
+
+    Rows are laid out "(n m s)": samples, methods, seeds.
     """
 
     def __init__(self, args, teacher: Ensemble, schedule: Schedule, data: Data):
@@ -60,6 +62,7 @@ class Evaluation:
 
     def sample(self, network, members: int, case: Case, w: float, callback=None, **options):
         """The gamma-sampler's x_0 of an ensemble, (m, s, n, 2)."""
+        # C clips to [-1, 1], where pixels live; this data reaches to `bound` instead.
         eps = guided(network, self.cond(members), torch.zeros(1, CLASSES), w)
         noise, clip = self.noise(members), lambda x: self.data.bound * clip_x0(x / self.data.bound)
         x = gamma_sample(eps, next(noise), self.timesteps(case), self.schedule, case.gamma, noise,
@@ -68,8 +71,10 @@ class Evaluation:
 
     def reference(self, case: Case, w: float, w_distilled: float) -> Tensor:
         """What the case would give were every jump exact; (s, n, 2)."""
+        # Unguided and without noise exact jumps compose: whatever the stops, the ODE's endpoint.
         if case.gamma == w == 0:
-            case = Case(1)  # whatever the stops, the ODE's endpoint
+            case = Case(1)
+        # The key keeps w' where tune stood: students of one w' share their reference.
         key = replace(case, w=w, tune=w_distilled, clip_steps=0)
         if key not in self.references:
             null = torch.zeros(1, CLASSES)
@@ -106,7 +111,9 @@ class Evaluation:
         w = case.w if case.tune is None else tuned(case.w, case.tune)
         for student, x in zip(students, self.sample(picked, len(members), case, w), strict=True):
             reference = self.reference(case, w, student.w)
-            W = (1 + w) * (1 + student.w) - 1  # Eq. 22: all of a guided student's guidance
+            # Eq. 22: guidance on top of distilled guidance multiplies, in terms of g = 1 + w.
+            W = (1 + w) * (1 + student.w) - 1
+            # How far is a guided student from the teacher it stands for? Eq. 13 is judged by this.
             endpoint = self.reference(Case(1), 0.0, W) if w != 0 else None
             self._keep(student.method, student.variant, case, x, reference, endpoint)
 

@@ -13,9 +13,12 @@ from plots import FAINT, GREY, INK, Axes, Figure
 from tdd import draw
 from toy_eval import GAMMAS, Case, Evaluation
 
+# A method keeps its colour and its name through all of the pictures.
+
 COLOURS = {
     "teacher": (130, 134, 144), "cm": (216, 120, 40), "pcm4": (60, 150, 95), "pcm8": (130, 180, 60),
-    "tcd": (150, 90, 180), "tdd": (205, 45, 60), "tdd_eta0": (50, 110, 190), "tdd_rho0": (90, 90, 90),
+    "tcd": (150, 90, 180), "tdd": (205, 45, 60), "tdd_eta0": (50, 110, 190),
+    "tdd_rho0": (90, 90, 90),
 }  # fmt: skip
 NAMES = {
     "teacher": "teacher", "cm": "CM / LCM", "pcm4": "PCM-4", "pcm8": "PCM-8", "tcd": "TCD / CTM",
@@ -32,11 +35,13 @@ def draw_all(output: Path, ev: Evaluation, students, network) -> None:
         guidance(output / "guidance.png", ev)
 
 
+# Panels of samples are what samples.png and guidance.png are made of: rows of clouds, words below.
+
 SIDE, LEFT = 168, 190  # of a panel of samples, and the width of the words before a row of them
 
 
 def _panels(figure: Figure, top: float, headers, rows, label: Tensor) -> float:
-    """Rows (name, what it is, colour, cells) of panels (x (n, 2), words); returns where they end."""
+    """Rows (name, note, colour, cells) of panels (x (n, 2), words); returns where they end."""
     for column, header in enumerate(headers):
         x = LEFT + column * (SIDE + 8) + SIDE / 2
         figure.text(x, top + 10, header, 18, INK, "mm")
@@ -61,6 +66,8 @@ def _cell(ev: Evaluation, method: str, case: Case, variant="", metric="rmse"):
 
 
 # ------------------------------------------------------------------- samples.png, after Fig. 4
+#
+# Every panel starts from the same noise, so a good one looks like the last column, point for point.
 
 
 def samples(path: Path, ev: Evaluation) -> None:
@@ -83,6 +90,8 @@ def samples(path: Path, ev: Evaluation) -> None:
 
 
 # -------------------------------------------------------------------- curves.png, after Fig. 5
+#
+# Single-target methods dip at their own k; what TDD claims is a curve that stays low over 4..8.
 
 
 def curves(path: Path, ev: Evaluation) -> None:
@@ -111,7 +120,8 @@ def _curve_panel(figure: Figure, box, ev: Evaluation, gamma: float, ylim) -> Non
     ks = sorted({1, 2, *range(ev.args.kmin, ev.args.kmax + 1)})
     axes = Axes(figure, box, (ks[0] - 0.3, ks[-1] + 0.3), ylim, log_y=True)
     ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if ylim[0] < t < ylim[1]]
-    axes.frame(f"gamma = {gamma:g}", "steps k", "rmse (log scale)", ks, ticks, 16)
+    ylabel = "rmse (log scale)" if gamma == GAMMAS[0] else ""
+    axes.frame(f"gamma = {gamma:g}", "steps k", ylabel, ks, ticks, 16)
     for method in ev.methods:
         rows = [ev.find(method, Case(k, gamma)) for k in ks]
         mean, std = (np.array([row[name] for row in rows]) for name in ("mean", "std"))
@@ -123,6 +133,8 @@ def _curve_panel(figure: Figure, box, ev: Evaluation, gamma: float, ylim) -> Non
 
 
 # ------------------------------------------------------------------- targets.png, after Fig. 2
+#
+# Drawn by `draw`, the very function that training calls, and not from a picture of the idea.
 
 
 def targets(path: Path, students) -> None:
@@ -157,10 +169,10 @@ def trajectories(path: Path, ev: Evaluation, students, network) -> None:
     title = f"From noise (hollow) to data in {args.kmin} steps, over the teacher's paths (grey)"
     figure.text(30, 30, title, 24)
     fine = _path(ev, ev.teacher, 1, Case(args.solver_steps), args.guidance - 1)[0]
-    inside = [path for path in range(len(fine)) if fine[path].abs().max() < 2.9][:12]
+    inside = [path for path in range(len(fine)) if fine[path].abs().max() < 2.5][:12]
     for i, m in enumerate(plain):
         box = 30 + (i % columns) * (side + 20), 100 + (i // columns) * (side + 60), side, side
-        axes, colour = Axes(figure, box, (-3, 3), (-3, 3)), COLOURS[students[m].method]
+        axes, colour = Axes(figure, box, (-2.6, 2.6), (-2.6, 2.6)), COLOURS[students[m].method]
         axes.frame(NAMES[students[m].method])
         few = _path(
             ev, network.pick(range(m * args.seeds, (m + 1) * args.seeds)), 1, Case(args.kmin), 0.0
@@ -180,6 +192,9 @@ def _path(ev: Evaluation, network, members: int, case: Case, w: float) -> Tensor
 
 
 # ----------------------------------------------------------- guidance.png, after Figs. 6 and 7
+#
+# The first part is measured against exact jumps (is the student's null branch right?), the second
+# against the teacher's own ODE at the wanted w (does Eq. 13 bring the student back to it?).
 
 
 def guidance(path: Path, ev: Evaluation) -> None:

@@ -38,6 +38,9 @@ class Student:
 
 
 # -------------------------------------------------------------------------------------- students
+#
+# The main comparison holds everything but the targets equal: teacher, w', rho, steps, batch, noise.
+# eta belongs to TDD alone. PCM-4 and PCM-8 stand at the two ends of what TDD trains for.
 
 
 STUDENTS = ("cm", "pcm4", "pcm8", "tcd", "tdd", "tdd_eta0", "tdd_rho0")
@@ -57,6 +60,7 @@ def students_of(args) -> list[Student]:
     }
     students = [every[name] for name in args.methods if name in every]
     if "tdd_rho0" in args.methods:
+        # Fig. 6's questions need guidance left to add (w' = 1) and guidance to take back (w' = 5).
         students += [
             Student("tdd", tdd, args.eta, args.rho, 1.0, "w'=1"),
             Student("tdd_rho0", tdd, args.eta, 0.0, 1.0, "w'=1"),
@@ -66,6 +70,9 @@ def students_of(args) -> list[Student]:
 
 
 # -------------------------------------------------------------------------------------- training
+#
+# Both trainings are the same loop, `fit`; they differ in the loss and in what follows a step. A
+# loss has an entry a row "(b m)"; members share no weights, so its gradient is each member's own.
 
 
 def fit(network: Ensemble, loss_of_step, steps: int, lr: float, name: str, after=None) -> Ensemble:
@@ -81,6 +88,7 @@ def fit(network: Ensemble, loss_of_step, steps: int, lr: float, name: str, after
         cosine.step()
         if after is not None:
             after()
+        # Now and then only: looking at the loss waits for it.
         if step % 100 == 0 or step == steps - 1:
             if not loss.isfinite():
                 raise ValueError(f"the {name}'s loss is {loss} at step {step}: lower --lr")
@@ -89,7 +97,7 @@ def fit(network: Ensemble, loss_of_step, steps: int, lr: float, name: str, after
 
 
 def train_teacher(args, data: Data, schedule: Schedule, generator) -> Ensemble:
-    """An eps-prediction teacher for each seed, trained from data with its label dropped at times."""
+    """An eps-prediction teacher for each seed, trained from data, its label dropped at times."""
     teacher = Ensemble.fresh(args.seeds, schedule, generator)
     rows = args.seeds * 2 * args.batch_size
 
