@@ -1,7 +1,9 @@
 """What the scripts share: errors in one clear line, checked flags, files that are never half."""
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str):
+        # argparse would print the whole usage first.
         sys.exit(_one_line(f"{message} (see --help)"))
 
 
@@ -36,25 +39,20 @@ def _one_line(problem) -> int:
     return 2
 
 
-def number(kind=float, low=None, high=None):
-    """An argparse type: a number of this kind, no less than low and no more than high."""
+def number(kind=float, low=-math.inf, high=math.inf):
+    """An argparse type: a finite number of this kind, no less than low and no more than high."""
 
     def parse(words: str):
-        try:
+        # "nan" compares as false and is refused by the same line as what is out of range.
+        with contextlib.suppress(ValueError, OverflowError):
             value = kind(words)
-        except ValueError:
-            value = None
-        if (
-            value is None
-            or not (low is None or value >= low)
-            or not (high is None or value <= high)
-        ):
-            limits = f" of at least {low}" * (low is not None) + f" and at most {high}" * (
-                high is not None
-            )
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{name}{limits} is needed, not {words!r}")
-        return value
+            if low <= value <= high and math.isfinite(value):
+                return value
+        name = "a whole number" if kind is int else "a number"
+        at_least = f" of at least {low:g}" if low > -math.inf else ""
+        at_most = f" of at most {high:g}" if high < math.inf else ""
+        limits = " and".join(filter(None, (at_least, at_most)))
+        raise argparse.ArgumentTypeError(f"{name}{limits} is needed, not {words!r}")
 
     return parse
 
@@ -64,6 +62,7 @@ def output_folder(path: str) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # Permissions do not tell the whole truth (read-only mounts, full disks): try it.
         probe = folder / f".write-{os.getpid()}"
         probe.touch()
         probe.unlink()
@@ -77,5 +76,5 @@ def output_folder(path: str) -> Path:
 def write_json(path: Path, content) -> None:
     # Renaming is atomic: whoever reads the file finds the old one or the new one, whole.
     part = Path(f"{path}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     part.replace(path)

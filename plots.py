@@ -23,13 +23,14 @@ class Figure:
         self.image = Image.new("RGB", (width * self.SCALE, height * self.SCALE), "white")
         self.pen = ImageDraw.Draw(self.image, "RGBA")
 
-    def text(self, x, y, words: str, size=16, colour=INK, anchor="lm", upright=False) -> None:
-        """Words at (x, y); anchor as in pillow ("l m r" by "t m b"); upright turns them left."""
+    def text(self, x, y, words: str, size=16, colour=INK, anchor="lm", turned=False) -> None:
+        """Words at (x, y), turned left if asked; anchor as in pillow, "l m r" by "t m b"."""
+        # The font that comes inside pillow; it has no Greek, so eta is spelt out.
         font = ImageFont.load_default(size * self.SCALE)
-        if not upright:
+        if not turned:
             self.pen.text((x * self.SCALE, y * self.SCALE), words, colour, font, anchor)
             return
-        # pillow draws upright text only, so it goes onto a strip of its own that is then turned.
+        # pillow draws level text only, so it goes onto a strip of its own that is then turned.
         _, top, right, bottom = font.getbbox(words)
         strip = Image.new("L", (right, bottom + top), 0)
         ImageDraw.Draw(strip).text((0, 0), words, 255, font)
@@ -53,11 +54,13 @@ class Figure:
     def paste(self, pixels: np.ndarray, x, y, width, height) -> None:
         """An RGB picture (h, w, 3) in uint8, resized to the given box."""
         size = round(width * self.SCALE), round(height * self.SCALE)
+        # Bicubic: a histogram's cells should not show as squares.
         picture = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
         self.image.paste(picture, (round(x * self.SCALE), round(y * self.SCALE)))
 
     def save(self, path: Path) -> None:
-        with_suffix = Path(path).with_suffix(".part.png")  # renamed: never half a picture
+        # Renamed when it is whole: nobody ever opens half a picture.
+        with_suffix = Path(path).with_suffix(".part.png")
         self.image.resize(self.size, Image.Resampling.LANCZOS).save(with_suffix)
         with_suffix.replace(path)
 
@@ -66,6 +69,7 @@ def _dashes(points, length):
     """Pieces of a path, `length` drawn and `length` left out in turn."""
     pieces, drawn, left = [[points[0]]], True, length
     for (x0, y0), (x1, y1) in pairwise(points):
+        # A path is walked with a stick of `length`; its corners do not restart the pattern.
         way = whole = math.hypot(x1 - x0, y1 - y0)
         while way > left:
             way -= left
@@ -98,29 +102,27 @@ class Axes:
         return left + width * (x - x0) / (x1 - x0), top + height * (y1 - y) / (y1 - y0)
 
     def frame(self, title="", xlabel="", ylabel="", xticks=(), yticks=(), size=14) -> None:
-        """Grid lines, tick labels and titles. A tick is a number or a pair (number, words)."""
+        """Grid lines, tick labels and titles."""
         left, top, width, height = self.box
         for tick in xticks:
-            value, words = tick if isinstance(tick, tuple) else (tick, f"{tick:g}")
-            x = self.place(value, self.ylim[0])[0]
+            x = self.place(tick, self.ylim[0])[0]
             self.figure.line([(x, top), (x, top + height)], FAINT, 1)
-            self.figure.text(x, top + height + size, words, size, GREY, "mm")
+            self.figure.text(x, top + height + size, f"{tick:g}", size, GREY, "mm")
         for tick in yticks:
-            value, words = tick if isinstance(tick, tuple) else (tick, f"{tick:g}")
-            y = self.place(self.xlim[0], value)[1]
+            y = self.place(self.xlim[0], tick)[1]
             self.figure.line([(left, y), (left + width, y)], FAINT, 1)
-            self.figure.text(left - size / 2, y, words, size, GREY, "rm")
+            self.figure.text(left - size / 2, y, f"{tick:g}", size, GREY, "rm")
         corners = [(left, top), (left, top + height), (left + width, top + height)]
         self.figure.line(corners, GREY, 1)
         self.figure.text(left, top - size * 1.1, title, size + 3, INK, "lm")
         self.figure.text(left + width / 2, top + height + 2.6 * size, xlabel, size, INK, "mm")
-        self.figure.text(left - 3.6 * size, top + height / 2, ylabel, size, INK, upright=True)
+        self.figure.text(left - 3.6 * size, top + height / 2, ylabel, size, INK, turned=True)
 
-    def line(self, x, y, colour=INK, width=2.0, dash=None, dots=0.0, hollow=False) -> None:
+    def line(self, x, y, colour=INK, width=2.0, dash=None, dots=0.0) -> None:
         points = [self.place(a, b) for a, b in zip(x, y, strict=True)]
         self.figure.line(points, colour, width, dash)
         for point in points if dots else ():
-            self.figure.dot(*point, colour, dots, hollow)
+            self.figure.dot(*point, colour, dots)
 
     def band(self, x, low, high, colour) -> None:
         """The area between two curves, in a pale shade of the colour."""

@@ -53,6 +53,9 @@ class Schedule:
         sigma = (-torch.expm1(2 * log_alpha)).sqrt()
         return log_alpha.exp(), sigma, log_alpha - sigma.log()
 
+    def lam(self, t, ndim: int = 0) -> Tensor:
+        return self.at(t, ndim)[2]
+
     def t_of_lam(self, lam: Tensor) -> Tensor:
         """The real-valued timestep with log-SNR lam, the inverse of lam_t on [CLEAN, T-1]."""
         log_alpha = -0.5 * torch.nn.functional.softplus(-2 * lam.to(self.log_alpha.dtype))
@@ -112,9 +115,9 @@ def eps_from_v(x_t: Tensor, v: Tensor, t, schedule: Schedule) -> Tensor:
 
 
 def _mix(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    """a x + b y, with coefficients worked out in float64 but applied in the tensors' precision."""
+    """a x + b y in the tensors' precision, but at least float32: samples are not kept in half."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return a.to(x.device, dtype) * x + b.to(x.device, dtype) * y
+    return a.to(x.device, dtype) * x.to(dtype) + b.to(x.device, dtype) * y.to(dtype)
 
 
 # ---------------------------------------------------------------------- exponential integrator
@@ -190,31 +193,33 @@ def x_theta(model, x_t: Tensor, t, schedule: Schedule) -> Tensor:
 
 def _two_stage(predict, integrate, model, x_t, t, s, schedule, u):
     """Step to u, predict there too, and integrate t -> s with the prediction's slope in lam."""
-    lam_t, lam_s = (schedule.at(time, x_t.ndim)[2] for time in (t, s))
     at_t = predict(model, x_t, t, schedule)
-    if _reaches_clean(lam_s):
+    if not torch.is_tensor(s) and s == CLEAN:
         return integrate(x_t, at_t, t, s, schedule)
+    lam_t, lam_s = schedule.lam(t), schedule.lam(s)
     if u is None:
-        u = schedule.t_of_lam((schedule.at(t)[2] + schedule.at(s)[2]) / 2)
-    r = (schedule.at(u, x_t.ndim)[2] - lam_t) / (lam_s - lam_t)
+        u = schedule.t_of_lam(torch.where(lam_s.isinf(), lam_t, (lam_t + lam_s) / 2))
     at_u = predict(model, integrate(x_t, at_t, t, u, schedule), u, schedule)
-    return integrate(x_t, _mix(1 - 1 / (2 * r), at_t, 1 / (2 * r), at_u), t, s, schedule)
+    over_2r = _over_2r(schedule, t, s, u, t, x_t.ndim)
+    return integrate(x_t, _mix(1 - over_2r, at_t, over_2r, at_u), t, s, schedule)
 
 
 def _two_step(predict, integrate, model, x_t, t, s, schedule, past):
     """Integrate t -> s with the slope in lam between the last prediction, in `past`, and this."""
-    lam_t, lam_s = (schedule.at(time, x_t.ndim)[2] for time in (t, s))
     at_t = sloped = predict(model, x_t, t, schedule)
-    if past is not None and not _reaches_clean(lam_s):
-        at_last, lam_last = past
-        r = (lam_t - lam_last) / (lam_s - lam_t)
-        sloped = _mix(1 + 1 / (2 * r), at_t, -1 / (2 * r), at_last)
-    return integrate(x_t, sloped, t, s, schedule), (at_t, lam_t)
+    if past is not None:
+        at_last, last = past
+        over_2r = _over_2r(schedule, t, s, t, last, x_t.ndim)
+        sloped = _mix(1 + over_2r, at_t, -over_2r, at_last)
+    return integrate(x_t, sloped, t, s, schedule), (at_t, t)
 
 
-def _reaches_clean(lam_s: Tensor) -> bool:
-    # lam is infinite at CLEAN, so no midpoint exists: the last step is of order 1, as everywhere.
-    return bool(lam_s.isinf().any())
+def _over_2r(schedule: Schedule, t, s, later, earlier, ndim: int) -> Tensor:
+    """1/(2r), r the share of the step t -> s in lam that lies between the two predictions."""
+    step = schedule.lam(s, ndim) - schedule.lam(t, ndim)
+    over_2r = step / (2 * (schedule.lam(later, ndim) - schedule.lam(earlier, ndim)))
+    # A step to CLEAN is infinitely long in lam, so it has no slope: order 1, as in every sampler.
+    return torch.where(step.isinf(), torch.zeros_like(over_2r), over_2r)
 
 
 SOLVERS = {

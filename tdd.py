@@ -54,12 +54,17 @@ def target_set(
     """Eq. 5's targets for schedules of kmin..kmax steps, with Eq. 7's reach e (default T/kmin).
 
     strict: Eq. 4's rule instead of Eq. 7's, the one largest target below t_n.
-    Raises ValueError unless 1 <= kmin <= kmax <= N and N divides T, or if e leaves a t_n no target.
+    Raises ValueError unless 1 <= kmin <= kmax <= N, N >= 2 divides T, and e leaves every t_n
+    a target.
     """
     grid = solver_grid(N, T)
-    if not 1 <= kmin <= kmax <= N:
-        raise ValueError(f"1 <= kmin <= kmax <= N is needed, not kmin {kmin}, kmax {kmax}, N {N}")
-    # One set: the 1/2 of k = 4, 6 and 8 is a single target, no likelier than the others.
+    if not 1 <= kmin <= kmax <= N or N < 2:
+        raise ValueError(
+            f"schedules of kmin {kmin} to kmax {kmax} steps do not fit N = {N} solver steps: "
+            "1 <= kmin <= kmax <= N and N >= 2 are needed"
+        )
+    # One set: the 1/2 of k = 4, 6 and 8 is a single time, no likelier than the others. On a coarse
+    # grid two times may still fall on one timestep, which is then drawn twice as often.
     exact = sorted({Fraction(m * T, k) for k in range(kmin, kmax + 1) for m in range(k)})  # Eq. 5
     reach = Fraction(T, kmin) if e is None else Fraction(e)
     first, count = [0], [0]
@@ -67,10 +72,11 @@ def target_set(
         # Eq. 7's t is t_n: the target network, which starts there, cannot jump back up beyond it.
         t = Fraction(n * T, N)
         if strict:
+            # Strictly below: from a t_n that is itself a segment's end, PCM aims at the next one.
             low, high = bisect_left(exact, t) - 1, bisect_left(exact, t)  # Eq. 4
         else:
             low, high = bisect_left(exact, t - reach), bisect_right(exact, t)  # Eq. 7
-        if low == high:
+        if low >= high:
             raise ValueError(f"no target lies within e = {float(reach):g} below t = {float(t):g}")
         first.append(low)
         count.append(high - low)
@@ -79,13 +85,11 @@ def target_set(
     return TargetSet(*(torch.tensor(v) for v in (grid, tau, first, count)))
 
 
-METHODS = ("cm", "lcm", "pcm", "ctm", "tcd", "tdd")
-
-
 def targets_of(method: str, N: int, kmin: int = 4, kmax: int = 8, T: int = 1000) -> TargetSet:
     """The targets in which consistency distillation's methods differ (the remark below Eq. 5).
 
-    TCD/CTM may reach anywhere below t_n: with Eq. 7's e = T/N one or two targets would be left.
+    kmin is PCM's number of segments; kmin and kmax matter to TDD alone otherwise. TCD/CTM may reach
+    anywhere below t_n: with Eq. 7's e = T/N they would be left one or two targets.
     """
     match method:
         case "cm" | "lcm":
@@ -96,7 +100,7 @@ def targets_of(method: str, N: int, kmin: int = 4, kmax: int = 8, T: int = 1000)
             return target_set(N, N, N, e=T, T=T)
         case "tdd":
             return target_set(N, kmin, kmax, T=T)
-    raise ValueError(f"unknown method {method!r}: one of {', '.join(METHODS)}")
+    raise ValueError(f"unknown method {method!r}: cm, lcm, pcm, ctm, tcd or tdd")
 
 
 def offset(tau: Tensor, eta: float, v: Tensor) -> Tensor:
@@ -122,9 +126,7 @@ class Draws:
     rows: Tensor | None  # indices of the kept examples; None has the teacher guide all b
 
     def to(self, device) -> "Draws":
-        move = {
-            k: v if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()
-        }
+        move = {k: v if v is None else v.to(device) for k, v in vars(self).items()}
         return Draws(**move)
 
 
@@ -156,26 +158,27 @@ def pseudo_huber(d: Tensor, c: float = 0.001) -> Tensor:
 
 def tdd_loss(
     student, target, teacher, x_0, cond, null, draws: Draws, w, schedule: Schedule,
-    solver=ddim, jump=ddim, distance=squared_l2,
+    solver=ddim, distance=squared_l2,
 ) -> Tensor:  # fmt: skip
     """Algorithm 1, lines 10-16: the loss of each example, (b,), for given draws.
 
     x_0: (b, ..) data. w: the distillation guidance w', a number or (b,); guidance g = 1 + w'.
-    solver: Phi, one step of the teacher's PF-ODE. jump: f, how eps becomes a prediction at tau~.
+    solver: Phi, one step of the teacher's PF-ODE. f is the jump of Eq. 15, which is `ddim`.
     """
     t_next, t_n, tau = draws.t_next, draws.t_n, draws.tau
     # Line 10: x_{n+1} ~ N(alpha x, sigma^2 I).
     x_next = schedule.diffuse(x_0, draws.noise, t_next)
     # Line 11: the condition, or with probability rho the null condition.
-    c = _zip(lambda c, u: torch.where(_like(draws.kept, c), c, u), cond, null)
+    c = _map(lambda cond, null: torch.where(_like(draws.kept, cond), cond, null), cond, null)
     with torch.no_grad():
         # Lines 12-15, Eq. 9: one solver step of the teacher, guided where the condition was kept.
-        phi = guided(teacher, c, null, w * draws.kept, draws.rows)
+        # (Elsewhere it is the null condition, which guidance away from itself leaves as it is.)
+        phi = guided(teacher, c, null, w, draws.rows)
         x_n, _ = solver(phi, x_next, t_next, t_n, schedule)
         # Line 16, Eqs. 10 and 11: f_theta-(x_n, t_n, tau~) from the teacher's x_n ...
-        aim, _ = jump(bind(target, c), x_n, t_n, tau, schedule)
+        aim, _ = ddim(bind(target, c), x_n, t_n, tau, schedule)
     # ... and f_theta(x_{n+1}, t_{n+1}, tau~), which is to agree with it.
-    pred, _ = jump(bind(student, c), x_next, t_next, tau, schedule)
+    pred, _ = ddim(bind(student, c), x_next, t_next, tau, schedule)
     return distance(pred - aim)
 
 
@@ -200,17 +203,19 @@ def bind(model, cond):
 def guided(model, cond, null, w, rows: Tensor | None = None):
     """Eq. 12: eps(x_t, t) = (1 + w) eps(x_t, t, c) - w eps(x_t, t), both passes in one batch.
 
-    w: a number or (b,). rows: the examples with w != 0, when others need no second pass.
+    w: a number or (b,). rows: indices of the examples to guide, if not all: the others need no
+    second pass. The result is at least float32, whatever the network computes in.
     """
     if not torch.is_tensor(w) and w == 0:
         return bind(model, cond)
     rows = slice(None) if rows is None else rows
-    both = _zip(lambda c, u: torch.cat([c, u.expand_as(c)[rows]]), cond, null)
+    both = _map(lambda c, empty: torch.cat([c, empty.expand_as(c)[rows]]), cond, null)
 
     def eps_hat(x_t: Tensor, t: Tensor) -> Tensor:
         eps = model(torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), both)
+        eps = eps.to(torch.promote_types(eps.dtype, torch.float32))
         eps_c, eps_u = eps[: len(x_t)].clone(), eps[len(x_t) :]
-        w_rows = _like(torch.as_tensor(w, device=eps.device).expand(len(x_t)), eps)[rows]
+        w_rows = _like(torch.as_tensor(w).to(eps).expand(len(x_t)), eps)[rows]
         eps_c[rows] = (1 + w_rows) * eps_c[rows] - w_rows * eps_u
         return eps_c
 
@@ -226,7 +231,8 @@ def tuned(w: float, w_distilled: float) -> float:
     return (1 + w) / (1 + w_distilled) - 1
 
 
-def _zip(fn, cond, null):
+def _map(fn, cond, null):
+    """fn(cond, null), tensor by tensor if they are dicts."""
     if isinstance(cond, dict):
         return {name: fn(cond[name], null[name]) for name in cond}
     return fn(cond, null)
@@ -284,7 +290,7 @@ def clipped(model, clip, schedule: Schedule):
 
 @torch.no_grad()
 def gamma_sample(
-    model, x_t: Tensor, timesteps: list[int], schedule: Schedule, gamma: float = 0.2,
+    model, x_t: Tensor, timesteps: list[int], schedule: Schedule, gamma: float = 0.0,
     noise: Iterator[Tensor] | None = None, clip=None, clip_steps: int = 0, jump=ddim, callback=None,
 ) -> Tensor:  # fmt: skip
     """The gamma-sampler, Eqs. 15-18: jump down to s = (1 - gamma) p, then renoise up to p.
@@ -292,9 +298,12 @@ def gamma_sample(
     model: eps(x_t, t), for instance from `guided`. x_t: (b, ..) noise at timesteps[0].
     timesteps: descending, as from `equidistant`; the last step returns the x_0 prediction.
     gamma: 0 is deterministic (DDIM), 1 is multistep consistency sampling. noise: a z for each step
-    but the last, unless gamma = 0. clip: C, used in the first clip_steps steps. jump: one of the
-    solvers, or any function of their signature. callback(p, x_p) is called after each step.
+    but the last, unless gamma = 0. clip: C, used in the first clip_steps steps. jump: a one-step
+    solver, or any function of that signature. callback(p, x_p) is called after each step.
+    Raises ValueError for a gamma outside [0, 1].
     """
+    if not 0 <= gamma <= 1 or (gamma > 0 and noise is None):
+        raise ValueError(f"gamma = {gamma} must lie in [0, 1], and above 0 noise must be given")
     for i, (t, p) in enumerate(pairwise([*timesteps, CLEAN])):
         # s = (1 - gamma) p; the 1e-6 mends floating point, where (1 - 0.9) * 250 is short of 25.
         s = CLEAN if p == CLEAN else math.floor((1 - gamma) * p + 1e-6)

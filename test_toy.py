@@ -1,6 +1,7 @@
 """The 2-D toy: its network, data and distances against second derivations, and its script."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from PIL import Image
 
 import cli
 import toy
+import toy_eval
+import toy_figures
 import train_toy
-from test_tdd import SCHEDULE, SIGMA, randn
+from test_solvers import SCHEDULE, SIGMA, randn
 
 # -------------------------------------------------------------------------------------- the toy
 
@@ -93,8 +96,8 @@ def run_script(monkeypatch, capsys, *words):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--kmin", 9, "--kmax", 4], "kmin 9, kmax 4"),
-        (["--kmax", 51], "kmax 51"),
+        (["--kmin", 9, "--kmax", 4], "kmin 9 to kmax 4"),
+        (["--kmax", 51], "to kmax 51"),
         (["--kmin", 0], "at least 1"),
         (["--eta", 1.5], "at most 1"),
         (["--eta", "nan"], "at least 0"),
@@ -105,6 +108,9 @@ def run_script(monkeypatch, capsys, *words):
         (["--solver-steps", 300], "must divide"),
         (["--data", "moons"], "moons"),
         (["--methods", "lcm2"], "lcm2"),
+        (["--guidance", "inf"], "at most 100"),
+        (["--solver-steps", 4], "do not fit N = 4"),
+        (["--seed", 2**64], "at most"),
         (["--output", "FILE/below"], "cannot write"),
         (["--what"], "--what"),
     ],
@@ -123,44 +129,109 @@ def test_bad_flags_are_refused_in_one_line(words, said, monkeypatch, capsys, tmp
 def test_a_loss_that_explodes_stops_the_run(monkeypatch, capsys, tmp_path):
     code, err = run_script(monkeypatch, capsys, "--quick", "--lr", 1e30, "--output", tmp_path)
     assert code == 2
-    assert "train_toy.py: the teacher's loss is" in err.splitlines()[-1]
+    assert "train_toy.py: teacher: loss" in err.splitlines()[-1]
     assert "Traceback" not in err
 
 
 def test_ctrl_c_keeps_what_is_finished(monkeypatch, capsys, tmp_path):
-    def interrupt(*args):
-        raise KeyboardInterrupt
+    evaluated = []
 
-    monkeypatch.setattr(train_toy, "train_students", interrupt)
-    code, err = run_script(monkeypatch, capsys, "--quick", "--steps", 2, "--output", tmp_path)
+    def interrupt(self, *args, student_rows=toy_eval.Evaluation.student_rows):
+        evaluated.append(student_rows(self, *args))
+        if len(evaluated) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(toy_eval.Evaluation, "student_rows", interrupt)
+    code, err = run_script(
+        monkeypatch, capsys, "--quick", "--steps", 2, "--methods", "tdd", "--output", tmp_path
+    )
     assert code == 130
-    assert "interrupted" in err
-    assert "Traceback" not in err
-    assert [path.name for path in tmp_path.iterdir()] == ["targets.png"]
+    assert err.splitlines()[-1] == "train_toy.py: interrupted; what was finished is kept"
+    rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
+    assert [row["k"] for row in rows if row["method"] == "tdd"] == [1, 1, 2, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "targets.png"]
 
 
-def test_quick_run_end_to_end(monkeypatch, capsys, tmp_path):
-    """The whole script; even 500 steps put TDD well below CM and one step."""
-    code, err = run_script(monkeypatch, capsys, "--quick", "--output", tmp_path)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--methods", "tdd_rho0", "tdd_rho0", "--guidance", 1],
+        ["--methods", "tdd", "--kmin", 2, "--kmax", 4, "--solver-steps", 4],
+        ["--methods", "cm", "--kmin", 1, "--kmax", 1, "--solver-steps", 2],
+        ["--methods", "pcm8", "tcd", "--kmin", 3, "--kmax", 3, "--solver", "dpm++2s"],
+    ],
+)
+def test_unusual_flags_run(words, monkeypatch, capsys, tmp_path):
+    (tmp_path / "guidance.png").write_text("from a run before")
+    code, err = run_script(
+        monkeypatch, capsys, "--quick", "--steps", 2, *words, "--output", tmp_path
+    )
     assert code == 0, err
-    result = json.loads((tmp_path / "metrics.json").read_text())
+    rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
+    keys = [
+        tuple(v for k, v in row.items() if k not in ("per_seed", "mean", "std")) for row in rows
+    ]
+    assert len(set(keys)) == len(keys)
+    for name in tmp_path.glob("*.png"):
+        Image.open(name).verify()
+
+
+def load_rows(path):
+    result = json.loads(path.read_text())
     fields = {"method", "variant", "k", "gamma", "schedule", "w", "tune", "clip_steps", "metric",
               "per_seed", "mean", "std"}  # fmt: skip
     assert all(set(row) == fields for row in result["rows"])
+
+    def per_seed(method, ks=(4, 5, 6, 7, 8), metric="rmse", **case):
+        """The mean over ks of a metric, for each seed."""
+        w = result["settings"]["guidance"] - 1 if method == "teacher" else 0.0
+        plain = {"variant": "", "gamma": 0.0, "schedule": "equidistant", "w": w, "tune": None,
+                 "clip_steps": 0, "method": method, "metric": metric}  # fmt: skip
+        wanted = {**plain, **case}
+        found = [r for r in result["rows"] if wanted.items() <= r.items() and r["k"] in ks]
+        assert len(found) == len(ks)
+        return np.mean([row["per_seed"] for row in found], axis=0)
+
+    return result, per_seed
+
+
+def test_quick_run_end_to_end(monkeypatch, capsys, tmp_path):
+    """The whole script; even 500 steps put TDD well below CM, and below the 4-step teacher."""
+    code, err = run_script(monkeypatch, capsys, "--quick", "--output", tmp_path)
+    assert code == 0, err
+    result, rmse = load_rows(tmp_path / "metrics.json")
     assert {row["method"] for row in result["rows"]} == {"teacher", *train_toy.STUDENTS}
-
-    def mean(method, ks):
-        return np.mean([
-            row["mean"] for row in result["rows"]
-            if row["method"] == method and row["k"] in ks and row["metric"] == "rmse"
-            and row["schedule"] == "equidistant" and not row["variant"] and not row["gamma"]
-            and not row["clip_steps"] and not row["w"]
-        ])  # fmt: skip
-
-    assert mean("tdd", range(4, 9)) < 0.7 * mean("cm", range(4, 9))
-    assert mean("tdd", [4]) < mean("tdd", [1]) / 2
-    assert 0 < result["noise_floor"]["sw"]["mean"] < 0.2
-    for name in ("samples", "curves", "targets", "trajectories", "guidance"):
-        with Image.open(tmp_path / f"{name}.png") as picture:
-            assert picture.getextrema() == ((0, 255),) * 3 or min(picture.getextrema())[0] < 60
+    assert rmse("tdd") < 0.7 * rmse("cm")
+    assert rmse("tdd", [4]) < rmse("teacher", [4])
+    for floor in result["noise_floor"]["sw"].values():
+        assert 0 < floor["mean"] < 0.2
     assert not list(tmp_path.glob("*.part*"))
+    curves = np.asarray(Image.open(tmp_path / "curves.png"))[100:540, 100:540]
+    for method in ("cm", "pcm4", "tcd", "tdd", "tdd_eta0"):
+        off = np.abs(curves.astype(int) - toy_figures.COLOURS[method]).max(2)
+        assert (off < 12).sum() > 300, f"{method} has no line in curves.png"
+    for name in ("samples", "targets", "trajectories", "guidance"):
+        picture = np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
+        coloured = (picture.max(2) - picture.min(2) > 60).mean()
+        assert 0.01 < coloured < 0.5, name
+
+
+def test_measured_default_run_meets_its_claims():
+    """The figures behind the README, in every seed; docs/toy.json is the run's metrics.json."""
+    result, rmse = load_rows(Path(__file__).parent / "docs" / "toy.json")
+    defaults = vars(train_toy.parser().parse_args([]))
+    assert {k: v for k, v in result["settings"].items() if k in defaults and k != "output"} == {
+        k: v for k, v in defaults.items() if k != "output"
+    }
+    assert (rmse("tdd") <= 0.70 * rmse("tcd")).all()
+    assert (rmse("tdd") <= 0.45 * rmse("cm")).all()
+    assert (rmse("tdd", gamma=0.2) <= 0.70 * rmse("tcd", gamma=0.2)).all()
+    assert (rmse("tdd", [4]) <= 0.50 * rmse("teacher", [4])).all()
+    for k in (4, 8):
+        for w, most in ((2.0, 0.70), (0.0, 1.05)):
+            with_null, without = (
+                rmse(method, [k], variant="w'=1", w=w) for method in ("tdd", "tdd_rho0")
+            )
+            assert (with_null <= most * without).all()
+    for k in (5, 6, 7):
+        assert (rmse("tdd", [k], schedule="nonequidistant") <= 0.90 * rmse("tdd", [k])).all()

@@ -36,7 +36,7 @@ def gaussians(label: Tensor, u: Tensor, z: Tensor) -> Tensor:
 def checkerboard(label: Tensor, u: Tensor, z: Tensor) -> Tensor:
     """The eight dark fields of a 4 x 4 board, a class a column."""
     row = 2 * (2 * u[:, 0]).floor() + label % 2
-    return torch.stack([label + u[:, 1], row + (2 * u[:, 0]) % 1], 1) - 2 + 0 * z
+    return torch.stack([label + u[:, 1], row + (2 * u[:, 0]) % 1], 1) - 2
 
 
 DATA = {"spirals": spirals, "gaussians": gaussians, "checkerboard": checkerboard}

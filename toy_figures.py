@@ -10,7 +10,8 @@ from einops import rearrange
 from torch import Tensor
 
 from plots import FAINT, GREY, INK, Axes, Figure
-from tdd import draw
+from solvers import CLEAN
+from tdd import draw, guided
 from toy_eval import GAMMAS, Case, Evaluation
 
 # A method keeps its colour and its name through all of the pictures.
@@ -29,6 +30,9 @@ NAMES = {
 def draw_all(output: Path, ev: Evaluation, students, network) -> None:
     samples(output / "samples.png", ev)
     curves(output / "curves.png", ev)
+    # A picture that this run has nothing for must not stay from the run before.
+    for name in ("trajectories", "guidance"):
+        (output / f"{name}.png").unlink(missing_ok=True)
     if len(ev.methods) > 1:
         trajectories(output / "trajectories.png", ev, students, network)
     if any(row["variant"] or row["clip_steps"] for row in ev.rows):
@@ -81,6 +85,7 @@ def samples(path: Path, ev: Evaluation) -> None:
     headers = [f"{k} step" + "s" * (k > 1) for k in ks] + ["teacher's ODE"]
     exact = ev.reference(Case(1), 0.0, w)[0], "many steps"
     rows = []
+    # The teacher's row is DDIM with guidance, two passes a step; students need one.
     for method in ev.methods:
         note = "guided DDIM" if method == "teacher" else ""
         cells = [_cell(ev, method, Case(k)) for k in ks]
@@ -106,12 +111,10 @@ def curves(path: Path, ev: Evaluation) -> None:
     for i, (name, colour) in enumerate(entries):
         figure.line([(1075, 130 + 34 * i), (1105, 130 + 34 * i)], colour, 3, None if i else 7)
         figure.text(1115, 130 + 34 * i, name, 17, colour)
-    if "tdd" in ev.methods:
+    if any(row["schedule"] == "nonequidistant" and row["method"] == "tdd" for row in ev.rows):
         figure.dot(1090, 130 + 34 * len(entries), COLOURS["tdd"], 5, hollow=True)
         figure.text(1115, 130 + 34 * len(entries), "TDD, non-eq.", 17, COLOURS["tdd"])
-    note = (
-        f"{ev.args.data}; mean and deviation of {ev.args.seeds} seeds; same noise as the reference"
-    )
+    note = f"{ev.args.data}; mean and deviation over {ev.args.seeds} teachers; same noise for all"
     figure.text(30, 615, note, 15, GREY)
     figure.save(path)
 
@@ -139,10 +142,13 @@ def _curve_panel(figure: Figure, box, ev: Evaluation, gamma: float, ylim) -> Non
 
 def targets(path: Path, students) -> None:
     """Which targets tau~ (up) each method trains from each start t (right): 20,000 real draws."""
+    # Reversed, so that of a method's variants the main one, which comes first, is kept.
     chosen = {student.method: student for student in reversed(students)}
     names = [name for name in NAMES if name in chosen and name != "tdd_rho0"]
-    side, columns, ticks = 300, 3, [0, 250, 500, 750, 1000]
-    figure = Figure(110 + columns * (side + 100), 80 + (side + 95) * -(-len(names) // columns))
+    side, columns, ticks = 300, min(3, len(names)), [0, 250, 500, 750, 1000]
+    figure = Figure(
+        max(800, 20 + columns * (side + 100)), 80 + (side + 95) * -(-len(names) // columns)
+    )
     figure.text(30, 30, "Targets tau that each method trains from each start t (Eqs. 4, 7, 8)", 24)
     for i, name in enumerate(names):
         box = 90 + (i % columns) * (side + 100), 100 + (i // columns) * (side + 95), side, side
@@ -168,15 +174,14 @@ def trajectories(path: Path, ev: Evaluation, students, network) -> None:
     figure = Figure(40 + columns * (side + 20), 80 + (side + 60) * -(-len(plain) // columns))
     title = f"From noise (hollow) to data in {args.kmin} steps, over the teacher's paths (grey)"
     figure.text(30, 30, title, 24)
-    fine = _path(ev, ev.teacher, 1, Case(args.solver_steps), args.guidance - 1)[0]
-    inside = [path for path in range(len(fine)) if fine[path].abs().max() < 2.5][:12]
+    fine = _teacher_paths(ev)
+    inside = [j for j in range(len(fine)) if fine[j].abs().max() < 2.5][:12]
     for i, m in enumerate(plain):
         box = 30 + (i % columns) * (side + 20), 100 + (i // columns) * (side + 60), side, side
         axes, colour = Axes(figure, box, (-2.6, 2.6), (-2.6, 2.6)), COLOURS[students[m].method]
         axes.frame(NAMES[students[m].method])
-        few = _path(
-            ev, network.pick(range(m * args.seeds, (m + 1) * args.seeds)), 1, Case(args.kmin), 0.0
-        )[0]
+        own = network.pick(range(m * args.seeds, (m + 1) * args.seeds))
+        few = _student_paths(ev, own)
         for j in inside:
             axes.line(*fine[j].T.tolist(), GREY, 1.2)
             axes.line(*few[j].T.tolist(), colour, 2, dots=3)
@@ -184,11 +189,20 @@ def trajectories(path: Path, ev: Evaluation, students, network) -> None:
     figure.save(path)
 
 
-def _path(ev: Evaluation, network, members: int, case: Case, w: float) -> Tensor:
-    """Every stop of the samples' way, (m, n, stops, 2), seed 0."""
-    stops = [next(ev.noise(members))]
-    ev.sample(network, members, case, w, callback=lambda p, x: stops.append(x))
-    return rearrange(stops, "stop (n m s) d -> s m n stop d", m=members, s=ev.args.seeds)[0]
+def _student_paths(ev: Evaluation, student) -> Tensor:
+    """Every stop of one method's samples at k = kmin, gamma = 0; (n, stops, 2), seed 0."""
+    stops = [next(ev.noise(1))]
+    ev.sample(student, 1, Case(ev.args.kmin), 0.0, callback=lambda p, x: stops.append(x))
+    return rearrange(stops, "stop (n s) d -> s n stop d", s=ev.args.seeds)[0]
+
+
+@torch.no_grad()
+def _teacher_paths(ev: Evaluation) -> Tensor:
+    """The same for the teacher's guided PF-ODE in small steps."""
+    stops = [next(ev.noise(1))]
+    eps = guided(ev.teacher, ev.cond(1), torch.zeros_like(ev.cond(1)), ev.args.guidance - 1)
+    ev.follow(eps, stops[0], ev.schedule.T - 1, CLEAN, callback=lambda s, x: stops.append(x))
+    return rearrange(stops, "stop (n s) d -> s n stop d", s=ev.args.seeds)[0]
 
 
 # ----------------------------------------------------------- guidance.png, after Figs. 6 and 7

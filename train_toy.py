@@ -47,26 +47,24 @@ STUDENTS = ("cm", "pcm4", "pcm8", "tcd", "tdd", "tdd_eta0", "tdd_rho0")
 
 
 def students_of(args) -> list[Student]:
-    """The students to train; with tdd_rho0 come the three that the guidance study compares."""
-    N, w = args.solver_steps, args.guidance - 1
-    tdd = targets_of("tdd", N, args.kmin, args.kmax)
-    every = {
-        "cm": Student("cm", targets_of("cm", N), 0.0, args.rho, w),
-        "pcm4": Student("pcm4", targets_of("pcm", N, 4), 0.0, args.rho, w),
-        "pcm8": Student("pcm8", targets_of("pcm", N, 8), 0.0, args.rho, w),
-        "tcd": Student("tcd", targets_of("tcd", N), 0.0, args.rho, w),
-        "tdd": Student("tdd", tdd, args.eta, args.rho, w),
-        "tdd_eta0": Student("tdd_eta0", tdd, 0.0, args.rho, w),
-    }
-    students = [every[name] for name in args.methods if name in every]
-    if "tdd_rho0" in args.methods:
+    """The students to train; tdd_rho0 stands for the three that the guidance study compares."""
+    return [student for name in dict.fromkeys(args.methods) for student in _student(name, args)]
+
+
+def _student(name: str, args) -> list[Student]:
+    N, w, tdd = args.solver_steps, args.guidance - 1, name.startswith("tdd")
+    if name in ("pcm4", "pcm8"):
+        targets = targets_of("pcm", N, int(name[3]))
+    else:
+        targets = targets_of("tdd" if tdd else name, N, args.kmin, args.kmax)
+    if name == "tdd_rho0":
         # Fig. 6's questions need guidance left to add (w' = 1) and guidance to take back (w' = 5).
-        students += [
-            Student("tdd", tdd, args.eta, args.rho, 1.0, "w'=1"),
-            Student("tdd_rho0", tdd, args.eta, 0.0, 1.0, "w'=1"),
-            Student("tdd", tdd, args.eta, args.rho, 5.0, "w'=5"),
+        return [
+            Student("tdd", targets, args.eta, args.rho, 1.0, "w'=1"),
+            Student("tdd_rho0", targets, args.eta, 0.0, 1.0, "w'=1"),
+            Student("tdd", targets, args.eta, args.rho, 5.0, "w'=5"),
         ]
-    return students
+    return [Student(name, targets, args.eta if name == "tdd" else 0.0, args.rho, w)]
 
 
 # -------------------------------------------------------------------------------------- training
@@ -77,6 +75,7 @@ def students_of(args) -> list[Student]:
 
 def fit(network: Ensemble, loss_of_step, steps: int, lr: float, name: str, after=None) -> Ensemble:
     """Adam with a cosine to zero on loss_of_step() -> (b*m,); the mean of each member's loss."""
+    # Fused: 27 networks are few tensors, but Adam's dozen passes over each would still show.
     optimizer = torch.optim.Adam(network.parameters(), lr=lr, fused=True)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     bar = trange(steps, desc=f"{name:8}", mininterval=0.5, dynamic_ncols=True)
@@ -91,13 +90,14 @@ def fit(network: Ensemble, loss_of_step, steps: int, lr: float, name: str, after
         # Now and then only: looking at the loss waits for it.
         if step % 100 == 0 or step == steps - 1:
             if not loss.isfinite():
-                raise ValueError(f"the {name}'s loss is {loss} at step {step}: lower --lr")
+                raise ValueError(f"{name}: loss {loss} at step {step}; lower --lr or --guidance")
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     return network.requires_grad_(False)
 
 
 def train_teacher(args, data: Data, schedule: Schedule, generator) -> Ensemble:
     """An eps-prediction teacher for each seed, trained from data, its label dropped at times."""
+    # Twice the students' batch and rate: it is one network against nine, and decides all the rest.
     teacher = Ensemble.fresh(args.seeds, schedule, generator)
     rows = args.seeds * 2 * args.batch_size
 
@@ -116,7 +116,8 @@ def train_students(
 ) -> Ensemble:
     """Every student of every seed by Algorithm 1, as one ensemble with rows "(b method seed)"."""
     b, m, s = args.batch_size, len(students), args.seeds
-    student = teacher.pick(list(range(s)) * m).requires_grad_()  # theta <- phi
+    # Algorithm 1's input: theta <- phi, and theta- <- theta.
+    student = teacher.pick(list(range(s)) * m).requires_grad_()
     target = student.pick(range(s * m))
     w = repeat(torch.tensor([x.w for x in students]), "m -> (b m s)", b=b, s=s)
     null = torch.zeros(1, CLASSES)
@@ -161,8 +162,12 @@ def join(draws: list[Draws], seeds: int) -> Draws:
 # ------------------------------------------------------------------------------------ evaluation
 
 
+# Main cases are Figs. 4 and 5; the others, Figs. 6 and 7, add guidance at inference.
+
+
 def main_cases(args) -> list[Case]:
     """Every k and gamma on the equidistant schedule; between kmin and kmax on the other as well."""
+    # 1 and 2 lie outside of what TDD trains for; they show what that costs.
     ks = sorted({1, 2, *range(args.kmin, args.kmax + 1)})
     between = range(args.kmin + 1, args.kmax)
     return [
@@ -190,19 +195,17 @@ def guidance_cases(args, students: list[Student]) -> list[tuple[list[int], Case]
     return jobs
 
 
-def evaluate(args, students: list[Student], teacher, network, data, schedule) -> Evaluation:
+def evaluate(args, students: list[Student], network: Ensemble, ev: Evaluation) -> None:
     """Every row of metrics.json: the main cases for teacher and students, then guided students."""
-    ev = Evaluation(args, teacher, schedule, data)
     plain = [i for i, student in enumerate(students) if not student.variant]
     jobs = [("teacher", case) for case in main_cases(args)]
     jobs += [(plain, case) for case in main_cases(args) if plain]
     jobs += guidance_cases(args, students)
     for members, case in tqdm(jobs, desc="evaluate", mininterval=0.5, dynamic_ncols=True):
         if members == "teacher":
-            ev.teacher_row(case, args.guidance - 1)
+            ev.teacher_row(case)
         else:
             ev.student_rows([students[i] for i in members], network, members, case)
-    return ev
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -212,14 +215,14 @@ def main(args) -> None:
     start = time.time()
     if args.quick:
         args.steps, args.seeds, args.samples = min(args.steps, 500), 1, 512
-        print("--quick: a first look, 1 seed, 500 steps, 512 samples; its figures are not results")
+        print(f"--quick: a first look ({args.steps} steps, 1 seed, 512 samples), not a result")
     students, output = students_of(args), cli.output_folder(args.output)
     data, schedule = Data(args.data), sdxl_schedule()
     generator = torch.Generator().manual_seed(args.seed)
     toy_figures.targets(output / "targets.png", students)
     teacher = train_teacher(args, data, schedule, generator)
     network = train_students(args, students, teacher, data, schedule, generator)
-    ev = evaluate(args, students, teacher, network, data, schedule)
+    ev = Evaluation(args, teacher, schedule, data)
 
     def save_metrics():
         settings = {**vars(args), "output": str(output), "torch": torch.__version__}
@@ -228,17 +231,21 @@ def main(args) -> None:
         whole = {"settings": settings, "rows": ev.rows, "noise_floor": floor, "seconds": seconds}
         cli.write_json(output / "metrics.json", whole)
 
-    save_metrics()
+    try:
+        evaluate(args, students, network, ev)
+        toy_figures.draw_all(output, ev, students, network)
+    finally:
+        # After Ctrl-C too: the rows that are there cost a minute or two.
+        if ev.rows:
+            save_metrics()
     print("\n\n".join(ev.table(gamma) for gamma in GAMMAS))
     print("* non-equidistant. Mean distance to the teacher's exact sampler from the same noise.")
-    toy_figures.draw_all(output, ev, students, network)
-    save_metrics()
     print(f"{time.time() - start:.0f} s; metrics.json and the pictures are in {output}/")
 
 
 def parser() -> cli.Parser:
     p = cli.Parser("Trains a 2-D teacher, distils it with TDD and its rivals, and compares them.")
-    whole, share, above = cli.number(int, 1), cli.number(float, 0, 1), cli.number(float, 1)
+    whole, share, above = cli.number(int, 1), cli.number(float, 0, 1), cli.number(float, 1, 100)
     p.add_argument("--data", choices=DATA, default="spirals", help="the 2-D distribution")
     p.add_argument(
         "--methods",
@@ -250,7 +257,9 @@ def parser() -> cli.Parser:
     )
     p.add_argument("--steps", type=whole, default=3000, help="training steps, teacher and students")
     p.add_argument("--seeds", type=whole, default=3, help="independent teachers, each distilled")
-    p.add_argument("--seed", type=cli.number(int, 0), default=0, help="of all random numbers")
+    p.add_argument(
+        "--seed", type=cli.number(int, 0, 2**31), default=0, help="of all random numbers"
+    )
     p.add_argument("--batch-size", type=whole, default=256, help="examples a step and student")
     p.add_argument("--lr", type=cli.number(float, 0), default=1e-3, help="delta, the learning rate")
     p.add_argument("--ema", type=share, default=0.95, help="mu of the target network theta-")
@@ -266,7 +275,10 @@ def parser() -> cli.Parser:
     )
     p.add_argument("--solver", choices=["ddim", "dpm2s", "dpm++2s"], default="ddim", help="Phi")
     p.add_argument(
-        "--samples", type=cli.number(int, 64), default=2048, help="evaluated, of each seed"
+        "--samples",
+        type=cli.number(int, 64),
+        default=2048,
+        help="evaluated of each seed, in whole eights",
     )
     p.add_argument("--output", type=Path, default=Path("runs/toy"), help="folder for the results")
     p.add_argument("--quick", action="store_true", help="1 seed, 500 steps: under 20 s")
