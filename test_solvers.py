@@ -98,6 +98,8 @@ def test_schedule_keeps_its_digits():
     t = torch.tensor([998.123456789], dtype=torch.float64)
     assert SCHEDULE.t_of_lam(SCHEDULE.lam(t)).item() == pytest.approx(t.item(), abs=1e-9)
     assert SCHEDULE.t_of_lam(torch.tensor(math.inf)) == CLEAN
+    rounded_down = SCHEDULE.lam(999) - 1e-13
+    assert SCHEDULE.t_of_lam(rounded_down).item() == pytest.approx(999, abs=1e-9)
 
 
 def test_predictions_convert():

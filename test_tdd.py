@@ -117,14 +117,15 @@ def test_targets_on_another_number_of_timesteps():
     assert equidistant(4, 50, 500) == [499, 379, 249, 129]
     for method in ("cm", "pcm", "tcd", "tdd"):
         here, there = targets_of(method, 50, T=500), targets_of(method, 50)
+        assert here.grid.tolist() == solver_grid(50, 500)
         for n in range(1, 50):
             assert here.admitted(n) == [(tau + 1) // 2 - (tau > 0) for tau in there.admitted(n)]
 
 
 def test_reach_may_be_a_fraction():
-    # e = 125.5 below t_n = 376 (n = 94): 250.5 and up, so 2/8 = 250 is out, 2/7 = 285.7 in.
-    assert target_set(250, 4, 8, e=125.5).admitted(94)[0] == 287
-    assert target_set(250, 4, 8, e=126).admitted(94)[0] == 251
+    # At t_n = 376 (n = 94) e = 90.5 reaches 285.5: 2/7 = 285.71, visited at 287, is just in.
+    assert target_set(250, 4, 16, e=90.5).admitted(94)[0] == 287
+    assert target_set(250, 4, 16, e=90).admitted(94)[0] == 299  # 3/10
 
 
 @pytest.mark.parametrize("method", ["tdd", "pcm", "ctm"])
@@ -555,6 +556,7 @@ def test_clipping_is_numpys_percentile():
             s = np.clip(np.percentile(np.abs(x), 100 * percentile), 1, top)
             assert np.allclose(got, np.clip(x, -s, s) / s, rtol=1e-6)
     assert torch.allclose(clip_x0(x_0), x_0.clamp(-1, 1))
+    assert torch.equal(clip_x0(x_0, max_value=9.0), clip_x0(x_0, 0.995, 9.0))
 
 
 def test_clipped_sampling_is_equation_17():
