@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from solvers import Schedule
+from unet import timestep_embedding
 
 CLASSES = 4
 
@@ -70,14 +71,6 @@ def one_hot(label: Tensor) -> Tensor:
 # bound by the cost of calling operators; stacked, one step of all of them takes 20 ms on two cores.
 
 
-def timestep_embedding(t: Tensor, width: int = 32) -> Tensor:
-    """SDXL's sinusoids of t: cosines, then sines, of 10000^(-i/half) t; (b,) -> (b, width)."""
-    half = width // 2
-    frequency = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
-    phase = t.float()[:, None] * frequency
-    return torch.cat([phase.cos(), phase.sin()], 1)
-
-
 class Ensemble(nn.Module):
     """M independent MLPs eps(x_t, t, cond), run as one batched matrix product a layer.
 
@@ -114,7 +107,7 @@ class Ensemble(nn.Module):
         return len(self.bias[0])
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        h = torch.cat([x_t, timestep_embedding(t), cond], 1)  # (bm, 2 + 32 + 4)
+        h = torch.cat([x_t, timestep_embedding(t, 32), cond], 1)  # (bm, 2 + 32 + 4)
         h = rearrange(h, "(b m) i -> m b i", m=self.members)
         for i, (weight, bias) in enumerate(zip(self.weight, self.bias, strict=True)):
             h = torch.baddbmm(bias, nn.functional.silu(h) if i else h, weight)  # (m, b, width)

@@ -1,0 +1,333 @@
+"""SDXL's UNet: eps(x_t, t, cond), with the names and shapes of the published checkpoints.
+
+The same class makes the full model (2.57 B parameters), tiny ones for tests and pixel-space ones for
+CIFAR-10; all that differs is the config. A condition is a dict of three tensors:
+
+    tokens (b, n, 2048)   both text encoders' hidden states, attended to
+    pooled (b, 1280)      the second encoder's projected end token
+    time_ids (b, 6)       original height, width; crop top, left; target height, width
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The sizes of a UNet; the defaults are SDXL's.
+
+    channels, depths and heads have one entry a level, from the finest; a depth of 0 is a level
+    without attention. The middle is as deep as the last level.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    channels: tuple[int, ...] = (320, 640, 1280)
+    depths: tuple[int, ...] = (0, 2, 10)
+    heads: tuple[int, ...] = (5, 10, 20)
+    mid_depth: int = 10
+    blocks: int = 2
+    groups: int = 32
+    tokens: int = 2048
+    time_ids_width: int = 256
+    added: int = 2816
+
+    @classmethod
+    def from_json(cls, config: dict) -> "UNetConfig":
+        """From a diffusers config.json; ValueError if it describes another family of models."""
+        levels = len(config["block_out_channels"])
+        fixed = {
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "act_fn": "silu",
+            "class_embed_type": None,
+            "time_cond_proj_dim": None,
+        }
+        for name, value in fixed.items():
+            if config.get(name, value if name == "act_fn" else None) != value:
+                raise ValueError(f"not an SDXL UNet: {name} is {config.get(name)!r}, not {value!r}")
+        depth = _each(config["transformer_layers_per_block"], levels)
+        attends = ["CrossAttn" in name for name in config["down_block_types"]]
+        return cls(
+            config["in_channels"],
+            config["out_channels"],
+            tuple(config["block_out_channels"]),
+            tuple(d if a else 0 for d, a in zip(depth, attends, strict=True)),
+            # diffusers' "attention_head_dim" holds the number of heads, for history's sake.
+            _each(config["attention_head_dim"], levels),
+            depth[-1],
+            config["layers_per_block"],
+            config["norm_num_groups"],
+            config["cross_attention_dim"],
+            config["addition_time_embed_dim"],
+            config["projection_class_embeddings_input_dim"],
+        )
+
+
+def _each(value, levels: int) -> tuple[int, ...]:
+    return (value,) * levels if isinstance(value, int) else tuple(value)
+
+
+# ------------------------------------------------------------------------------------- embeddings
+#
+# Sinusoids are worked out in float32 and cast to the weights' precision only then: in bfloat16 the
+# timesteps 997 to 1000 are one number.
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """Sinusoids of t: cosines, then sines, of 10000^(-i/half) t; (b,) -> (b, width) in float32."""
+    half = width // 2
+    frequency = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+    phase = t.float()[:, None] * frequency
+    return torch.cat([phase.cos(), phase.sin()], 1)
+
+
+class Embedding(nn.Module):
+    def __init__(self, width_in: int, width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(width_in, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.weight.dtype))))
+
+
+# ----------------------------------------------------------------------------------------- blocks
+#
+# Module names are those of the published checkpoints, and so are their quirks: a list of one for an
+# output layer, an empty place where a dropout was.
+
+
+class ResnetBlock(nn.Module):
+    """Two convolutions around the time embedding, (b, c_in, h, w) -> (b, c, h, w)."""
+
+    def __init__(self, c_in: int, c: int, time_width: int, groups: int, eps: float = 1e-5):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps)
+        self.conv1 = nn.Conv2d(c_in, c, 3, padding=1)
+        if time_width:
+            self.time_emb_proj = nn.Linear(time_width, c)
+        self.norm2 = nn.GroupNorm(groups, c, eps)
+        self.conv2 = nn.Conv2d(c, c, 3, padding=1)
+        if c_in != c:
+            self.conv_shortcut = nn.Conv2d(c_in, c, 1)
+
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        if temb is not None:
+            h = h + self.time_emb_proj(temb)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x (b, n, c) to context (b, m, d), or to itself."""
+
+    def __init__(self, c: int, context: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(c, c, bias=False)
+        self.to_k = nn.Linear(context, c, bias=False)
+        self.to_v = nn.Linear(context, c, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (
+            rearrange(a, "b n (h d) -> b h n d", h=self.heads)
+            for a in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        h = F.scaled_dot_product_attention(q, k, v)  # (b, h, n, d)
+        return self.to_out[0](rearrange(h, "b h n d -> b n (h d)"))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, c: int, width: int):
+        super().__init__()
+        self.proj = nn.Linear(c, 2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, gate = self.proj(x).chunk(2, -1)
+        return h * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the prompt, feed-forward, each added to x (b, n, c)."""
+
+    def __init__(self, c: int, context: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(c)
+        self.attn1 = Attention(c, c, heads)
+        self.norm2 = nn.LayerNorm(c)
+        self.attn2 = Attention(c, context, heads)
+        self.norm3 = nn.LayerNorm(c)
+        self.ff = FeedForward(c)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), tokens)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """`depth` transformer blocks over the pixels of x (b, c, h, w)."""
+
+    def __init__(self, c: int, context: int, heads: int, depth: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.proj_in = nn.Linear(c, c)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(c, context, heads) for _ in range(depth)
+        )
+        self.proj_out = nn.Linear(c, c)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        # In channels_last the pixels already lie as rows of channels: both rearranges are views.
+        h = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
+        for block in self.transformer_blocks:
+            h = block(h, tokens)
+        return x + rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class Downsample(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x: Tensor, size) -> Tensor:
+        # To the skip connection's size: an odd one was rounded up on the way down.
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks, each followed by a transformer where there is one: a level, or the middle."""
+
+    def __init__(self, widths_in, c: int, depths, heads: int, config: UNetConfig):
+        super().__init__()
+        time_width, groups = 4 * config.channels[0], config.groups
+        self.resnets = nn.ModuleList(ResnetBlock(c_in, c, time_width, groups) for c_in in widths_in)
+        attentions = [Transformer(c, config.tokens, heads, d, groups) for d in depths if d]
+        if attentions:
+            self.attentions = nn.ModuleList(attentions)
+
+    def steps(self):
+        """Pairs of a residual block and the transformer after it, or None."""
+        return zip_longest(self.resnets, getattr(self, "attentions", []))
+
+
+# -------------------------------------------------------------------------------------- networks
+#
+# 320 channels at full size, 640 at half, 1280 at a quarter, and back up. Every block on the way down
+# leaves its output for its mirror image on the way up.
+
+
+class Encoder(nn.Module):
+    """The half that goes down, and the middle: what the UNet and a ControlNet have in common."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config, self.checkpointing = config, False
+        widths = config.channels
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = Embedding(widths[0], 4 * widths[0])
+        self.add_embedding = Embedding(config.added, 4 * widths[0])
+        self.down_blocks = nn.ModuleList()
+        for i, c in enumerate(widths):
+            widths_in = [widths[max(i - 1, 0)]] + [c] * (config.blocks - 1)
+            level = Level(widths_in, c, [config.depths[i]] * config.blocks, config.heads[i], config)
+            if i < len(widths) - 1:
+                level.downsamplers = nn.ModuleList([Downsample(c)])
+            self.down_blocks.append(level)
+        self.mid_block = Level([c, c], c, [config.mid_depth], config.heads[-1], config)
+
+    def embed(self, t: Tensor, cond: dict) -> Tensor:
+        """Time, sizes and pooled prompt as one vector an example, (b, 4 c)."""
+        sizes = timestep_embedding(cond["time_ids"].flatten(), self.config.time_ids_width)
+        added = torch.cat([cond["pooled"], sizes.view(len(t), -1).to(cond["pooled"].dtype)], 1)
+        temb = self.time_embedding(timestep_embedding(t, self.config.channels[0]))
+        # Every residual block takes silu of it: once here, instead of once in each.
+        return F.silu(temb + self.add_embedding(added))
+
+    def encode(self, h: Tensor, temb: Tensor, tokens: Tensor) -> list[Tensor]:
+        """Every skip connection from the finest down, and last what leaves the middle."""
+        skips = [h]
+        for level in self.down_blocks:
+            for resnet, attention in level.steps():
+                h = self.run(resnet, h, temb)
+                h = h if attention is None else self.run(attention, h, tokens)
+                skips.append(h)
+            if hasattr(level, "downsamplers"):
+                h = level.downsamplers[0](h)
+                skips.append(h)
+        for resnet, attention in self.mid_block.steps():
+            h = self.run(resnet, h, temb)
+            h = h if attention is None else self.run(attention, h, tokens)
+        return [*skips, h]
+
+    def run(self, block, *inputs: Tensor) -> Tensor:
+        """The block, kept for the backward pass by its inputs alone when checkpointing is on."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+class UNet(Encoder):
+    """eps(x_t, t, cond) for x_t (b, 4, h, w), any h and w; t (b,), cond as above."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__(config)
+        widths, blocks = config.channels, config.blocks
+        skips = [widths[0]]
+        for i, c in enumerate(widths):
+            skips += [c] * (blocks + (i < len(widths) - 1))
+        self.up_blocks, below = nn.ModuleList(), widths[-1]
+        for i in reversed(range(len(widths))):
+            c = widths[i]
+            widths_in = [(c if j else below) + skips.pop() for j in range(blocks + 1)]
+            level = Level(widths_in, c, [config.depths[i]] * (blocks + 1), config.heads[i], config)
+            if i > 0:
+                level.upsamplers = nn.ModuleList([Upsample(c)])
+            self.up_blocks.append(level)
+            below = c
+        self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: dict, control: list[Tensor] | None = None):
+        """control: what a ControlNet adds to each skip connection and to the middle."""
+        dtype = self.conv_in.weight.dtype
+        tokens, temb = cond["tokens"].to(dtype), self.embed(t, cond)
+        *skips, h = self.encode(self.conv_in(x_t.to(dtype)), temb, tokens)
+        if control is not None:
+            *skips, h = (a + b for a, b in zip([*skips, h], control, strict=True))
+        for level in self.up_blocks:
+            for resnet, attention in level.steps():
+                h = self.run(resnet, torch.cat([h, skips.pop()], 1), temb)
+                h = h if attention is None else self.run(attention, h, tokens)
+            if hasattr(level, "upsamplers"):
+                h = level.upsamplers[0](h, skips[-1].shape[2:])
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
