@@ -222,13 +222,7 @@ def _over_2r(schedule: Schedule, t, s, later, earlier, ndim: int) -> Tensor:
     return torch.where(step.isinf(), torch.zeros_like(over_2r), over_2r)
 
 
-SOLVERS = {
-    "ddim": ddim,
-    "dpm2s": dpm_2s,
-    "dpm2m": dpm_2m,
-    "dpm++2s": dpmpp_2s,
-    "dpm++2m": dpmpp_2m,
-}
+SOLVERS = {"ddim": ddim, "dpm2s": dpm_2s, "dpm2m": dpm_2m, "dpm++2s": dpmpp_2s, "dpm++2m": dpmpp_2m}
 
 
 def solve(model, x_t: Tensor, timesteps, schedule: Schedule, solver=ddim, callback=None) -> Tensor:

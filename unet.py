@@ -1,7 +1,7 @@
 """SDXL's UNet: eps(x_t, t, cond), with the names and shapes of the published checkpoints.
 
-The same class makes the full model (2.57 B parameters), tiny ones for tests and pixel-space ones for
-CIFAR-10; all that differs is the config. A condition is a dict of three tensors:
+The same class makes the full model (2.57 B parameters), tiny ones for tests and pixel-space ones
+for CIFAR-10; all that differs is the config. A condition is a dict of three tensors:
 
     tokens (b, n, 2048)   both text encoders' hidden states, attended to
     pooled (b, 1280)      the second encoder's projected end token
@@ -225,7 +225,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks, each followed by a transformer where there is one: a level, or the middle."""
+    """Residual blocks, each followed by a transformer where there is one: a level or the middle."""
 
     def __init__(self, widths_in, c: int, depths, heads: int, config: UNetConfig):
         super().__init__()
@@ -242,8 +242,8 @@ class Level(nn.Module):
 
 # -------------------------------------------------------------------------------------- networks
 #
-# 320 channels at full size, 640 at half, 1280 at a quarter, and back up. Every block on the way down
-# leaves its output for its mirror image on the way up.
+# 320 channels at full size, 640 at half, 1280 at a quarter, and back up. Every block on the way
+# down leaves its output for its mirror image on the way up.
 
 
 class Encoder(nn.Module):

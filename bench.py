@@ -1,0 +1,244 @@
+"""Speed and memory beside diffusers: same weights, same run, alternating; medians and ratios.
+
+    python bench.py unet       one forward pass of the UNet
+    python bench.py load       loading a full-size UNet from disk (writes 5 GB to --dir)
+    python bench.py sample     prompt embeddings to pixels: four guided steps and the decoder
+
+On a CPU `unet` and `sample` run a mid-size UNet, on a GPU the full one. Needs diffusers.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import cli
+from load import load_component
+from solvers import sdxl_schedule
+from tdd import equidistant, gamma_sample, guided, noise_stream
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+MID = replace(
+    UNetConfig(), channels=(128, 256, 512), depths=(0, 2, 4), heads=(2, 4, 8), mid_depth=4
+)
+
+# --------------------------------------------------------------------------------------- measuring
+#
+# The machine is never quiet. Both sides take turns in one process, so that what slows one slows the
+# other, and the ratio of medians is what is reported.
+
+
+def alternate(sides: dict, rounds: int, device: str) -> dict[str, float]:
+    """Median seconds of each side's call, over rounds in which all of them take a turn."""
+    seconds = {name: [] for name in sides}
+    for i in range(rounds + 1):
+        for name, call in sides.items():
+            start = time.perf_counter()
+            with torch.inference_mode():
+                call()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            # The first round warms caches and compiles; it is not counted.
+            seconds[name] += [time.perf_counter() - start] * (i > 0)
+    return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+def peak_gpu(call) -> float:
+    """GiB that a call needs beyond nothing, weights included."""
+    torch.cuda.reset_peak_memory_stats()
+    with torch.inference_mode():
+        call()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def report(title: str, seconds: dict[str, float], **more) -> None:
+    ratios = {name: value / seconds["diffusers"] for name, value in seconds.items()}
+    words = [f"{name} {value:.3f} s ({ratios[name]:.2f})" for name, value in seconds.items()]
+    print(f"{title}: {', '.join(words)}", *(f"{k} {v}" for k, v in more.items()), sep="; ")
+
+
+# -------------------------------------------------------------------------------------- both sides
+
+
+def theirs_config(config: UNetConfig) -> dict:
+    """A UNetConfig in diffusers' words."""
+    attends = [depth > 0 for depth in config.depths]
+    return {
+        "in_channels": 4, "out_channels": 4, "block_out_channels": config.channels,
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "transformer_layers_per_block": [max(1, d) for d in config.depths],
+        "attention_head_dim": config.heads, "cross_attention_dim": config.tokens,
+        "use_linear_projection": True, "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": config.added,
+    }  # fmt: skip
+
+
+def both_unets(config: UNetConfig, device: str, dtype):
+    """Diffusers' UNet with its own random weights, and ours with the same."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        theirs = UNet2DConditionModel(**theirs_config(config)).to(dtype).eval()
+        ours = UNet(config).to(dtype).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return ours.to(memory_format=torch.channels_last), theirs
+
+
+def inputs(config: UNetConfig, batch: int, side: int, device: str, dtype):
+    cond = {
+        "tokens": torch.randn(batch, 77, config.tokens, device=device, dtype=dtype),
+        "pooled": torch.randn(batch, config.added - 6 * 256, device=device, dtype=dtype),
+        "time_ids": torch.full((batch, 6), 8 * side, device=device),
+    }
+    return (
+        torch.randn(batch, 4, side, side, device=device),
+        torch.full((batch,), 751, device=device),
+        cond,
+    )
+
+
+def as_theirs(unet, x, t, cond):
+    added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
+    x = x.to(cond["tokens"].dtype)
+    return unet(x, t, cond["tokens"], added_cond_kwargs=added, return_dict=False)[0]
+
+
+# --------------------------------------------------------------------------------------- benchmarks
+
+
+def bench_unet(args, config: UNetConfig, side: int) -> None:
+    gpu = args.device.startswith("cuda")
+    for dtype in [torch.bfloat16] if gpu else [torch.float32, torch.bfloat16]:
+        ours, theirs = both_unets(config, args.device, dtype)
+        batch = inputs(config, 2, side, args.device, dtype)
+        sides = {"diffusers": partial(as_theirs, theirs, *batch), "ours": partial(ours, *batch)}
+        if args.compile:
+            sides["diffusers compiled"] = partial(as_theirs, torch.compile(theirs), *batch)
+            sides["ours compiled"] = partial(torch.compile(ours), *batch)
+        title = f"UNet, batch 2, {8 * side} pixels, {dtype}"
+        report(title, alternate(sides, args.rounds, args.device))
+
+
+def bench_sample(args, config: UNetConfig, side: int) -> None:
+    """What is compared is the default of each: diffusers runs the VAE in float32 as well."""
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline, TCDScheduler
+
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    unet, their_unet = both_unets(config, args.device, dtype)
+    config_vae = {"block_out_channels": VAEConfig().channels, "layers_per_block": 2,
+                  "down_block_types": ["DownEncoderBlock2D"] * 4, "scaling_factor": 0.13025,
+                  "up_block_types": ["UpDecoderBlock2D"] * 4, "latent_channels": 4}  # fmt: skip
+    with torch.device(args.device):
+        their_vae, vae = AutoencoderKL(**config_vae).eval(), VAE(VAEConfig()).eval()
+    vae.load_state_dict(their_vae.state_dict())
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = TCDScheduler(**betas, original_inference_steps=250)
+    none = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pipeline = StableDiffusionXLPipeline(
+        vae=their_vae, unet=their_unet, scheduler=scheduler, **none
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    _, _, cond = inputs(config, 1, side, args.device, dtype)
+    null = {k: v if k == "time_ids" else torch.zeros_like(v) for k, v in cond.items()}
+
+    def ours():
+        noise = noise_stream([0], (4, side, side), args.device)
+        eps, start = guided(unet, cond, null, 1.0), next(noise)
+        return vae.decode(gamma_sample(eps, start, equidistant(4), sdxl_schedule(), 0.2, noise))
+
+    def theirs():
+        return pipeline(
+            prompt_embeds=cond["tokens"], pooled_prompt_embeds=cond["pooled"], eta=0.2,
+            negative_prompt_embeds=null["tokens"], negative_pooled_prompt_embeds=null["pooled"],
+            num_inference_steps=4, guidance_scale=2.0, height=8 * side, width=8 * side,
+            generator=[torch.Generator().manual_seed(0)], output_type="pt",
+        )  # fmt: skip
+
+    sides = {"diffusers": theirs, "ours": ours}
+    memory = {}
+    if args.device.startswith("cuda"):
+        memory = {f"peak GiB {name}": f"{peak_gpu(call):.1f}" for name, call in sides.items()}
+    report(
+        f"4 steps, {8 * side} pixels, {dtype}", alternate(sides, args.rounds, args.device), **memory
+    )
+
+
+def bench_load(args, config: UNetConfig, side: int) -> None:
+    """Each load in a process of its own, with every page touched: mapping alone reads nothing."""
+    folder = args.dir / "unet"
+    if not (folder / "config.json").exists():
+        write_full_unet(folder)
+    size = (folder / "diffusion_pytorch_model.safetensors").stat().st_size
+    seconds, memory = {"diffusers": [], "ours": []}, {"diffusers": [], "ours": []}
+    for i in range(args.rounds + 1):
+        for side_name in seconds:
+            call = [sys.executable, __file__, "load", "--dir", args.dir, "--child", side_name]
+            took, peak = json.loads(subprocess.run(call, capture_output=True, check=True).stdout)
+            seconds[side_name] += [took] * (i > 0)
+            memory[side_name].append(peak * 1024 / size)
+    peaks = {
+        f"peak memory over file, {k}": f"{statistics.median(v):.2f}" for k, v in memory.items()
+    }
+    medians = {k: statistics.median(v) for k, v in seconds.items()}
+    report(f"loading {size / 2**30:.2f} GiB of float16", medians, **peaks)
+
+
+def load_child(side: str, folder: Path) -> None:
+    """One timed load: seconds, and the process's peak memory in KiB beyond its imports."""
+    from diffusers import UNet2DConditionModel
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    if side == "ours":
+        unet = load_component(folder, UNet, UNetConfig)
+    else:
+        unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16)
+    for p in unet.parameters():
+        p.detach().view(-1)[::1024].sum()
+    seconds = time.perf_counter() - start
+    print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
+
+
+def write_full_unet(folder: Path) -> None:
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in UNet(UNetConfig()).state_dict().items()}
+    cli.output_folder(folder)
+    tensors = {k: torch.empty(s, dtype=torch.float16).normal_(0, 0.02) for k, s in shapes.items()}
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    config = {"_class_name": "UNet2DConditionModel", **theirs_config(UNetConfig())}
+    cli.write_json(folder / "config.json", config)
+
+
+def main(args) -> None:
+    if args.child:
+        return load_child(args.child, args.dir / "unet")
+    gpu = args.device.startswith("cuda")
+    config, side = (UNetConfig(), 128) if gpu else (MID, 64 if args.what == "unet" else 32)
+    {"unet": bench_unet, "load": bench_load, "sample": bench_sample}[args.what](args, config, side)
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser("Measures this code beside diffusers; the number in brackets is the ratio.")
+    p.add_argument("what", choices=["unet", "load", "sample"], help="what to measure")
+    p.add_argument("--rounds", type=cli.number(int, 1), default=5, help="turns each side takes")
+    p.add_argument("--compile", action="store_true", help="torch.compile both UNets as well")
+    p.add_argument("--dir", type=Path, default=Path("runs/bench"), help="where load writes 5 GB")
+    p.add_argument("--child", choices=["ours", "diffusers"], help="one load, for the parent run")
+    gpu = torch.cuda.is_available()
+    p.add_argument("--device", default="cuda" if gpu else "cpu", help="cpu or cuda")
+    return p
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

@@ -1,0 +1,78 @@
+"""SDXL's ControlNet: what an image (edges, depth, ..) adds to the UNet's skip connections.
+
+A copy of the UNet's first half that also sees the image; 1x1 convolutions lead from every output of
+that half to the UNet. Names and shapes are those of the published checkpoints.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unet import Encoder, UNetConfig
+
+
+@dataclass(frozen=True)
+class ControlNetConfig(UNetConfig):
+    """The UNet's sizes, and the image embedding's channels at full size, half, .. of the image."""
+
+    embedding: tuple[int, ...] = (16, 32, 96, 256)
+
+    @classmethod
+    def from_json(cls, config: dict) -> "ControlNetConfig":
+        """From a diffusers config.json; ValueError if it describes another family of models."""
+        fixed = {
+            "addition_embed_type": "text_time",
+            "controlnet_conditioning_channel_order": "rgb",
+            "global_pool_conditions": False,
+            "mid_block_type": "UNetMidBlock2DCrossAttn",
+        }
+        for name, value in fixed.items():
+            # Files from before the middle was optional do not name it.
+            found = config.get(name, value if name == "mid_block_type" else None)
+            if found != value:
+                raise ValueError(f"not an SDXL ControlNet: {name} is {found!r}, not {value!r}")
+        sizes = super().from_json({**config, "out_channels": config["in_channels"]})
+        return replace(sizes, embedding=tuple(config["conditioning_embedding_out_channels"]))
+
+
+class ImageEmbedding(nn.Module):
+    """An image (b, 3, 8h, 8w) as features in latent size, (b, c, h, w)."""
+
+    def __init__(self, widths: tuple[int, ...], c: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.blocks = nn.ModuleList()
+        for width_in, width in pairwise(widths):
+            self.blocks.append(nn.Conv2d(width_in, width_in, 3, padding=1))
+            self.blocks.append(nn.Conv2d(width_in, width, 3, stride=2, padding=1))
+        self.conv_out = nn.Conv2d(widths[-1], c, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        h = F.silu(self.conv_in(image))
+        for block in self.blocks:
+            h = F.silu(block(h))
+        return self.conv_out(h)
+
+
+class ControlNet(Encoder):
+    """Residuals for UNet.forward's control from x_t (b, 4, h, w) and an image (b, 3, 8h, 8w)."""
+
+    def __init__(self, config: ControlNetConfig):
+        super().__init__(config)
+        widths, last = config.channels, config.channels[-1]
+        self.controlnet_cond_embedding = ImageEmbedding(config.embedding, widths[0])
+        skips = [widths[0]]
+        for i, c in enumerate(widths):
+            skips += [c] * (config.blocks + (i < len(widths) - 1))
+        self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(c, c, 1) for c in skips)
+        self.controlnet_mid_block = nn.Conv2d(last, last, 1)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: dict, image: Tensor, scale: float = 1.0):
+        """image in [0, 1] -> scale times one residual a skip connection, and last the middle's."""
+        dtype = self.conv_in.weight.dtype
+        h = self.conv_in(x_t.to(dtype)) + self.controlnet_cond_embedding(image.to(dtype))
+        features = self.encode(h, self.embed(t, cond), cond["tokens"].to(dtype))
+        outputs = [*self.controlnet_down_blocks, self.controlnet_mid_block]
+        return [scale * output(h) for output, h in zip(outputs, features, strict=True)]

@@ -1,0 +1,189 @@
+"""SDXL checkpoints: published folders and single files, read strictly and without a second copy.
+
+Weights are memory-mapped and assigned to modules made on the meta device: nothing is initialised to
+be thrown away, and a module holds the file's own pages until its precision or device changes.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+import names
+from clip import TextConfig, TextEncoder, Tokenizer
+from controlnet import ControlNet, ControlNetConfig
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+# ------------------------------------------------------------------------------------------ files
+#
+# Nothing is ever unpickled: what is not safetensors or JSON is refused.
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file's content; ValueError in one line if it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: not a whole SDXL model folder") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
+        raise ValueError(f"{path} cannot be read: {problem}") from None
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file's tensors, memory-mapped, and its metadata; ValueError if broken."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError) as problem:
+        reason = "missing" if not Path(path).exists() else f"no whole safetensors file: {problem}"
+        raise ValueError(f"{path} is {reason}") from None
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """A component's weight files: plain before .fp16, one file or the shards of an index."""
+    for stem in ("diffusion_pytorch_model", "model"):
+        for variant in ("", ".fp16"):
+            whole = folder / f"{stem}{variant}.safetensors"
+            index = folder / f"{stem}.safetensors.index{variant}.json"
+            if whole.exists():
+                return [whole]
+            if index.exists():
+                shards = set(read_json(index)["weight_map"].values())
+                return [folder / name for name in sorted(shards)]
+    raise ValueError(f"{folder} holds no diffusion_pytorch_model or model .safetensors")
+
+
+# --------------------------------------------------------------------------------- strict loading
+#
+# load_state_dict's own message lists every key of a wrong file; a user needs the first few.
+
+
+def assign(module: nn.Module, tensors: dict[str, Tensor], where, dtype=None) -> nn.Module:
+    """Give a module made on the meta device its weights, in evaluation mode and without gradients.
+
+    Raises ValueError that names every kind of mismatch: missing, unexpected or mis-shaped.
+    """
+    # One message with everything in it: a user should not have to mend a file key by key.
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    problems = {
+        "missing": sorted(wanted.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - wanted.keys()),
+        "of another shape": sorted(
+            f"{name} {tuple(tensors[name].shape)} instead of {shape}"
+            for name, shape in wanted.items()
+            if name in tensors and tuple(tensors[name].shape) != shape
+        ),
+    }
+    said = [
+        f"{len(v)} {kind}: {', '.join(v[:3])}{' ..' * (len(v) > 3)}"
+        for kind, v in problems.items()
+        if v
+    ]
+    if said:
+        raise ValueError(f"{where} does not fit {type(module).__name__}: {'; '.join(said)}")
+    module.load_state_dict({k: v.to(dtype) for k, v in tensors.items()}, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def load_component(folder: Path, cls, config_cls, dtype=None) -> nn.Module:
+    """One component of a published folder: its config.json says what to build."""
+    try:
+        config = config_cls.from_json(read_json(folder / "config.json"))
+    except KeyError as problem:
+        raise ValueError(f"{folder / 'config.json'} has no {problem}: another family") from None
+    except ValueError as problem:
+        raise ValueError(f"{folder / 'config.json'}: {problem}") from None
+    tensors = {}
+    for path in find_weights(folder):
+        tensors |= read_tensors(path)[0]
+    # Transformers 5 writes the first encoder without the prefix that published folders have.
+    if cls is TextEncoder and "final_layer_norm.weight" in tensors:
+        tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
+    # A buffer of older libraries: 0, 1, 2, ..
+    tensors = {k: v for k, v in tensors.items() if not k.endswith("position_ids")}
+    with torch.device("meta"):
+        module = cls(config)
+    return assign(module, tensors, folder, dtype)
+
+
+# -------------------------------------------------------------------------------------- the model
+
+
+@dataclass
+class SDXL:
+    """The parts that make a picture."""
+
+    unet: UNet
+    vae: VAE
+    encoder_1: TextEncoder
+    encoder_2: TextEncoder
+    tokenizer: Tokenizer
+
+    def to(self, device) -> "SDXL":
+        for module in (self.unet, self.vae, self.encoder_1, self.encoder_2):
+            module.to(device)
+        return self
+
+
+def load_sdxl(path: Path, tokenizer: Path | None = None, dtype=None) -> SDXL:
+    """A published folder or a single file; a single file holds no tokenizer, so name its folder.
+
+    dtype: of the UNet and the text encoders; the VAE is float32. ValueError if anything is wrong.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"--model {path} does not exist")
+    return (
+        _load_folder(path, tokenizer, dtype)
+        if path.is_dir()
+        else _load_file(path, tokenizer, dtype)
+    )
+
+
+def _load_folder(path: Path, tokenizer: Path | None, dtype) -> SDXL:
+    read_json(path / "model_index.json")
+    return SDXL(
+        load_component(path / "unet", UNet, UNetConfig, dtype),
+        load_component(path / "vae", VAE, VAEConfig, torch.float32),
+        load_component(path / "text_encoder", TextEncoder, TextConfig, dtype),
+        load_component(path / "text_encoder_2", TextEncoder, TextConfig, dtype),
+        Tokenizer.from_folder(tokenizer or path / "tokenizer"),
+    )
+
+
+def _load_file(path: Path, tokenizer: Path | None, dtype) -> SDXL:
+    if tokenizer is None:
+        raise ValueError(f"{path} holds no tokenizer: name a folder with --tokenizer")
+    tensors, _ = read_tensors(path)
+    try:
+        unet, vae, text_1, text_2 = names.configs(tensors)
+    except KeyError as problem:
+        raise ValueError(f"{path} is no SDXL checkpoint: it has no {problem}") from None
+    parts = [
+        (UNet, unet, names.UNET, dict(names.unet_modules(unet))),
+        (VAE, vae, names.VAE, dict(names.vae_modules(vae))),
+        (TextEncoder, text_1, names.TEXT_1, {}),
+        (TextEncoder, text_2, names.TEXT_2, dict(names.text_modules(text_2))),
+    ]
+    # What no module asks for and nobody knows is an error: it may be what makes the model another.
+    modules, rest = [], {name for name in tensors if not names.IGNORED.search(name)}
+    for cls, config, prefix, table in parts:
+        with torch.device("meta"):
+            module = cls(config)
+        sources = {name: prefix + names.original(name, table) for name in module.state_dict()}
+        own = {k: names.take(tensors, k, v) for k, v in sources.items() if v in tensors}
+        modules.append(assign(module, own, path, torch.float32 if cls is VAE else dtype))
+        rest -= set(sources.values())
+    if rest:
+        some = ", ".join(sorted(rest)[:3])
+        raise ValueError(f"{path} holds {len(rest)} tensors that SDXL has not: {some} ..")
+    return SDXL(*modules, Tokenizer.from_folder(tokenizer))
+
+
+def load_controlnet(folder: Path, dtype=None) -> ControlNet:
+    return load_component(Path(folder), ControlNet, ControlNetConfig, dtype)

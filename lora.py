@@ -1,0 +1,268 @@
+"""LoRA: low-rank updates over a frozen base, switched per call, stacked, merged, read and written.
+
+Teacher, student and target network live on one copy of the base: `attach` hands layers their
+updates and `using` says which of them count, and how much, for the calls inside its block.
+"""
+
+import json
+import math
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import names
+from load import read_tensors
+from unet import UNet
+
+# The published TDD LoRA's layers: all attention and feed-forward projections and convolutions.
+TARGETS = re.compile(
+    r"(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv1|conv2"
+    r"|conv_shortcut|downsamplers\.0\.conv|upsamplers\.0\.conv|time_emb_proj)$"
+)
+
+# ----------------------------------------------------------------------------------------- updates
+#
+# For a convolution the down matrix looks at the whole kernel and the up matrix is 1x1, as in PEFT.
+
+
+class Update(nn.Module):
+    """One layer's update, scale * up @ down with scale = alpha / rank.
+
+    down (r, in) and up (out, r), or (r, in, k, k) and (out, r, 1, 1) for a convolution.
+    """
+
+    def __init__(self, down: Tensor, up: Tensor, alpha: float):
+        super().__init__()
+        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
+        self.scale = alpha / len(down)
+
+    def forward(self, x: Tensor, layer: nn.Module) -> Tensor:
+        # Float32 weights, as training keeps them, beside a base in half precision.
+        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+        if isinstance(layer, nn.Conv2d):
+            return F.conv2d(F.conv2d(x, down, None, layer.stride, layer.padding), up)
+        return F.linear(F.linear(x, down), up)
+
+    def delta(self) -> Tensor:
+        """The whole update of the layer's weight, in float32."""
+        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
+        return self.scale * product.view(len(self.up), *self.down.shape[1:])
+
+
+class LoRA(nn.ModuleDict):
+    """Updates by the name of their layer, whose dots stand as slashes in parameter names."""
+
+    def items(self):
+        return [(name.replace("/", "."), update) for name, update in super().items()]
+
+    @classmethod
+    def of(cls, updates: dict[str, Update]) -> "LoRA":
+        return cls({name.replace(".", "/"): update for name, update in updates.items()})
+
+    @classmethod
+    def fresh(cls, base: nn.Module, rank: int, alpha: float, generator: torch.Generator) -> "LoRA":
+        """A LoRA over the base's TARGETS that changes nothing yet: up is zero."""
+        updates = {}
+        for name, layer in _layers(base).items():
+            if TARGETS.search(name):
+                out, *inner = layer.weight.shape
+                # PEFT's start, uniform in +-1/sqrt(fan in), which is where learning rates are from.
+                down = torch.rand((rank, *inner), generator=generator) * 2 - 1
+                up = torch.zeros((out, rank, *(1 for _ in inner[1:])))
+                updates[name] = Update(down / math.prod(inner) ** 0.5, up, alpha)
+        return cls.of(updates)
+
+
+def _layers(base: nn.Module) -> dict[str, nn.Module]:
+    kinds = nn.Linear, nn.Conv2d
+    return {name: layer for name, layer in base.named_modules() if isinstance(layer, kinds)}
+
+
+# -------------------------------------------------------------------------------- on a frozen base
+#
+# A layer takes on a class that knows of updates; its weights, and so the base's state dict, stay
+# what and where they were.
+
+
+class _Updated:
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        for name, weight in self.active.items():
+            if weight and name in self.updates:
+                update = self.updates[name]
+                y = y + weight * update.scale * update(x, self)
+        return y
+
+
+class UpdatedLinear(_Updated, nn.Linear):
+    """A linear layer with updates."""
+
+
+class UpdatedConv2d(_Updated, nn.Conv2d):
+    """A convolution with updates."""
+
+
+def attach(base: nn.Module, name: str, lora: LoRA) -> None:
+    """Give the base's layers the updates of a LoRA, switched off, under a name."""
+    layers = _layers(base)
+    if not hasattr(base, "active_loras"):
+        base.active_loras = {}
+    for layer_name, update in lora.items():
+        layer = layers[layer_name]
+        if not isinstance(layer, _Updated):
+            layer.__class__ = UpdatedConv2d if isinstance(layer, nn.Conv2d) else UpdatedLinear
+            # Plain attributes: neither parameters nor state of the base. `active` is shared by all.
+            object.__setattr__(layer, "updates", {})
+            object.__setattr__(layer, "active", base.active_loras)
+        layer.updates[name] = update
+
+
+@contextmanager
+def using(base: nn.Module, **weights: float):
+    """Run the base with exactly these attached LoRAs at their weights; without any, it is plain."""
+    active = getattr(base, "active_loras", {})
+    before = dict(active)
+    active.clear()
+    active.update(weights)
+    try:
+        yield base
+    finally:
+        active.clear()
+        active.update(before)
+
+
+@torch.no_grad()
+def merge(base: nn.Module, lora: LoRA, weight: float = 1.0) -> None:
+    """Add a LoRA to the base's weights for good."""
+    layers = _layers(base)
+    for name, update in lora.items():
+        own = layers[name].weight
+        # A new tensor: the old one may be a file's memory-mapped pages.
+        delta = weight * update.delta().to(own.device)
+        layers[name].weight = nn.Parameter((own.float() + delta).to(own.dtype), requires_grad=False)
+
+
+# ----------------------------------------------------------------------------------------- reading
+#
+# Four spellings of the same three things. A file is read whole or not at all: a key that no layer
+# answers to is an error, since a LoRA applied in part looks like a bad LoRA.
+
+SUFFIXES = {
+    ".lora_A.weight": "down", ".lora_B.weight": "up",
+    ".lora.down.weight": "down", ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",
+    ".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha",
+}  # fmt: skip
+DOTTED = ("unet", "text_encoder", "text_encoder_2")
+KOHYA = ("lora_unet", "lora_te1", "lora_te2")
+
+
+def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module) -> list[LoRA]:
+    """A file's LoRAs for the UNet and both text encoders (empty where it has none).
+
+    PEFT/diffusers, older diffusers and kohya naming, with our module names or the original ones.
+    Raises ValueError naming keys that fit no layer, halves without the other, and wrong shapes.
+    """
+    tensors, metadata = read_tensors(path)
+    bases = [unet, encoder_1, encoder_2]
+    layers, table = [_layers(base) for base in bases], _spellings(bases)
+    # (component, layer) -> its down, up and alpha, as the keys come.
+    found, strangers = {}, []
+    for key, tensor in tensors.items():
+        suffix = next((s for s in SUFFIXES if key.endswith(s)), None)
+        place = table.get(key.removesuffix(suffix or "").removeprefix("base_model.model."))
+        if suffix is None or place is None:
+            strangers.append(key)
+        else:
+            found.setdefault(place, {})[SUFFIXES[suffix]] = tensor
+    if strangers or not found:
+        some = ", ".join(strangers[:3]) or "no LoRA key at all"
+        raise ValueError(
+            f"{path} is no LoRA for this model: {len(strangers)} keys fit nothing: {some}"
+        )
+    updates, alphas = [{}, {}, {}], _peft_alphas(metadata)
+    for (component, name), parts in found.items():
+        parts.setdefault("alpha", alphas(DOTTED[component], name))
+        updates[component][name] = _update(f"{path}: {name}", layers[component][name], **parts)
+    return [LoRA.of(own) for own in updates]
+
+
+def _spellings(bases) -> dict[str, tuple[int, str]]:
+    """Every spelling of a layer's name, to its component and name."""
+    table, original = {}, dict(names.unet_modules(bases[0].config))
+    for component, base in enumerate(bases):
+        for name in _layers(base):
+            spelled = [name] if component else [name, names.original(name, original)]
+            table[f"{DOTTED[component]}.{name}"] = component, name
+            for one in spelled:
+                table[f"{KOHYA[component]}_{one.replace('.', '_')}"] = component, name
+    return table
+
+
+def _update(where: str, layer: nn.Module, down=None, up=None, alpha=None) -> Update:
+    if down is None or up is None:
+        raise ValueError(f"{where} has an up or a down matrix only: the file is not whole")
+    if layer.weight.ndim == 2:
+        down, up = down.flatten(1), up.flatten(1)  # some write linear layers as 1x1 convolutions
+    out, *inner = layer.weight.shape
+    if list(down.shape[1:]) != inner or len(up) != out or up.shape[1] != len(down):
+        raise ValueError(
+            f"{where} is {tuple(up.shape)} x {tuple(down.shape)}, its layer "
+            f"{tuple(layer.weight.shape)}: a LoRA for another model"
+        )
+    return Update(down, up, float(len(down) if alpha is None else alpha))
+
+
+def _peft_alphas(metadata: dict):
+    """(component, layer) -> alpha, from what PEFT writes into a file's header; None if nothing."""
+    config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+
+    def alpha(component: str, name: str) -> float | None:
+        pattern = config.get(f"{component}.alpha_pattern") or {}
+        return pattern.get(name, config.get(f"{component}.lora_alpha"))
+
+    return alpha
+
+
+# ----------------------------------------------------------------------------------------- writing
+#
+# alpha / rank is folded into the up matrices, which makes alpha = rank: right in every loader, in
+# those that never look for alpha as well. Losing it makes published LoRAs eight times too strong.
+
+
+def write_peft(path: Path, lora: LoRA, **metadata: str) -> None:
+    """A UNet's LoRA in PEFT/diffusers naming."""
+    tensors, ranks = {}, {}
+    for name, update in lora.items():
+        tensors[f"unet.{name}.lora_A.weight"] = update.down.detach().contiguous()
+        tensors[f"unet.{name}.lora_B.weight"] = (update.scale * update.up).detach().contiguous()
+        ranks[name] = len(update.down)
+    rank = max(ranks.values())
+    config = {
+        "unet.r": rank, "unet.lora_alpha": rank, "unet.target_modules": sorted(ranks),
+        "unet.rank_pattern": {k: r for k, r in ranks.items() if r != rank},
+        "unet.alpha_pattern": {k: r for k, r in ranks.items() if r != rank},
+    }  # fmt: skip
+    _write(path, tensors, {**metadata, "lora_adapter_metadata": json.dumps(config)})
+
+
+def write_kohya(path: Path, lora: LoRA, **metadata: str) -> None:
+    """A UNet's LoRA in kohya naming, which ComfyUI and diffusers read, alpha tensors included."""
+    tensors = {}
+    for name, update in lora.items():
+        key = f"lora_unet_{name.replace('.', '_')}"
+        tensors[f"{key}.lora_down.weight"] = update.down.detach().contiguous()
+        tensors[f"{key}.lora_up.weight"] = (update.scale * update.up).detach().contiguous()
+        tensors[f"{key}.alpha"] = torch.tensor(float(len(update.down)))
+    _write(path, tensors, metadata)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    part = Path(f"{path}.part")
+    save_file(tensors, part, {"format": "pt", **metadata})
+    part.replace(path)

@@ -1,0 +1,208 @@
+"""The original (single-file) names of SDXL's tensors, and sizes read off their shapes.
+
+Published folders name tensors as our modules do. Community checkpoints and many LoRAs use the names
+of the original code instead; one table of modules serves both.
+"""
+
+import re
+from collections.abc import Iterator
+from itertools import product
+
+from torch import Tensor
+
+from clip import TextConfig
+from unet import UNetConfig
+from vae import VAEConfig
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+TEXT_1, TEXT_2 = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+IGNORED = re.compile(r"position_ids$|logit_scale$|^denoiser\.sigmas$|^model_ema\.")
+
+# ------------------------------------------------------------------------------------------- UNet
+#
+# The original UNet numbers its blocks through, 0 to 8 each way, where diffusers counts levels and
+# blocks in them.
+
+RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+
+
+def unet_modules(config: UNetConfig) -> Iterator[tuple[str, str]]:
+    """Pairs of a module's name here and in the original code; a prefix may stand for a module."""
+    yield from {
+        "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2", "conv_norm_out": "out.0", "conv_out": "out.2",
+        "mid_block.attentions.0": "middle_block.1",
+    }.items()  # fmt: skip
+    yield from _resnet("mid_block.resnets.0", "middle_block.0")
+    yield from _resnet("mid_block.resnets.1", "middle_block.2")
+    levels, n = len(config.channels), 1
+    for i in range(levels):
+        for j in range(config.blocks):
+            yield from _resnet(f"down_blocks.{i}.resnets.{j}", f"input_blocks.{n}.0")
+            yield f"down_blocks.{i}.attentions.{j}", f"input_blocks.{n}.1"
+            n += 1
+        if i < levels - 1:
+            yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{n}.0.op"
+            n += 1
+    for i, depth in enumerate(reversed(config.depths)):
+        for j in range(config.blocks + 1):
+            n = i * (config.blocks + 1) + j
+            yield from _resnet(f"up_blocks.{i}.resnets.{j}", f"output_blocks.{n}.0")
+            yield f"up_blocks.{i}.attentions.{j}", f"output_blocks.{n}.1"
+        # Last in its block, after the transformer if there is one.
+        yield f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{n}.{2 if depth else 1}.conv"
+
+
+def _resnet(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
+    for a, b in RESNET.items():
+        yield f"{ours}.{a}", f"{theirs}.{b}"
+
+
+# -------------------------------------------------------------------------------- autoencoder, text
+
+
+def vae_modules(config: VAEConfig) -> Iterator[tuple[str, str]]:
+    """The same pairs for the autoencoder, whose up blocks the original counts from the finest."""
+    last = len(config.channels) - 1
+    for half, path, blocks in (
+        ("encoder", "down", config.blocks),
+        ("decoder", "up", config.blocks + 1),
+    ):
+        for i in range(last + 1):
+            ours, theirs = f"{half}.{path}_blocks.{i}", i if path == "down" else last - i
+            for j in range(blocks):
+                block = f"{half}.{path}.{theirs}.block.{j}"
+                yield f"{ours}.resnets.{j}", block
+                yield f"{ours}.resnets.{j}.conv_shortcut", f"{block}.nin_shortcut"
+            yield f"{ours}.{path}samplers.0", f"{half}.{path}.{theirs}.{path}sample"
+        yield f"{half}.mid_block.resnets.0", f"{half}.mid.block_1"
+        yield f"{half}.mid_block.resnets.1", f"{half}.mid.block_2"
+        attention = {
+            "group_norm": "norm",
+            "to_q": "q",
+            "to_k": "k",
+            "to_v": "v",
+            "to_out.0": "proj_out",
+        }
+        for a, b in attention.items():
+            yield f"{half}.mid_block.attentions.0.{a}", f"{half}.mid.attn_1.{b}"
+        yield f"{half}.conv_norm_out", f"{half}.norm_out"
+
+
+def text_modules(config: TextConfig) -> Iterator[tuple[str, str]]:
+    """The same pairs for the second text encoder, which is OpenCLIP's."""
+    yield from {
+        "text_model.embeddings.token_embedding": "token_embedding",
+        "text_model.embeddings.position_embedding.weight": "positional_embedding",
+        "text_model.final_layer_norm": "ln_final",
+        "text_projection.weight": "text_projection",
+    }.items()
+    parts = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc",
+             "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}  # fmt: skip
+    # OpenCLIP keeps q, k and v in one tensor.
+    for part, kind in product("qkv", ("weight", "bias")):
+        parts[f"self_attn.{part}_proj.{kind}"] = f"attn.in_proj_{kind}"
+    for i, (a, b) in product(range(config.layers), parts.items()):
+        yield f"text_model.encoder.layers.{i}.{a}", f"transformer.resblocks.{i}.{b}"
+
+
+def original(name: str, modules: dict[str, str]) -> str:
+    """A tensor's or module's original name: that of its longest known prefix, and the rest."""
+    parts = name.split(".")
+    for n in range(len(parts), 0, -1):
+        if (prefix := ".".join(parts[:n])) in modules:
+            return ".".join([modules[prefix], *parts[n:]])
+    return name
+
+
+# ------------------------------------------------------------------------------------ single files
+#
+# A single file has no config, but every width and depth shows in some tensor's shape. What does not
+# (32 groups, heads 64 wide, the scaling factor) is the same in all of SDXL.
+
+
+def take(tensors: dict[str, Tensor], name: str, source: str) -> Tensor:
+    """Our tensor `name` out of the original tensor `source`, whose layout may differ."""
+    tensor = tensors[source]
+    if ".attn.in_proj_" in source:
+        return tensor.chunk(3)[["q_proj", "k_proj", "v_proj"].index(name.split(".")[-2])]
+    if source == TEXT_2 + "text_projection":
+        return tensor.T.contiguous()
+    # The original autoencoder's attention is made of 1x1 convolutions.
+    return tensor[:, :, 0, 0] if ".attn_1." in source and tensor.ndim == 4 else tensor
+
+
+def configs(tensors: dict[str, Tensor]) -> tuple[UNetConfig, VAEConfig, TextConfig, TextConfig]:
+    """The sizes of a single file's four networks; KeyError names the tensor that is not there."""
+    text_1, text_2 = _text_1(tensors), _text_2(tensors)
+    return _unet(tensors, text_2.projection), _vae(tensors), text_1, text_2
+
+
+def _unet(tensors: dict[str, Tensor], pooled: int) -> UNetConfig:
+    shape = {k[len(UNET) :]: tuple(v.shape) for k, v in tensors.items() if k.startswith(UNET)}
+    # Walk down the numbered blocks: one with "op" in it halves the size and so begins a level.
+    channels, depths, blocks, n = [shape["input_blocks.0.0.weight"][0]], [], 0, 1
+    while (
+        f"input_blocks.{n}.0.in_layers.2.weight" in shape
+        or f"input_blocks.{n}.0.op.weight" in shape
+    ):
+        if f"input_blocks.{n}.0.op.weight" in shape:
+            channels.append(0)
+        else:
+            channels[-1] = shape[f"input_blocks.{n}.0.in_layers.2.weight"][0]
+            depths = [
+                *depths[: len(channels) - 1],
+                _count(shape, f"input_blocks.{n}.1.transformer_blocks"),
+            ]
+            blocks += len(channels) == 1
+        n += 1
+    added = shape["label_emb.0.0.weight"][1]
+    return UNetConfig(
+        shape["input_blocks.0.0.weight"][1], shape["out.2.weight"][0], tuple(channels),
+        tuple(depths), tuple(c // 64 for c in channels),
+        _count(shape, "middle_block.1.transformer_blocks"), blocks,
+        tokens=shape["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
+        time_ids_width=(added - pooled) // 6, added=added,
+    )  # fmt: skip
+
+
+def _vae(tensors: dict[str, Tensor]) -> VAEConfig:
+    shape = {k[len(VAE) :]: v.shape for k, v in tensors.items() if k.startswith(VAE)}
+    levels, blocks = _count(shape, "encoder.down"), _count(shape, "encoder.down.0.block")
+    channels = [shape[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
+    return VAEConfig(tuple(channels), blocks, latent_channels=shape["post_quant_conv.weight"][0])
+
+
+def _text_1(tensors: dict[str, Tensor]) -> TextConfig:
+    at = TEXT_1 + "text_model."
+    vocab, hidden = tensors[at + "embeddings.token_embedding.weight"].shape
+    positions = len(tensors[at + "embeddings.position_embedding.weight"])
+    intermediate = len(tensors[at + "encoder.layers.0.mlp.fc1.weight"])
+    layers = _count(tensors, at + "encoder.layers")
+    return _text(hidden, intermediate, layers, vocab, positions, "quick_gelu", None)
+
+
+def _text_2(tensors: dict[str, Tensor]) -> TextConfig:
+    vocab, hidden = tensors[TEXT_2 + "token_embedding.weight"].shape
+    positions = len(tensors[TEXT_2 + "positional_embedding"])
+    intermediate = len(tensors[TEXT_2 + "transformer.resblocks.0.mlp.c_fc.weight"])
+    layers = _count(tensors, TEXT_2 + "transformer.resblocks")
+    projection = tensors[TEXT_2 + "text_projection"].shape[1]
+    return _text(hidden, intermediate, layers, vocab, positions, "gelu", projection)
+
+
+def _text(hidden, intermediate, layers, vocab, positions, activation, projection) -> TextConfig:
+    return TextConfig(
+        hidden=hidden, intermediate=intermediate, layers=layers, heads=hidden // 64, vocab=vocab,
+        positions=positions, activation=activation, projection=projection, end=vocab - 1,
+    )  # fmt: skip
+
+
+def _count(names, prefix: str) -> int:
+    """How many numbered modules there are below a prefix."""
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    return len({found[1] for name in names if (found := pattern.match(name))})

@@ -1,0 +1,291 @@
+"""Pictures from SDXL in 4 to 8 steps, with a TDD LoRA: prompts in, PNG files out.
+
+    python sample.py --model sdxl/ --lora tdd.safetensors --prompt "a red fox in the snow"
+    torchrun --nproc-per-node 8 sample.py --model sdxl/ --lora tdd.safetensors \\
+        --prompts coco30k.txt --output coco/
+"""
+
+import json
+import os
+import shlex
+from functools import partial
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image, PngImagePlugin
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import cli
+from clip import encode_prompts
+from load import SDXL, load_controlnet, load_sdxl
+from lora import merge, read_lora
+from solvers import CLEAN, SOLVERS, sdxl_schedule, solve
+from tdd import clip_x0, equidistant, gamma_sample, guided, noise_stream, nonequidistant, tuned
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# ----------------------------------------------------------------------------------------- sampling
+
+
+def conditions(model: SDXL, prompts: list[str], negative: str | None, height: int, width: int):
+    """The condition of each prompt and the null condition: zeros, or the negative prompt's."""
+    device = model.unet.conv_in.weight.device
+    cond = encode_prompts(prompts, model.tokenizer, model.encoder_1, model.encoder_2)
+    if negative is None:
+        null = {name: torch.zeros_like(tensor[:1]) for name, tensor in cond.items()}
+    else:
+        null = encode_prompts([negative], model.tokenizer, model.encoder_1, model.encoder_2)
+    sizes = torch.tensor([[height, width, 0, 0, height, width]], device=device)
+    return {**cond, "time_ids": sizes.expand(len(prompts), 6)}, {**null, "time_ids": sizes}
+
+
+def controlled(unet, controlnet, image: Tensor, scale: float):
+    """The UNet with a ControlNet's residuals of an image (1, 3, H, W) in [0, 1]."""
+
+    def model(x_t: Tensor, t: Tensor, cond: dict) -> Tensor:
+        images = image.expand(len(x_t), -1, -1, -1)
+        return unet(x_t, t, cond, controlnet(x_t, t, cond, images, scale))
+
+    return model
+
+
+def timesteps_of(args) -> list[int]:
+    """The k timesteps of the chosen schedule; ValueError if there is none."""
+    if args.schedule == "nonequidistant":
+        return nonequidistant(args.steps, args.solver_steps)
+    return equidistant(args.steps, args.solver_steps)
+
+
+@torch.no_grad()
+def latents_of(args, model: SDXL, network, prompts: list[str], seeds: list[int]) -> Tensor:
+    """Final latents (b, 4, h/8, w/8), float32; each depends on its own prompt and seed alone."""
+    schedule, device = sdxl_schedule(), model.unet.conv_in.weight.device
+    cond, null = conditions(model, prompts, args.negative_prompt, args.height, args.width)
+    w = args.cfg - 1
+    if args.tune_guidance is not None:
+        w = tuned(w, args.tune_guidance)
+    # Image i draws from its own CPU generator: alone, in a batch or on a GPU it is the same image.
+    eps = guided(network, cond, null, w)
+    noise = noise_stream(seeds, (4, args.height // 8, args.width // 8), device)
+    x_T, timesteps = next(noise), timesteps_of(args)
+    if args.sampler != "tdd":
+        return solve(eps, x_T, [*timesteps, CLEAN], schedule, SOLVERS[args.sampler])
+    clip = partial(clip_x0, percentile=args.clip_percentile, max_value=args.clip_max)
+    return gamma_sample(eps, x_T, timesteps, schedule, args.gamma, noise, clip, args.clip_steps)
+
+
+# -------------------------------------------------------------------------------- loading, settings
+
+
+def check(args) -> None:
+    """Flags that no flag's own type can refuse; ValueError in one line."""
+    for name in ("height", "width"):
+        if getattr(args, name) % 8:
+            raise ValueError(f"--{name} {getattr(args, name)} is not a multiple of 8")
+    if (args.prompt is None) == (args.prompts is None):
+        raise ValueError("give prompts by --prompt TEXT or by --prompts FILE, not both")
+    if (args.controlnet is None) != (args.control_image is None):
+        raise ValueError("--controlnet and --control-image go together")
+    if args.sampler != "tdd" and args.clip_steps:
+        raise ValueError(f"--clip-steps works with --sampler tdd, not {args.sampler}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no GPU is visible here; use --device cpu")
+    timesteps_of(args)
+
+
+def build(args) -> tuple[SDXL, object]:
+    """The model with every LoRA merged in, and the network to sample, ControlNet included."""
+    dtype = DTYPES[args.dtype]
+    model = load_sdxl(args.model, args.tokenizer, dtype)
+    # Merged: nothing is left to switch, and sampling then costs what the plain model costs.
+    for entry in args.lora:
+        path, scale = split_scale(entry)
+        loras = read_lora(Path(path), model.unet, model.encoder_1, model.encoder_2)
+        for base, lora in zip((model.unet, model.encoder_1, model.encoder_2), loras, strict=True):
+            merge(base, lora, scale)
+    model.to(args.device)
+    # Pixels as rows of channels: transformers and convolutions then agree on the layout.
+    model.unet.to(memory_format=torch.channels_last)
+    if args.controlnet is None:
+        return model, model.unet
+    controlnet = load_controlnet(args.controlnet, dtype).to(args.device)
+    image = open_image(args.control_image).resize((args.width, args.height))
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).to(args.device)
+    pixels = rearrange(pixels / 255, "(h w c) -> 1 c h w", h=args.height, c=3)
+    return model, controlled(model.unet, controlnet, pixels, args.control_scale)
+
+
+def split_scale(entry: str) -> tuple[str, float]:
+    """PATH or PATH:SCALE; a colon that no number follows belongs to the path."""
+    path, _, scale = entry.rpartition(":")
+    try:
+        return (path, float(scale)) if path else (entry, 1.0)
+    except ValueError:
+        return entry, 1.0
+
+
+def open_image(path: Path) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except OSError as problem:
+        raise ValueError(f"{path} is no picture that can be read: {problem}") from None
+
+
+def read_prompts(args) -> list[str]:
+    """One prompt an image: each --prompt num_images times over, or a file's lines."""
+    if args.prompts is None:
+        return [prompt for prompt in args.prompt for _ in range(args.num_images)]
+    try:
+        lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ValueError(f"--prompts {args.prompts} cannot be read: {problem}") from None
+    return [line for line in lines if line.strip() for _ in range(args.num_images)]
+
+
+# ----------------------------------------------------------------------------------------- pictures
+#
+# An image file carries its settings, and a command line that makes the same image again.
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """Pixels (b, 3, H, W) in [-1, 1] as pictures."""
+    bytes_ = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+    return [Image.fromarray(x) for x in rearrange(bytes_, "b c h w -> b h w c").cpu().numpy()]
+
+
+def save_png(image: Image.Image, path: Path, args, prompt: str, seed: int) -> None:
+    """A picture that tells how it was made: every setting, and the command that makes it again."""
+    settings = {**vars(args), "prompt": [prompt], "prompts": None, "seed": seed, "num_images": 1,
+                "output": path.name, "save_latents": None}  # fmt: skip
+    given = {k: v for k, v in settings.items() if v is not None and v != []}
+    words = ["python", "sample.py"]
+    for name, value in given.items():
+        for one in value if isinstance(value, list) else [value]:
+            words += [f"--{name.replace('_', '-')}={one}"]
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("settings", json.dumps(given, default=str))
+    info.add_itxt("command", shlex.join(words))
+    part = path.with_suffix(".part")
+    image.save(part, "PNG", pnginfo=info)
+    part.replace(path)
+
+
+def save_grid(images: list[Image.Image], path: Path) -> None:
+    columns = round(len(images) ** 0.5 + 0.49)
+    width, height = images[0].size
+    grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for i, image in enumerate(images):
+        grid.paste(image, (i % columns * width, i // columns * height))
+    part = path.with_suffix(".part")
+    grid.save(part, "PNG")
+    part.replace(path)
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def main(args) -> None:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.device == "cuda" and world > 1:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    check(args)
+    prompts = read_prompts(args)
+    if not prompts or (world > 1 and args.save_latents):
+        raise ValueError("no prompts" if not prompts else "--save-latents needs a single process")
+    single = len(prompts) == 1 and args.prompts is None
+    cli.output_folder(args.output.parent if single else args.output)
+    paths = [args.output if single else args.output / f"{i:05}.png" for i in range(len(prompts))]
+    # Thirty thousand captions are not sampled twice: what an earlier run has left is kept.
+    keep = args.prompts is not None and args.save_latents is None
+    todo = [i for i in range(rank, len(prompts), world) if not (keep and paths[i].exists())]
+    if todo:
+        latents = sample_all(args, prompts, todo, paths)
+        if args.save_latents:
+            part = Path(f"{args.save_latents}.part")
+            save_file({"latents": torch.cat(latents)}, part)
+            part.replace(args.save_latents)
+    if not single and args.prompts is None:
+        save_grid([Image.open(path) for path in paths], args.output / "grid.png")
+    print(f"{len(todo)} pictures sampled, {len(paths)} in {args.output}")
+
+
+def sample_all(args, prompts: list[str], todo: list[int], paths: list[Path]) -> list[Tensor]:
+    """Sample, decode and save the images numbered in `todo`; their latents."""
+    model, network = build(args)
+    latents = []
+    with tqdm(total=len(todo), desc="images", unit="image", dynamic_ncols=True) as bar:
+        for start in range(0, len(todo), args.batch_size):
+            rows = todo[start : start + args.batch_size]
+            seeds = [args.seed + i for i in rows]
+            x_0 = latents_of(args, model, network, [prompts[i] for i in rows], seeds)
+            latents.append(x_0.cpu())
+            with torch.no_grad():
+                images = to_images(model.vae.decode(x_0))
+            for i, image, seed in zip(rows, images, seeds, strict=True):
+                save_png(image, paths[i], args, prompts[i], seed)
+            bar.update(len(rows))
+    return latents
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser("Samples SDXL, or SDXL with LoRAs, in few steps.")
+    whole, share = cli.number(int, 1), cli.number(float, 0, 1)
+    gpu = torch.cuda.is_available()
+    p.add_argument("--model", type=Path, required=True, help="SDXL: a folder or one .safetensors")
+    p.add_argument("--tokenizer", type=Path, help="its folder, where the model is a single file")
+    p.add_argument("--lora", action="append", default=[], metavar="PATH[:SCALE]", help="repeatable")
+    p.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable")
+    p.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line; resumable")
+    p.add_argument("--negative-prompt", help="the null condition, instead of zeros")
+    p.add_argument("--steps", type=whole, default=4, help="k, the number of steps")
+    p.add_argument("--cfg", type=cli.number(float, 0), default=2.0, help="g = 1 + w of Eq. 12")
+    p.add_argument("--gamma", type=share, default=0.2, help="gamma of Eq. 18 (--sampler tdd)")
+    p.add_argument(
+        "--schedule",
+        choices=["equidistant", "nonequidistant"],
+        default="equidistant",
+        help="the k timesteps; the latter for 4 to 8 steps",
+    )
+    p.add_argument("--clip-steps", type=cli.number(int, 0), default=0, help="steps with C (Eq. 17)")
+    p.add_argument("--clip-percentile", type=share, default=0.995, help="percentile of C")
+    p.add_argument("--clip-max", type=cli.number(float, 1), default=1.0, help="upper end of C's s")
+    p.add_argument(
+        "--tune-guidance",
+        type=cli.number(float, 0),
+        metavar="W'",
+        help="w' that the LoRA was distilled with: --cfg then acts as the teacher's (Eq. 13)",
+    )
+    p.add_argument("--solver-steps", type=whole, default=250, help="N, the grid of the schedules")
+    p.add_argument(
+        "--sampler",
+        choices=["tdd", "ddim", "dpm++2m", "dpm++2s"],
+        default="tdd",
+        help="the gamma-sampler, or a solver for the plain model",
+    )
+    p.add_argument("--controlnet", type=Path, metavar="DIR", help="an SDXL ControlNet's folder")
+    p.add_argument("--control-image", type=Path, metavar="PNG", help="its canny or depth image")
+    p.add_argument("--control-scale", type=cli.number(float, 0), default=1.0, help="its strength")
+    p.add_argument("--seed", type=cli.number(int, 0, 2**62), default=0, help="of the first image")
+    p.add_argument("--num-images", type=whole, default=1, help="images of each prompt")
+    p.add_argument("--height", type=cli.number(int, 8), default=1024, help="pixels, eights")
+    p.add_argument("--width", type=cli.number(int, 8), default=1024, help="pixels, eights")
+    p.add_argument("--batch-size", type=whole, default=1, help="images sampled together")
+    p.add_argument(
+        "--output", type=Path, default=Path("sample.png"), help="PNG, or folder for many"
+    )
+    p.add_argument("--save-latents", type=Path, metavar="FILE", help="latents before decoding")
+    p.add_argument("--device", default="cuda" if gpu else "cpu", help="cpu, cuda, cuda:1, ..")
+    p.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="bf16" if gpu else "float32",
+        help="of UNet and text encoders; the VAE is float32",
+    )
+    return p
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

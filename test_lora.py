@@ -1,0 +1,319 @@
+"""LoRA against peft and diffusers: the arithmetic, and every naming in both directions."""
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+import load
+import names
+from lora import TARGETS, LoRA, attach, merge, read_lora, using, write_kohya, write_peft
+from test_sample import Reference, close, ours
+
+ALL = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+]
+
+
+def peft_unet(folder, rank=4, alpha=2, seed=0, unet=None, name="default", targets=ALL):
+    """Diffusers' UNet with a random adapter of peft's on every published target."""
+    unet = unet or UNet2DConditionModel.from_pretrained(folder / "unet")
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), name)
+    generator = torch.Generator().manual_seed(seed)
+    for key, p in unet.named_parameters():
+        if f".{name}." in key:
+            p.data = torch.randn(p.shape, generator=generator) / p[0].numel() ** 0.5
+    return unet.requires_grad_(False)
+
+
+def inputs(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    cond = {
+        "tokens": torch.randn((2, 77, 128), generator=generator),
+        "pooled": torch.randn((2, 48), generator=generator),
+        "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64], [128, 64, 8, 0, 64, 64]]),
+    }
+    return torch.randn((2, 4, 8, 8), generator=generator), torch.tensor([999, 250]), cond
+
+
+def theirs(unet):
+    x, t, cond = inputs()
+    added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
+    return unet(x, t, cond["tokens"], added_cond_kwargs=added).sample
+
+
+@pytest.fixture
+def model(folder):
+    return load.load_sdxl(folder)
+
+
+def read(path, model):
+    return read_lora(path, model.unet, model.encoder_1, model.encoder_2)
+
+
+def spelled(naming, unet, path, alpha):
+    """A peft UNet's adapter in a file of the given naming, as its own tools write it."""
+    state = get_peft_model_state_dict(unet)
+    if naming == "peft":
+        config = LoraConfig(r=4, lora_alpha=alpha, target_modules=ALL).to_dict()
+        StableDiffusionXLPipeline.save_lora_weights(
+            path.parent, state, weight_name=path.name, unet_lora_adapter_metadata=config
+        )
+    elif naming == "older diffusers":  # never knew alpha: it is folded in
+        state = {k: v * (alpha / 4 if "lora_B" in k else 1) for k, v in state.items()}
+        older = convert_state_dict_to_diffusers(state)
+        older = {
+            k.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): v
+            for k, v in older.items()
+        }
+        save_file({f"unet.{k}": v.contiguous() for k, v in older.items()}, path)
+    else:
+        kohya = convert_state_dict_to_kohya({f"unet.{k}": v for k, v in state.items()})
+        kohya |= {k: torch.tensor(float(alpha)) for k in kohya if k.endswith(".alpha")}
+        if naming == "kohya, original":
+            kohya = in_original_names(kohya, unet)
+        save_file({k: v.contiguous() for k, v in kohya.items()}, path)
+
+
+def in_original_names(kohya, unet):
+    from unet import UNetConfig
+
+    table = dict(names.unet_modules(UNetConfig.from_json(dict(unet.config))))
+    modules = {
+        n.replace(".base_layer", "") for n, m in unet.named_modules() if hasattr(m, "weight")
+    }
+
+    def spell(name):
+        return f"lora_unet_{name.replace('.', '_')}"
+
+    original = {spell(m): spell(names.original(m, table)) for m in modules}
+    return {original[k.split(".", 1)[0]] + "." + k.split(".", 1)[1]: v for k, v in kohya.items()}
+
+
+@pytest.mark.parametrize("naming", ["peft", "older diffusers", "kohya", "kohya, original"])
+def test_every_naming_reads_as_peft_computes(naming, folder, model, tmp_path):
+    unet = peft_unet(folder)
+    spelled(naming, unet, tmp_path / "lora.safetensors", alpha=2)
+    lora, *others = read(tmp_path / "lora.safetensors", model)
+    assert [len(other) for other in others] == [0, 0]
+    assert {name for name, _ in lora.items()} == {
+        n for n, m in model.unet.named_modules() if TARGETS.search(n) and hasattr(m, "weight")
+    }
+    plain = model.unet(*inputs())
+    attach(model.unet, "one", lora)
+    with using(model.unet, one=1.0):
+        got = model.unet(*inputs())
+    assert close(got, theirs(unet), 1e-5)
+    assert not close(plain, theirs(unet), 1e-2)
+    assert torch.equal(model.unet(*inputs()), plain)  # switched off, bit for bit
+    before = {k: v.clone() for k, v in model.unet.state_dict().items()}
+    assert set(before) == set(UNet2DConditionModel.from_pretrained(folder / "unet").state_dict())
+    merge(model.unet, lora)
+    assert close(model.unet(*inputs()), theirs(unet), 1e-5)
+    assert any(not torch.equal(before[k], v) for k, v in model.unet.state_dict().items())
+
+
+def test_original_names_are_diffusers_own(folder, tmp_path):
+    """Diffusers' own reader maps our original names to the module names we started from."""
+    unet = peft_unet(folder)
+    for naming in ("kohya", "kohya, original"):
+        spelled(naming, unet, tmp_path / f"{naming}.safetensors", alpha=2)
+    one, other = (
+        StableDiffusionXLPipeline.lora_state_dict(
+            tmp_path / f"{naming}.safetensors", unet_config=unet.config
+        )
+        for naming in ("kohya", "kohya, original")
+    )
+    assert one[0].keys() == other[0].keys()
+    assert all(torch.equal(other[0][k], v) for k, v in one[0].items())
+    assert one[1] == other[1]
+
+
+def test_stacked_loras_with_weights(folder, model):
+    unet = peft_unet(folder, name="one")
+    unet = peft_unet(folder, 3, 6, 1, unet, "two", ["to_q", "to_v", "conv1"])
+    unet.set_adapters(["one", "two"], [0.5, -1.2])
+    generator = torch.Generator().manual_seed(0)
+    for name, rank, alpha in (("one", 4, 2), ("two", 3, 6)):
+        state = get_peft_model_state_dict(unet, adapter_name=name)
+        lora = LoRA.fresh(model.unet, rank, alpha, generator)
+        kept = {}
+        for layer, update in lora.items():
+            if f"{layer}.lora_A.weight" in state:
+                update.down.data = state[f"{layer}.lora_A.weight"]
+                update.up.data = state[f"{layer}.lora_B.weight"]
+                kept[layer] = update
+        attach(model.unet, name, LoRA.of(kept))
+    with using(model.unet, one=0.5, two=-1.2):
+        assert close(model.unet(*inputs()), theirs(unet), 1e-5)
+        with using(model.unet, two=0.3):  # blocks nest, and the outer one comes back
+            unet.set_adapters(["two"], [0.3])
+            assert close(model.unet(*inputs()), theirs(unet), 1e-5)
+        unet.set_adapters(["one", "two"], [0.5, -1.2])
+        assert close(model.unet(*inputs()), theirs(unet), 1e-5)
+
+
+def test_gradients_are_pefts(folder, model):
+    unet, x = peft_unet(folder), inputs()[0]
+    params = {k: p.requires_grad_() for k, p in unet.named_parameters() if ".default." in k}
+    (theirs(unet) * x).sum().backward()
+    lora = LoRA.fresh(model.unet, 4, 2, torch.Generator())
+    state = get_peft_model_state_dict(unet)
+    for name, update in lora.items():
+        update.down.data, update.up.data = (
+            state[f"{name}.lora_A.weight"],
+            state[f"{name}.lora_B.weight"],
+        )
+    attach(model.unet, "one", lora)
+    with using(model.unet, one=1.0):
+        (model.unet(*inputs()) * x).sum().backward()
+    for name, update in lora.items():
+        for ours_, part in ((update.down, "lora_A"), (update.up, "lora_B")):
+            assert close(ours_.grad, params[f"{name}.{part}.default.weight"].grad, 1e-3), name
+    assert all(p.grad is None for p in model.unet.parameters())
+
+
+def test_fresh_lora_is_pefts_start(folder, model):
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    unet.add_adapter(LoraConfig(r=64, lora_alpha=8, target_modules=ALL))
+    state = get_peft_model_state_dict(unet)
+    lora = LoRA.fresh(model.unet, 64, 8, torch.Generator().manual_seed(0))
+    assert {f"{n}.lora_{p}.weight" for n, _ in lora.items() for p in "AB"} == set(state)
+    for name, update in lora.items():
+        a = state[f"{name}.lora_A.weight"]
+        assert update.scale == 0.125
+        assert update.up.shape == state[f"{name}.lora_B.weight"].shape
+        assert not update.up.any()
+        assert update.down.shape == a.shape
+        assert update.down.abs().max().item() == pytest.approx(a.abs().max().item(), rel=0.02)
+        assert update.down.std().item() == pytest.approx(a.std().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("write", [write_peft, write_kohya])
+def test_what_we_write_loads_in_diffusers_and_here(write, folder, model, tmp_path, caplog):
+    path = tmp_path / "lora.safetensors"
+    unet = peft_unet(folder, alpha=1)
+    spelled("peft", unet, path, alpha=1)
+    lora = read(path, model)[0]
+    write(path, lora, steps="20000", base="sdxl")
+    fresh = UNet2DConditionModel.from_pretrained(folder / "unet")
+    state, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
+        path, unet_config=fresh.config, return_lora_metadata=True
+    )
+    StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, fresh, metadata=metadata)
+    assert "unexpected" not in caplog.text.lower()
+    assert "missing" not in caplog.text.lower()
+    loaded = get_peft_model_state_dict(fresh, adapter_name=next(iter(fresh.peft_config)))
+    assert len(loaded) == 2 * len(lora)
+    assert close(theirs(fresh), theirs(unet), 1e-5)
+    again = read(path, model)[0]
+    attach(model.unet, "again", again)
+    with using(model.unet, again=1.0):
+        assert close(model.unet(*inputs()), theirs(unet), 1e-5)
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["steps"] == "20000"
+
+
+def te_file(path, naming, reference, seed=0):
+    """A LoRA on both text encoders' query projections, scale 0.5; the deltas it stands for."""
+    generator, tensors, deltas = torch.Generator().manual_seed(seed), {}, []
+    for i in (1, 2):
+        for layer in range(3):
+            down, up = (
+                torch.randn((2, 64), generator=generator),
+                torch.randn((64, 2), generator=generator),
+            )
+            name = f"text_model.encoder.layers.{layer}.self_attn.q_proj"
+            if naming == "kohya":
+                key = f"lora_te{i}_{name.replace('.', '_')}"
+                tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up,
+                            f"{key}.alpha": torch.tensor(1.0)}  # fmt: skip
+            else:
+                key = ("text_encoder." if i == 1 else "text_encoder_2.") + name
+                tensors |= {f"{key}.lora_linear_layer.down.weight": down,
+                            f"{key}.lora_linear_layer.up.weight": 0.5 * up}  # fmt: skip
+            deltas.append((i - 1, layer, 0.5 * up @ down))
+    save_file(tensors, path)
+    for i, layer, delta in deltas:
+        encoder = reference.encoders[i]
+        getattr(encoder, "text_model", encoder).encoder.layers[
+            layer
+        ].self_attn.q_proj.weight.data += delta
+
+
+@pytest.mark.parametrize("naming", ["kohya", "older diffusers"])
+def test_loras_of_both_kinds_through_sample(naming, folder, monkeypatch, capsys, tmp_path):
+    """--lora twice: text encoders at 1, the UNet at 0.7; against diffusers with those weights."""
+    reference = Reference(folder)
+    te_file(tmp_path / "te.safetensors", naming, reference)
+    unet = peft_unet(folder)
+    spelled("peft", unet, tmp_path / "unet.safetensors", alpha=2)
+    unet.set_adapters(["default"], [0.7])
+    reference.unet = unet
+    words = ["--lora", tmp_path / "te.safetensors", "--lora", f"{tmp_path}/unet.safetensors:0.7"]
+    got = ours(monkeypatch, capsys, folder, tmp_path, "--prompt", "a fox", *words)
+    expected = reference.latents("a fox", 0, 64, 72, [999, 751, 499, 251])
+    assert close(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (
+            lambda t: {**t, "unet.nowhere.lora_A.weight": torch.ones(1, 1)},
+            "fit nothing: unet.nowhere.lora_A",
+        ),
+        (
+            lambda t: {**t, "lora_unet_conv1.hada_w1_a": torch.ones(1, 1)},
+            "lora_unet_conv1.hada_w1_a",
+        ),
+        (lambda t: dict(list(t.items())[1:]), "up or a down matrix only"),
+        (
+            lambda t: {k: v.repeat(1, 2) if "to_q.lora_A" in k else v for k, v in t.items()},
+            "another model",
+        ),
+        (lambda t: {"x": torch.ones(1)}, "no LoRA for this model"),
+    ],
+)
+def test_wrong_files_are_refused(spoil, said, folder, model, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    spelled("peft", peft_unet(folder), path, alpha=2)
+    save_file(spoil(load_file(path)), path)
+    with pytest.raises(ValueError, match=said) as refusal:
+        read(path, model)
+    assert str(path) in str(refusal.value)
+
+
+def test_header_alphas_may_differ_by_layer(folder, model, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    config = {
+        "unet.r": 4,
+        "unet.lora_alpha": 8,
+        "unet.alpha_pattern": {"mid_block.resnets.0.conv1": 2},
+    }
+    spelled("older diffusers", peft_unet(folder), path, alpha=4)
+    save_file(load_file(path), path, {"lora_adapter_metadata": json.dumps(config)})
+    scales = {name: update.scale for name, update in read(path, model)[0].items()}
+    assert scales.pop("mid_block.resnets.0.conv1") == 0.5
+    assert set(scales.values()) == {2.0}
+    assert len(scales) > 50

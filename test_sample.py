@@ -1,0 +1,482 @@
+"""Loading and sampling a tiny SDXL against diffusers' networks and a sampler written out here."""
+
+import json
+import math
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+import cli
+import load
+import names
+import sample
+from solvers import SOLVERS, solve
+from test_solvers import ALPHA, SCHEDULE, SIGMA
+
+# ---------------------------------------------------------------------------------- a tiny SDXL
+#
+# Heads 64 wide and 32 groups, as in every SDXL, so that a single file tells all of its sizes.
+
+UNET = {
+    "in_channels": 4, "out_channels": 4, "block_out_channels": (64, 128, 128),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 1, 2), "attention_head_dim": (1, 2, 2),
+    "cross_attention_dim": 128, "use_linear_projection": True, "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 48,
+}  # fmt: skip
+VAE = {
+    "block_out_channels": (32, 32, 64, 64), "layers_per_block": 2, "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "scaling_factor": 0.13025,
+}  # fmt: skip
+LETTERS = "abcdefghijklmnopqrstuvwxyz,.!0123456789"
+
+
+def randomise(module, seed):
+    """Every weight, norm and bias off its default, and outputs still of order one."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        if p.ndim > 1:
+            p.data = noise / math.prod(p.shape[1:]) ** 0.5
+        else:
+            p.data = 0.2 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    return module.eval().requires_grad_(False)
+
+
+def text_config(hidden, **more):
+    return CLIPTextConfig(
+        hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=3,
+        num_attention_heads=hidden // 64, vocab_size=len(vocabulary()), max_position_embeddings=77,
+        bos_token_id=len(vocabulary()) - 2, eos_token_id=len(vocabulary()) - 1, **more,
+    )  # fmt: skip
+
+
+def vocabulary():
+    tokens = ["!"] + [c for c in LETTERS if c != "!"] + [f"{c}</w>" for c in LETTERS]
+    return {t: i for i, t in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+
+
+def networks():
+    text_1 = CLIPTextModel(text_config(64, hidden_act="quick_gelu"))
+    text_2 = CLIPTextModelWithProjection(text_config(64, hidden_act="gelu", projection_dim=48))
+    return [
+        randomise(module, seed)
+        for seed, module in enumerate(
+            [UNet2DConditionModel(**UNET), AutoencoderKL(**VAE), text_1, text_2]
+        )
+    ]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A model folder written by diffusers and transformers, with published names."""
+    root = tmp_path_factory.mktemp("sdxl")
+    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+    for name, module in zip(parts, networks(), strict=True):
+        module.save_pretrained(root / name)
+    weights = root / "text_encoder" / "model.safetensors"
+    published = {
+        f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(weights).items()
+    }
+    save_file(published, weights, {"format": "pt"})
+    (root / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    (root / "tokenizer").mkdir()
+    (root / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary()))
+    (root / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def single(folder, tmp_path_factory):
+    """The same model as one file in the original names, with the extras that real files carry."""
+    model, tensors = load.load_sdxl(folder), {}
+    unet, vae = names.unet_modules(model.unet.config), names.vae_modules(model.vae.config)
+    tables = [dict(unet), dict(vae), {}, dict(names.text_modules(model.encoder_2.config))]
+    modules = [model.unet, model.vae, model.encoder_1, model.encoder_2]
+    prefixes = [names.UNET, names.VAE, names.TEXT_1, names.TEXT_2]
+    for prefix, module, table in zip(prefixes, modules, tables, strict=True):
+        for name, tensor in module.state_dict().items():
+            key = prefix + names.original(name, table)
+            if ".in_proj_" in key:  # q, k, v follow each other in one tensor
+                qkv = [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+                tensor = (
+                    torch.cat([module.state_dict()[n] for n in qkv]) if "q_proj" in name else None
+                )
+            elif key.endswith(".text_projection"):
+                tensor = tensor.T
+            elif ".attn_1." in key and "norm" not in key and tensor.ndim == 2:
+                tensor = tensor[:, :, None, None]
+            if tensor is not None:
+                tensors[key] = tensor.contiguous().clone()
+    tensors["model_ema.decay"] = torch.ones(())
+    tensors["denoiser.sigmas"] = torch.ones(1000)
+    tensors[names.TEXT_1 + "text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    tensors[names.TEXT_2 + "logit_scale"] = torch.ones(())
+    path = tmp_path_factory.mktemp("file") / "model.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+def test_original_names_are_diffusers_own(folder, single):
+    """Diffusers' converters, given our single file, give back what the folder holds."""
+    from diffusers.loaders import single_file_utils as theirs
+
+    checkpoint = {k: v for k, v in load_file(single).items() if not k.startswith("model_ema")}
+    unet = theirs.convert_ldm_unet_checkpoint(
+        dict(checkpoint), dict(UNet2DConditionModel(**UNET).config)
+    )
+    vae = theirs.convert_ldm_vae_checkpoint(dict(checkpoint), dict(AutoencoderKL(**VAE).config))
+    for name, got in (("unet", unet), ("vae", vae)):
+        wanted = load_file(folder / name / "diffusion_pytorch_model.safetensors")
+        assert set(got) == set(wanted)
+        assert all(torch.equal(got[k].reshape(wanted[k].shape), wanted[k]) for k in wanted)
+    text_2 = CLIPTextModelWithProjection(text_config(64, hidden_act="gelu", projection_dim=48))
+    got = theirs.convert_open_clip_checkpoint(text_2, dict(checkpoint), prefix=names.TEXT_2)
+    wanted = load_file(folder / "text_encoder_2" / "model.safetensors")
+    assert all(torch.equal(got[k], v) for k, v in wanted.items())
+
+
+def test_single_file_tells_its_sizes(folder, single):
+    one, other = load.load_sdxl(folder), load.load_sdxl(single, folder / "tokenizer")
+    for part in ("unet", "vae", "encoder_1", "encoder_2"):
+        a, b = getattr(one, part), getattr(other, part)
+        assert a.config == b.config
+        assert all(torch.equal(b.state_dict()[k], v) for k, v in a.state_dict().items())
+
+
+# ------------------------------------------------------------------- an independent sampler
+
+
+class Reference:
+    """SDXL from diffusers' and transformers' own modules, and Eqs. 12-18 spelt out."""
+
+    def __init__(self, folder):
+        from transformers import CLIPTokenizer
+
+        self.unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+        self.encoders = [
+            CLIPTextModel(text_config(64, hidden_act="quick_gelu")).eval(),
+            CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2"),
+        ]
+        own = load_file(folder / "text_encoder" / "model.safetensors")
+        wanted = self.encoders[0].state_dict()
+        self.encoders[0].load_state_dict(
+            {k: own.get(k, own.get(f"text_model.{k}")) for k in wanted}
+        )
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77)
+
+    def encode(self, prompt):
+        end = len(vocabulary()) - 1
+        ids = self.tokenizer(prompt, truncation=True, max_length=77).input_ids
+        hidden = []
+        for encoder, pad in zip(self.encoders, (end, 0), strict=True):
+            padded = torch.tensor([ids + [pad] * (77 - len(ids))])
+            out = encoder(padded, output_hidden_states=True)
+            hidden.append(out.hidden_states[-2])
+        return torch.cat(hidden, -1), out.text_embeds
+
+    @torch.no_grad()
+    def latents(self, prompt, seed, height, width, times, gamma=0.2, cfg=2.0, negative=None,
+                tune=None, clip_steps=0, control=None):  # fmt: skip
+        cond = self.encode(prompt)
+        null = (
+            tuple(torch.zeros_like(c) for c in cond) if negative is None else self.encode(negative)
+        )
+        sizes = torch.tensor([[height, width, 0, 0, height, width]])
+        generator = torch.Generator().manual_seed(seed)
+        shape = 1, 4, height // 8, width // 8
+        x = torch.randn(shape, generator=generator)
+
+        def eps(x, t, c):
+            added = {"text_embeds": c[1], "time_ids": sizes}
+            more = {} if control is None else control(x, t, c[0], added)
+            return self.unet(x, t, c[0], added_cond_kwargs=added, **more).sample
+
+        for i, t in enumerate(times):
+            e_c, e_u, w = eps(x, t, cond), eps(x, t, null), cfg - 1
+            e = (1 + w) * e_c - w * e_u
+            if tune is not None:
+                e = (e + tune * e_u) / (1 + tune)
+            x_0 = (x - SIGMA[t + 1] * e) / ALPHA[t + 1]
+            if i < clip_steps:
+                x_0 = x_0.clamp(-1, 1)
+                e = (x - ALPHA[t + 1] * x_0) / SIGMA[t + 1]
+            if i == len(times) - 1:
+                return x_0
+            p = times[i + 1]
+            s = math.floor(round((1 - gamma) * p, 6))
+            x_s, ratio = ALPHA[s + 1] * x_0 + SIGMA[s + 1] * e, ALPHA[p + 1] / ALPHA[s + 1]
+            x = x_s if gamma == 0 else (
+                ratio * x_s + math.sqrt(1 - ratio**2) * torch.randn(shape, generator=generator)
+            )  # fmt: skip
+
+
+TIMES = {
+    ("equidistant", 4): [999, 751, 499, 251], ("equidistant", 5): [999, 799, 599, 399, 199],
+    ("equidistant", 8): [999, 875, 751, 627, 499, 375, 251, 127],
+    ("nonequidistant", 6): [999, 875, 751, 627, 499, 251],
+    ("nonequidistant", 7): [999, 875, 751, 627, 499, 375, 251],
+}  # fmt: skip
+
+
+def run(monkeypatch, capsys, *words):
+    """sample.py from the command line: exit code, stdout and stderr."""
+    monkeypatch.setattr("sys.argv", ["sample.py", *map(str, words)])
+    code = 0
+    try:
+        cli.run(sample.main, sample.parser())
+    except SystemExit as stop:
+        code = stop.code
+    return (code, *capsys.readouterr())
+
+
+def ours(monkeypatch, capsys, folder, tmp_path, *words):
+    flags = ["--model", folder, "--device", "cpu", "--dtype", "float32", "--height", 64]
+    flags += ["--width", 72, "--output", tmp_path / "x.png"]
+    flags += ["--save-latents", tmp_path / "l.safetensors"]
+    code, _, err = run(monkeypatch, capsys, *flags, *words)
+    assert code == 0, err
+    return load_file(tmp_path / "l.safetensors")["latents"]
+
+
+def close(a, b, atol=1e-4):
+    return (a - b).abs().max() <= atol * b.abs().max()
+
+
+CASES = [
+    ("equidistant", 4, {}),
+    ("equidistant", 5, {"gamma": 0.0, "cfg": 1.0}),
+    ("equidistant", 8, {"cfg": 3.5}),
+    ("nonequidistant", 6, {"gamma": 0.0, "cfg": 3.5}),
+    ("nonequidistant", 7, {"negative": "grey, 7"}),
+    ("equidistant", 4, {"cfg": 3.5, "clip_steps": 2}),
+    ("equidistant", 4, {"cfg": 3.0, "tune": 3.5}),
+]
+FLAGS = {"gamma": "--gamma", "cfg": "--cfg", "negative": "--negative-prompt",
+         "tune": "--tune-guidance", "clip_steps": "--clip-steps"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("schedule", "k", "options"), CASES)
+def test_latents_are_an_independent_samplers(
+    schedule, k, options, folder, monkeypatch, capsys, tmp_path
+):
+    flags = [word for name, value in options.items() for word in (FLAGS[name], value)]
+    prompt = "a red fox, 2 trees."
+    got = ours(monkeypatch, capsys, folder, tmp_path, "--prompt", prompt, "--schedule", schedule,
+               "--steps", k, "--seed", 7, *flags)  # fmt: skip
+    expected = Reference(folder).latents(prompt, 7, 64, 72, TIMES[schedule, k], **options)
+    assert close(got, expected)
+
+
+def test_single_file_gives_the_same_picture(folder, single, monkeypatch, capsys, tmp_path):
+    one = ours(monkeypatch, capsys, folder, tmp_path, "--prompt", "a fox")
+    other = ours(
+        monkeypatch,
+        capsys,
+        single,
+        tmp_path,
+        "--prompt",
+        "a fox",
+        "--tokenizer",
+        folder / "tokenizer",
+    )
+    assert torch.equal(one, other)
+
+
+def test_a_batch_is_its_single_runs(folder, monkeypatch, capsys, tmp_path):
+    out = tmp_path / "many"
+    words = ["--prompt", "a fox", "--prompt", "two owls", "--num-images", 2, "--batch-size", 3]
+    together = ours(monkeypatch, capsys, folder, tmp_path, *words, "--seed", 5, "--output", out)
+    for i, prompt in enumerate(["a fox", "a fox", "two owls", "two owls"]):
+        alone = ours(monkeypatch, capsys, folder, tmp_path, "--prompt", prompt, "--seed", 5 + i)
+        assert close(together[i : i + 1], alone)
+        a, b = (
+            np.asarray(Image.open(p)).astype(int) for p in (out / f"{i:05}.png", tmp_path / "x.png")
+        )
+        assert np.abs(a - b).max() <= 1
+    assert Image.open(out / "grid.png").size == (2 * 72, 2 * 64)
+
+
+def test_picture_is_diffusers_decoding_and_tells_how_it_was_made(
+    folder, monkeypatch, capsys, tmp_path
+):
+    latents = ours(
+        monkeypatch,
+        capsys,
+        folder,
+        tmp_path,
+        "--prompt",
+        "a 'fox', \"2\"",
+        "--seed",
+        3,
+        "--cfg",
+        1.5,
+    )
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    with torch.no_grad():
+        pixels = vae.decode(latents / 0.13025).sample[0].permute(1, 2, 0)
+    expected = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().numpy()
+    picture = Image.open(tmp_path / "x.png")
+    assert np.abs(np.asarray(picture).astype(int) - expected).max() <= 1
+    assert json.loads(picture.text["settings"])["cfg"] == 1.5
+    again = picture.text["command"]
+    words = shlex.split(again)[2:]
+    words = [w for w in words if not w.startswith("--output")] + [f"--output={tmp_path / 'y.png'}"]
+    assert run(monkeypatch, capsys, *words)[0] == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "y.png")), np.asarray(picture))
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++2m", "dpm++2s"])
+def test_solvers_sample_the_teacher(name, folder, monkeypatch, capsys, tmp_path):
+    got = ours(monkeypatch, capsys, folder, tmp_path, "--prompt", "a fox", "--sampler", name,
+               "--steps", 5, "--cfg", 3)  # fmt: skip
+    reference, times = Reference(folder), TIMES["equidistant", 5]
+    if name == "ddim":
+        assert close(got, reference.latents("a fox", 0, 64, 72, times, gamma=0.0, cfg=3.0))
+        return
+    cond, null = reference.encode("a fox"), [torch.zeros(1, 77, 128), torch.zeros(1, 48)]
+    sizes = torch.tensor([[64, 72, 0, 0, 64, 72]])
+
+    def eps(x, t):
+        c, u = (
+            reference.unet(x, t, a, added_cond_kwargs={"text_embeds": b, "time_ids": sizes}).sample
+            for a, b in (cond, null)
+        )
+        return 3 * c - 2 * u
+
+    with torch.no_grad():
+        x = torch.randn((1, 4, 8, 9), generator=torch.Generator().manual_seed(0))
+        assert close(got, solve(eps, x, [*times, -1], SCHEDULE, SOLVERS[name]))
+
+
+def test_controlnet(folder, monkeypatch, capsys, tmp_path):
+    shared = {k: v for k, v in UNET.items() if k not in ("out_channels", "up_block_types")}
+    net = randomise(ControlNetModel(**shared), 9)
+    net.save_pretrained(tmp_path / "control")
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 72, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "edges.png")
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+
+    def control(x, t, tokens, added):
+        down, mid = net(x, t, tokens, image, 0.7, added_cond_kwargs=added, return_dict=False)
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+
+    words = ["--controlnet", tmp_path / "control", "--control-image", tmp_path / "edges.png"]
+    words += ["--prompt", "a fox", "--control-scale", 0.7]
+    got = ours(monkeypatch, capsys, folder, tmp_path, *words)
+    times = TIMES["equidistant", 4]
+    assert close(got, Reference(folder).latents("a fox", 0, 64, 72, times, control=control))
+    assert not close(got, Reference(folder).latents("a fox", 0, 64, 72, times), 1e-2)
+
+
+# --------------------------------------------------------------------------- evaluation sets
+
+
+def test_prompts_file_is_resumed_and_shared_out(folder, monkeypatch, capsys, tmp_path):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "set"
+    prompts.write_text("a fox\n\nan owl\ntwo trees\n")
+    words = ["--model", folder, "--device", "cpu", "--height", 64, "--width", 64, "--steps", 2,
+             "--prompts", prompts, "--output", out]  # fmt: skip
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(monkeypatch, capsys, *words)[0] == 0
+    assert [p.name for p in sorted(out.iterdir())] == ["00001.png"]
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    before = (out / "00001.png").stat().st_mtime_ns
+    code, said, _ = run(monkeypatch, capsys, *words)
+    assert (code, "2 pictures sampled" in said) == (0, True)
+    assert [p.name for p in sorted(out.iterdir())] == ["00000.png", "00001.png", "00002.png"]
+    assert (out / "00001.png").stat().st_mtime_ns == before
+    assert json.loads(Image.open(out / "00002.png").text["settings"])["prompt"] == ["two trees"]
+    assert "0 pictures sampled" in run(monkeypatch, capsys, *words)[1]
+
+
+# ---------------------------------------------------------------------------------- bad input
+
+
+def spoil(folder, tmp_path, how):
+    """A copy of the model folder (or single file) with one thing wrong."""
+    root = tmp_path / "spoilt"
+    shutil.copytree(folder, root)
+    unet = root / "unet" / "diffusion_pytorch_model.safetensors"
+    config = root / "unet" / "config.json"
+    if how == "truncated":
+        unet.write_bytes(unet.read_bytes()[:-1000])
+    elif how == "missing key":
+        save_file({k: v for k, v in load_file(unet).items() if k != "conv_in.bias"}, unet)
+    elif how == "extra key":
+        save_file({**load_file(unet), "conv_in.extra": torch.ones(1)}, unet)
+    elif how == "shape":
+        save_file({**load_file(unet), "conv_in.bias": torch.ones(3)}, unet)
+    elif how == "sd15":
+        config.write_text(
+            json.dumps({**json.loads(config.read_text()), "addition_embed_type": None})
+        )
+    elif how == "broken json":
+        config.write_text("{")
+    elif how == "no weights":
+        unet.unlink()
+    return root
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("truncated", "no whole safetensors file"), ("missing key", "1 missing: conv_in.bias"),
+        ("extra key", "1 unexpected: conv_in.extra"),
+        ("shape", "conv_in.bias (3,) instead of (64,)"),
+        ("sd15", "not an SDXL UNet"), ("broken json", "config.json cannot be read"),
+        ("no weights", "holds no diffusion_pytorch_model"),
+    ],
+)  # fmt: skip
+def test_spoilt_models_are_refused_in_one_line(how, said, folder, monkeypatch, capsys, tmp_path):
+    root = spoil(folder, tmp_path, how)
+    words = ["--model", root, "--prompt", "a", "--device", "cpu", "--output", tmp_path / "x.png"]
+    code, _, err = run(monkeypatch, capsys, *words)
+    assert (code, err.count("\n"), said in err) == (2, 1, True), err
+    assert err.startswith("sample.py: ")
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--height", 100], "not a multiple of 8"), (["--steps", 0], "at least 1"),
+        (["--steps", 51, "--solver-steps", 50], "51 steps: from 1 to 50"),
+        (["--solver-steps", 300], "must divide"),
+        (["--steps", 9, "--schedule", "nonequidistant"], "no non-equidistant schedule of 9"),
+        (["--device", "cuda"], "no GPU"), (["--gamma", 2], "at most 1"),
+        (["--output", "FILE/x.png"], "cannot write"), (["--prompts", "nowhere"], "not both"),
+        (["--lora", "FILE"], "no whole safetensors"),
+        (["--lora", "nowhere.safetensors:0.5"], "is missing"),
+        (["--control-image", "FILE"], "go together"), (["--model", "nowhere"], "does not exist"),
+        (["--model", "SINGLE"], "holds no tokenizer"),
+        (["--model", "EMPTY"], "model_index.json is missing"),
+        (["--sampler", "ddim", "--clip-steps", 1], "works with --sampler tdd"),
+        (["--cfg", "nan"], "at least 0"),
+    ],
+)  # fmt: skip
+def test_bad_flags_are_refused_in_one_line(
+    words, said, folder, single, monkeypatch, capsys, tmp_path
+):
+    if torch.cuda.is_available() and "cuda" in words:
+        pytest.skip("there is a GPU")
+    (tmp_path / "FILE").write_text("in the way")
+    (tmp_path / "EMPTY").mkdir()
+    swap = {"FILE": str(tmp_path / "FILE"), "EMPTY": str(tmp_path / "EMPTY"), "SINGLE": str(single)}
+    for old, new in swap.items():
+        words = [str(word).replace(old, new) for word in words]
+    base = ["--model", folder, "--prompt", "a", "--device", "cpu", "--output", tmp_path / "x.png"]
+    code, _, err = run(monkeypatch, capsys, *base, *words)
+    assert (code, err.count("\n"), said in err) == (2, 1, True), err
