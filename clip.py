@@ -79,7 +79,7 @@ class Tokenizer:
                 return cls(json.loads(vocab.read_bytes()), _pairs(lines))
             model = json.loads(both.read_bytes()).get("model", {})
             return cls(model.get("vocab", {}), _pairs(model.get("merges", [])))
-        except (ValueError, LookupError, TypeError, AttributeError) as problem:
+        except (ValueError, TypeError, AttributeError) as problem:
             files = f"{vocab} and {merges.name}" if paired else both
             raise ValueError(f"cannot use {files}: {problem}; fetch them anew") from problem
 

@@ -22,19 +22,21 @@ class ControlNetConfig(UNetConfig):
     @classmethod
     def from_json(cls, config: dict) -> "ControlNetConfig":
         """From a diffusers config.json; ValueError if it describes another family of models."""
-        fixed = {
-            "addition_embed_type": "text_time",
-            "controlnet_conditioning_channel_order": "rgb",
-            "global_pool_conditions": False,
-            "mid_block_type": "UNetMidBlock2DCrossAttn",
-        }
+        fixed = {"addition_embed_type": "text_time", "mid_block_type": "UNetMidBlock2DCrossAttn"}
+        fixed |= {"controlnet_conditioning_channel_order": "rgb", "global_pool_conditions": False}
         for name, value in fixed.items():
             # Files from before the middle was optional do not name it.
             found = config.get(name, value if name == "mid_block_type" else None)
             if found != value:
                 raise ValueError(f"not an SDXL ControlNet: {name} is {found!r}, not {value!r}")
+        # The rest are the UNet's fields, but there is no output to count channels of.
         sizes = super().from_json({**config, "out_channels": config["in_channels"]})
         return replace(sizes, embedding=tuple(config["conditioning_embedding_out_channels"]))
+
+
+# ---------------------------------------------------------------------------------------- network
+#
+# The image joins x_t behind the first convolution; from there on only the weights are its own.
 
 
 class ImageEmbedding(nn.Module):

@@ -207,8 +207,9 @@ def test_unusable_tokenizers(files, tmp_path):
     refused("cannot use .*tokenizer.json", tokenizer_json="{")
     refused("cannot use .*tokenizer.json.*not CLIP", tokenizer_json="{}")
     refused("cannot use .*tokenizer.json", tokenizer_json="[]")
-    model = {"vocab": vocab, "merges": [{"a": "b"}]}
-    refused("cannot use .*tokenizer.json", tokenizer_json=json.dumps({"model": model}))
+    for merges in (None, [5], [{"a": "b"}], [[5, 5]]):
+        broken = json.dumps({"model": {"vocab": vocab, "merges": merges}})
+        refused("cannot use .*tokenizer.json", tokenizer_json=broken)
     with pytest.raises(ValueError, match="no tokenizer in"):
         Tokenizer.from_folder(tmp_path / "nowhere")
 

@@ -148,6 +148,7 @@ class VAE(nn.Module):
 
     def _decode_one(self, z: Tensor) -> Tensor:
         h, w = z.shape[2:]
+        # By area: SDXL's portraits and landscapes hold no more pixels than its square.
         if h * w <= self.tile**2:
             return self.decoder(self.post_quant_conv(z))
         f, size = self.factor, self.tile
