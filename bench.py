@@ -74,6 +74,7 @@ def theirs_config(config: UNetConfig) -> dict:
     attends = [depth > 0 for depth in config.depths]
     return {
         "in_channels": 4, "out_channels": 4, "block_out_channels": config.channels,
+        "layers_per_block": config.blocks, "norm_num_groups": config.groups,
         "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
         "transformer_layers_per_block": [max(1, d) for d in config.depths],
@@ -175,27 +176,30 @@ def bench_sample(args, config: UNetConfig, side: int) -> None:
 
 
 def bench_load(args, config: UNetConfig, side: int) -> None:
-    """Each load in a process of its own, with every page touched: mapping alone reads nothing."""
+    """Each load in a process of its own: until the module stands, and until its pages are in too."""
     folder = args.dir / "unet"
     if not (folder / "config.json").exists():
         write_full_unet(folder)
     size = (folder / "diffusion_pytorch_model.safetensors").stat().st_size
-    seconds, memory = {"diffusers": [], "ours": []}, {"diffusers": [], "ours": []}
+    runs = {"diffusers": [], "ours": []}
     for i in range(args.rounds + 1):
-        for side_name in seconds:
-            call = [sys.executable, __file__, "load", "--dir", args.dir, "--child", side_name]
-            took, peak = json.loads(subprocess.run(call, capture_output=True, check=True).stdout)
-            seconds[side_name] += [took] * (i > 0)
-            memory[side_name].append(peak * 1024 / size)
-    peaks = {
-        f"peak memory over file, {k}": f"{statistics.median(v):.2f}" for k, v in memory.items()
-    }
-    medians = {k: statistics.median(v) for k, v in seconds.items()}
-    report(f"loading {size / 2**30:.2f} GiB of float16", medians, **peaks)
+        for name, measured in runs.items():
+            call = [sys.executable, __file__, "load", "--dir", args.dir, "--child", name]
+            child = subprocess.run(call, capture_output=True, check=True)
+            measured += [json.loads(child.stdout)] * (i > 0)
+    stands, touched, peak = (
+        {name: statistics.median(column) for name, column in zip(runs, columns, strict=True)}
+        for columns in zip(
+            *(zip(*measured, strict=True) for measured in runs.values()), strict=True
+        )
+    )
+    report(f"loading {size / 2**30:.2f} GiB of float16", stands)
+    memory = {f"peak over file, {k}": f"{v * 1024 / size:.2f}" for k, v in peak.items()}
+    report("  and reading every page", touched, **memory)
 
 
 def load_child(side: str, folder: Path) -> None:
-    """One timed load: seconds, and the process's peak memory in KiB beyond its imports."""
+    """Seconds to load, seconds to load and touch, and peak memory in KiB beyond the imports."""
     from diffusers import UNet2DConditionModel
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -204,10 +208,12 @@ def load_child(side: str, folder: Path) -> None:
         unet = load_component(folder, UNet, UNetConfig)
     else:
         unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16)
+    stands = time.perf_counter() - start
     for p in unet.parameters():
         p.detach().view(-1)[::1024].sum()
-    seconds = time.perf_counter() - start
-    print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
+    touched = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps([stands, touched, peak]))
 
 
 def write_full_unet(folder: Path) -> None:

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet import Encoder, UNetConfig
+from unet import Encoder, UNetConfig, check_config
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,8 @@ class ControlNetConfig(UNetConfig):
     @classmethod
     def from_json(cls, config: dict) -> "ControlNetConfig":
         """From a diffusers config.json; ValueError if it describes another family of models."""
-        fixed = {"addition_embed_type": "text_time", "mid_block_type": "UNetMidBlock2DCrossAttn"}
-        fixed |= {"controlnet_conditioning_channel_order": "rgb", "global_pool_conditions": False}
-        for name, value in fixed.items():
-            # Files from before the middle was optional do not name it.
-            found = config.get(name, value if name == "mid_block_type" else None)
-            if found != value:
-                raise ValueError(f"not an SDXL ControlNet: {name} is {found!r}, not {value!r}")
+        order = {"controlnet_conditioning_channel_order": "rgb", "global_pool_conditions": False}
+        check_config(config, "an SDXL ControlNet", {"addition_embed_type": "text_time"}, order)
         # The rest are the UNet's fields, but there is no output to count channels of.
         sizes = super().from_json({**config, "out_channels": config["in_channels"]})
         return replace(sizes, embedding=tuple(config["conditioning_embedding_out_channels"]))
@@ -65,10 +60,7 @@ class ControlNet(Encoder):
         super().__init__(config)
         widths, last = config.channels, config.channels[-1]
         self.controlnet_cond_embedding = ImageEmbedding(config.embedding, widths[0])
-        skips = [widths[0]]
-        for i, c in enumerate(widths):
-            skips += [c] * (config.blocks + (i < len(widths) - 1))
-        self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(c, c, 1) for c in skips)
+        self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(c, c, 1) for c in self.skip_widths)
         self.controlnet_mid_block = nn.Conv2d(last, last, 1)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict, image: Tensor, scale: float = 1.0):

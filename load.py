@@ -4,6 +4,7 @@ Weights are memory-mapped and assigned to modules made on the meta device: nothi
 be thrown away, and a module holds the file's own pages until its precision or device changes.
 """
 
+import gc
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import names
 from clip import TextConfig, TextEncoder, Tokenizer
@@ -63,6 +65,30 @@ def find_weights(folder: Path) -> list[Path]:
 # load_state_dict's own message lists every key of a wrong file; a user needs the first few.
 
 
+class _SkipInit(TorchFunctionMode):
+    """No nn.init function does anything: on the meta device too they take half of a load's time."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def empty(cls, config) -> nn.Module:
+    """A network without memory for its weights, to be given to `assign`."""
+    # Thousands of new modules set the garbage collector off again and again, for nothing: it takes
+    # longer than making them.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.device("meta"), _SkipInit():
+            return cls(config)
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def assign(module: nn.Module, tensors: dict[str, Tensor], where, dtype=None) -> nn.Module:
     """Give a module made on the meta device its weights, in evaluation mode and without gradients.
 
@@ -106,9 +132,7 @@ def load_component(folder: Path, cls, config_cls, dtype=None) -> nn.Module:
         tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
     # A buffer of older libraries: 0, 1, 2, ..
     tensors = {k: v for k, v in tensors.items() if not k.endswith("position_ids")}
-    with torch.device("meta"):
-        module = cls(config)
-    return assign(module, tensors, folder, dtype)
+    return assign(empty(cls, config), tensors, folder, dtype)
 
 
 # -------------------------------------------------------------------------------------- the model
@@ -173,8 +197,7 @@ def _load_file(path: Path, tokenizer: Path | None, dtype) -> SDXL:
     # What no module asks for and nobody knows is an error: it may be what makes the model another.
     modules, rest = [], {name for name in tensors if not names.IGNORED.search(name)}
     for cls, config, prefix, table in parts:
-        with torch.device("meta"):
-            module = cls(config)
+        module = empty(cls, config)
         sources = {name: prefix + names.original(name, table) for name in module.state_dict()}
         own = {k: names.take(tensors, k, v) for k, v in sources.items() if v in tensors}
         modules.append(assign(module, own, path, torch.float32 if cls is VAE else dtype))

@@ -42,17 +42,13 @@ class UNetConfig:
     @classmethod
     def from_json(cls, config: dict) -> "UNetConfig":
         """From a diffusers config.json; ValueError if it describes another family of models."""
+        check_config(
+            config, "an SDXL UNet", {"addition_embed_type": "text_time", "use_linear_projection": True},
+            {"act_fn": "silu", "class_embed_type": None, "time_cond_proj_dim": None,
+             "mid_block_type": "UNetMidBlock2DCrossAttn",
+             "reverse_transformer_layers_per_block": None},
+        )  # fmt: skip
         levels = len(config["block_out_channels"])
-        fixed = {
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "act_fn": "silu",
-            "class_embed_type": None,
-            "time_cond_proj_dim": None,
-        }
-        for name, value in fixed.items():
-            if config.get(name, value if name == "act_fn" else None) != value:
-                raise ValueError(f"not an SDXL UNet: {name} is {config.get(name)!r}, not {value!r}")
         depth = _each(config["transformer_layers_per_block"], levels)
         attends = ["CrossAttn" in name for name in config["down_block_types"]]
         return cls(
@@ -69,6 +65,13 @@ class UNetConfig:
             config["addition_time_embed_dim"],
             config["projection_class_embeddings_input_dim"],
         )
+
+
+def check_config(config: dict, family: str, required: dict, default: dict) -> None:
+    """ValueError unless all values are as they must be; those in `default` may be left out."""
+    for name, value in {**required, **default}.items():
+        if (found := config.get(name, default.get(name))) != value:
+            raise ValueError(f"not {family}: {name} is {found!r}, not {value!r}")
 
 
 def _each(value, levels: int) -> tuple[int, ...]:
@@ -265,6 +268,13 @@ class Encoder(nn.Module):
             self.down_blocks.append(level)
         self.mid_block = Level([c, c], c, [config.mid_depth], config.heads[-1], config)
 
+    @property
+    def skip_widths(self) -> list[int]:
+        """The channels of every skip connection, from the first convolution's down."""
+        widths, last = self.config.channels, len(self.config.channels) - 1
+        levels = [[c] * (self.config.blocks + (i < last)) for i, c in enumerate(widths)]
+        return [widths[0], *(c for level in levels for c in level)]
+
     def embed(self, t: Tensor, cond: dict) -> Tensor:
         """Time, sizes and pooled prompt as one vector an example, (b, 4 c)."""
         sizes = timestep_embedding(cond["time_ids"].flatten(), self.config.time_ids_width)
@@ -301,10 +311,7 @@ class UNet(Encoder):
 
     def __init__(self, config: UNetConfig):
         super().__init__(config)
-        widths, blocks = config.channels, config.blocks
-        skips = [widths[0]]
-        for i, c in enumerate(widths):
-            skips += [c] * (blocks + (i < len(widths) - 1))
+        widths, blocks, skips = config.channels, config.blocks, self.skip_widths
         self.up_blocks, below = nn.ModuleList(), widths[-1]
         for i in reversed(range(len(widths))):
             c = widths[i]

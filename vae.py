@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unet import ResnetBlock
+from unet import ResnetBlock, check_config
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,9 @@ class VAEConfig:
     @classmethod
     def from_json(cls, config: dict) -> "VAEConfig":
         """From a diffusers config.json; ValueError if it describes another kind of autoencoder."""
-        fixed = {
-            "_class_name": "AutoencoderKL",
-            "use_quant_conv": True,
-            "use_post_quant_conv": True,
-        }
-        fixed |= {"mid_block_add_attention": True, "shift_factor": None, "latents_mean": None}
-        for name, value in fixed.items():
-            if (found := config.get(name, value)) != value:
-                raise ValueError(f"not SDXL's AutoencoderKL: {name} is {found!r}, not {value!r}")
+        same = {"_class_name": "AutoencoderKL", "use_quant_conv": True, "use_post_quant_conv": True}
+        same |= {"mid_block_add_attention": True, "shift_factor": None, "latents_mean": None}
+        check_config(config, "SDXL's AutoencoderKL", {}, same)
         sizes = ("layers_per_block", "norm_num_groups", "latent_channels", "scaling_factor")
         if missing := [name for name in ("block_out_channels", *sizes) if name not in config]:
             raise ValueError(f"not the config of an AutoencoderKL: it has no {missing[0]}")
