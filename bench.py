@@ -27,6 +27,7 @@ from tdd import equidistant, gamma_sample, guided, noise_stream
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
+# SDXL in small: the same levels and kinds of blocks, for machines that would wait a minute a pass.
 MID = replace(
     UNetConfig(), channels=(128, 256, 512), depths=(0, 2, 4), heads=(2, 4, 8), mid_depth=4
 )
@@ -67,6 +68,9 @@ def report(title: str, seconds: dict[str, float], **more) -> None:
 
 
 # -------------------------------------------------------------------------------------- both sides
+#
+# Random weights: speed does not depend on what they are, and these fit both sides. Ours runs in
+# channels_last, as sample.py has it; diffusers runs as its users run it.
 
 
 def theirs_config(config: UNetConfig) -> dict:
@@ -116,6 +120,8 @@ def as_theirs(unet, x, t, cond):
 
 
 # --------------------------------------------------------------------------------------- benchmarks
+#
+# What a user would pick instead is diffusers with its defaults: its UNet, its pipeline, its loader.
 
 
 def bench_unet(args, config: UNetConfig, side: int) -> None:
@@ -176,7 +182,7 @@ def bench_sample(args, config: UNetConfig, side: int) -> None:
 
 
 def bench_load(args, config: UNetConfig, side: int) -> None:
-    """Each load in a process of its own: until the module stands, and until its pages are in too."""
+    """Each load in its own process: until the module stands, and until its pages are in too."""
     folder = args.dir / "unet"
     if not (folder / "config.json").exists():
         write_full_unet(folder)
@@ -209,6 +215,7 @@ def load_child(side: str, folder: Path) -> None:
     else:
         unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16)
     stands = time.perf_counter() - start
+    # One number a page of 4 KiB is enough to have the system fetch it.
     for p in unet.parameters():
         p.detach().view(-1)[::1024].sum()
     touched = time.perf_counter() - start

@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+# A user sees one line, in the words of the flag or file that is at fault, and exit code 2.
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with a flag in one line; every flag's default stands in --help."""
@@ -55,6 +57,9 @@ def number(kind=float, low=-math.inf, high=math.inf):
         raise argparse.ArgumentTypeError(f"{name}{limits} is needed, not {words!r}")
 
     return parse
+
+
+# Whatever is written appears under its name only when it is whole.
 
 
 def output_folder(path: str) -> Path:

@@ -124,6 +124,7 @@ class Tokenizer:
 
     def _merged(self, symbols: list[str]) -> list[str]:
         """Joins the neighbours that come first among the merges, until none are left to join."""
+        # Not left to right: the earliest learned merge anywhere in the word comes first.
         while pairs := self.rank.keys() & pairwise(symbols):
             best, joined = min(pairs, key=self.rank.get), []
             for symbol in symbols:
@@ -233,6 +234,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
+        # Bare modules, for the names' sake: text_model.encoder.layers.0 ..
         model = self.text_model = nn.Module()
         model.embeddings, model.encoder = nn.Module(), nn.Module()
         model.embeddings.token_embedding = nn.Embedding(config.vocab, config.hidden)
@@ -245,6 +247,7 @@ class TextEncoder(nn.Module):
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         embeddings, (*layers, last) = self.text_model.embeddings, self.text_model.encoder.layers
         h = embeddings.token_embedding(ids) + embeddings.position_embedding.weight[: ids.shape[1]]
+        # The last layer is left out of what the UNet sees; only the pooled output goes through it.
         for layer in layers:
             h = layer(h)  # (b, 77, c)
         if not self.config.projection:

@@ -69,4 +69,5 @@ class ControlNet(Encoder):
         h = self.conv_in(x_t.to(dtype)) + self.controlnet_cond_embedding(image.to(dtype))
         features = self.encode(h, self.embed(t, cond), cond["tokens"].to(dtype))
         outputs = [*self.controlnet_down_blocks, self.controlnet_mid_block]
+        # In the order of UNet.forward's skip connections, so that they add up one by one.
         return [scale * output(h) for output, h in zip(outputs, features, strict=True)]

@@ -48,6 +48,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def find_weights(folder: Path) -> list[Path]:
     """A component's weight files: plain before .fp16, one file or the shards of an index."""
+    # Diffusers' networks are called one way, transformers' the other.
     for stem in ("diffusion_pytorch_model", "model"):
         for variant in ("", ".fp16"):
             whole = folder / f"{stem}{variant}.safetensors"
@@ -170,6 +171,7 @@ def load_sdxl(path: Path, tokenizer: Path | None = None, dtype=None) -> SDXL:
 
 
 def _load_folder(path: Path, tokenizer: Path | None, dtype) -> SDXL:
+    # Its presence is what makes a folder a model folder; what it says is in the configs as well.
     read_json(path / "model_index.json")
     return SDXL(
         load_component(path / "unet", UNet, UNetConfig, dtype),

@@ -50,6 +50,7 @@ class Update(nn.Module):
 
     def delta(self) -> Tensor:
         """The whole update of the layer's weight, in float32."""
+        # In float32: in half precision the product would lose what small updates consist of.
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
         return self.scale * product.view(len(self.up), *self.down.shape[1:])
 
@@ -57,6 +58,7 @@ class Update(nn.Module):
 class LoRA(nn.ModuleDict):
     """Updates by the name of their layer, whose dots stand as slashes in parameter names."""
 
+    # Names of layers have dots, which torch does not allow in names of parameters.
     def items(self):
         return [(name.replace("/", "."), update) for name, update in super().items()]
 
@@ -91,6 +93,7 @@ def _layers(base: nn.Module) -> dict[str, nn.Module]:
 
 class _Updated:
     def forward(self, x: Tensor) -> Tensor:
+        # The base first and untouched: with nothing active its output is what it always was.
         y = super().forward(x)
         for name, weight in self.active.items():
             if weight and name in self.updates:
@@ -194,6 +197,7 @@ def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module
 
 def _spellings(bases) -> dict[str, tuple[int, str]]:
     """Every spelling of a layer's name, to its component and name."""
+    # kohya turns dots into underscores, which cannot be undone: look up, do not parse.
     table, original = {}, dict(names.unet_modules(bases[0].config))
     for component, base in enumerate(bases):
         for name in _layers(base):
@@ -237,6 +241,7 @@ def _peft_alphas(metadata: dict):
 
 def write_peft(path: Path, lora: LoRA, **metadata: str) -> None:
     """A UNet's LoRA in PEFT/diffusers naming."""
+    # Layers may differ in rank; the header names the largest, and the others one by one.
     tensors, ranks = {}, {}
     for name, update in lora.items():
         tensors[f"unet.{name}.lora_A.weight"] = update.down.detach().contiguous()

@@ -37,6 +37,7 @@ def unet_modules(config: UNetConfig) -> Iterator[tuple[str, str]]:
         "add_embedding.linear_2": "label_emb.0.2", "conv_norm_out": "out.0", "conv_out": "out.2",
         "mid_block.attentions.0": "middle_block.1",
     }.items()  # fmt: skip
+    # The middle is resnet, transformer, resnet; the transformer is in the list above.
     yield from _resnet("mid_block.resnets.0", "middle_block.0")
     yield from _resnet("mid_block.resnets.1", "middle_block.2")
     levels, n = len(config.channels), 1
@@ -63,6 +64,8 @@ def _resnet(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
 
 
 # -------------------------------------------------------------------------------- autoencoder, text
+#
+# The first text encoder needs no table: single files keep transformers' names for it.
 
 
 def vae_modules(config: VAEConfig) -> Iterator[tuple[str, str]]:
@@ -113,6 +116,7 @@ def text_modules(config: TextConfig) -> Iterator[tuple[str, str]]:
 def original(name: str, modules: dict[str, str]) -> str:
     """A tensor's or module's original name: that of its longest known prefix, and the rest."""
     parts = name.split(".")
+    # Longest first: a resnet's conv_shortcut has a name of its own beside the resnet's.
     for n in range(len(parts), 0, -1):
         if (prefix := ".".join(parts[:n])) in modules:
             return ".".join([modules[prefix], *parts[n:]])
@@ -160,6 +164,7 @@ def _unet(tensors: dict[str, Tensor], pooled: int) -> UNetConfig:
             ]
             blocks += len(channels) == 1
         n += 1
+    # What is added to the time embedding is the pooled prompt and six sizes as sinusoids.
     added = shape["label_emb.0.0.weight"][1]
     return UNetConfig(
         shape["input_blocks.0.0.weight"][1], shape["out.2.weight"][0], tuple(channels),

@@ -86,6 +86,9 @@ def _dashes(points, length):
     return [piece for piece in pieces if len(piece) > 1]
 
 
+# Two kinds of picture need axes: curves with ticks, and clouds of points without.
+
+
 class Axes:
     """A box (x, y, width, height) of a figure with data coordinates, y upwards."""
 
@@ -97,6 +100,7 @@ class Axes:
         """Data coordinates to the figure's."""
         left, top, width, height = self.box
         (x0, x1), (y0, y1) = self.xlim, self.ylim
+        # A logarithm of zero would be a point at infinity; a tiny number lies far below the box.
         if self.log_y:
             y, y0, y1 = (math.log(max(v, 1e-12)) for v in (y, y0, y1))
         return left + width * (x - x0) / (x1 - x0), top + height * (y1 - y) / (y1 - y0)

@@ -28,6 +28,9 @@ from tdd import clip_x0, equidistant, gamma_sample, guided, noise_stream, nonequ
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ----------------------------------------------------------------------------------------- sampling
+#
+# The loop itself is tdd.gamma_sample (or solvers.solve for the plain model); here SDXL is brought
+# into its terms: a condition, a null condition and a network eps(x_t, t, cond).
 
 
 def conditions(model: SDXL, prompts: list[str], negative: str | None, height: int, width: int):
@@ -38,6 +41,7 @@ def conditions(model: SDXL, prompts: list[str], negative: str | None, height: in
         null = {name: torch.zeros_like(tensor[:1]) for name, tensor in cond.items()}
     else:
         null = encode_prompts([negative], model.tokenizer, model.encoder_1, model.encoder_2)
+    # As if the picture had been that large from the start, and nothing cut off.
     sizes = torch.tensor([[height, width, 0, 0, height, width]], device=device)
     return {**cond, "time_ids": sizes.expand(len(prompts), 6)}, {**null, "time_ids": sizes}
 
@@ -78,6 +82,8 @@ def latents_of(args, model: SDXL, network, prompts: list[str], seeds: list[int])
 
 
 # -------------------------------------------------------------------------------- loading, settings
+#
+# All that can be wrong with the flags is found before the first gigabyte is read.
 
 
 def check(args) -> None:
@@ -120,6 +126,7 @@ def build(args) -> tuple[SDXL, object]:
 
 def split_scale(entry: str) -> tuple[str, float]:
     """PATH or PATH:SCALE; a colon that no number follows belongs to the path."""
+    # Windows paths and plain ones hold colons too.
     path, _, scale = entry.rpartition(":")
     try:
         return (path, float(scale)) if path else (entry, 1.0)
@@ -185,6 +192,8 @@ def save_grid(images: list[Image.Image], path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------- main
+#
+# Under torchrun every process takes each world-th prompt; they never need to talk to each other.
 
 
 def main(args) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -480,3 +481,38 @@ def test_bad_flags_are_refused_in_one_line(
     base = ["--model", folder, "--prompt", "a", "--device", "cpu", "--output", tmp_path / "x.png"]
     code, _, err = run(monkeypatch, capsys, *base, *words)
     assert (code, err.count("\n"), said in err) == (2, 1, True), err
+
+
+@pytest.mark.parametrize("how", ["fp16", "sharded", "sharded fp16"])
+def test_other_layouts_of_a_folder(how, folder, tmp_path):
+    """Diffusers' own .fp16 files and shards, against what diffusers loads of them."""
+    root, sharded = tmp_path / "other", "sharded" in how
+    shutil.copytree(folder, root)
+    (root / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    variant = "fp16" if "fp16" in how else None
+    unet = unet.half() if variant else unet
+    unet.save_pretrained(root / "unet", variant=variant, max_shard_size="1MB" if sharded else "9GB")
+    files = {path.name for path in (root / "unet").iterdir()}
+    assert (len(files) > 3) == sharded
+    assert not variant or all("fp16" in name or name == "config.json" for name in files)
+    state = load.load_sdxl(root).unet.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in unet.state_dict().items())
+    assert state["conv_in.weight"].dtype == (torch.float16 if variant else torch.float32)
+    if sharded:
+        next(path for path in (root / "unet").glob("*-00002-of-*")).unlink()
+        with pytest.raises(ValueError, match="is missing"):
+            load.load_sdxl(root)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of mappings")
+def test_weights_are_the_files_own_pages(folder):
+    """Assigned, not copied: every weight lies where the system has mapped the file."""
+    unet = load.load_sdxl(folder).unet
+    path = str((folder / "unet" / "diffusion_pytorch_model.safetensors").resolve())
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    ranges = [line.split()[0].split("-") for line in lines if line.endswith(path)]
+    spans = [(int(a, 16), int(b, 16)) for a, b in ranges]
+    assert spans
+    for name, p in unet.named_parameters():
+        assert any(low <= p.data_ptr() < high for low, high in spans), name

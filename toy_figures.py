@@ -119,6 +119,9 @@ def curves(path: Path, ev: Evaluation) -> None:
     figure.save(path)
 
 
+# The first panel alone names the y axis; both share it.
+
+
 def _curve_panel(figure: Figure, box, ev: Evaluation, gamma: float, ylim) -> None:
     ks = sorted({1, 2, *range(ev.args.kmin, ev.args.kmax + 1)})
     axes = Axes(figure, box, (ks[0] - 0.3, ks[-1] + 0.3), ylim, log_y=True)
@@ -165,6 +168,8 @@ def targets(path: Path, students) -> None:
 
 
 # --------------------------------------------------------------------------- trajectories.png
+#
+# A jump is exact when its dot lies on the grey path; the last dots are the samples.
 
 
 def trajectories(path: Path, ev: Evaluation, students, network) -> None:
@@ -255,6 +260,9 @@ def _tuning(ev: Evaluation):
     ]
     title = "A student distilled at w' = 5, tuned to the teacher's w (Eq. 13; Fig. 6b)"
     return title, ["as distilled"] + [f"to w = {w:g}" for w in scales], rows
+
+
+# C cuts at the box that holds the data; guided samples that overshoot are what it is for.
 
 
 def _clipping(ev: Evaluation):

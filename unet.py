@@ -43,7 +43,8 @@ class UNetConfig:
     def from_json(cls, config: dict) -> "UNetConfig":
         """From a diffusers config.json; ValueError if it describes another family of models."""
         check_config(
-            config, "an SDXL UNet", {"addition_embed_type": "text_time", "use_linear_projection": True},
+            config, "an SDXL UNet",
+            {"addition_embed_type": "text_time", "use_linear_projection": True},
             {"act_fn": "silu", "class_embed_type": None, "time_cond_proj_dim": None,
              "mid_block_type": "UNetMidBlock2DCrossAttn",
              "reverse_transformer_layers_per_block": None},
@@ -123,6 +124,7 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(c_in, c, 1)
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        # temb has been through silu already, once for all blocks.
         h = self.conv1(F.silu(self.norm1(x)))
         if temb is not None:
             h = h + self.time_emb_proj(temb)[:, :, None, None]
@@ -142,6 +144,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(c, c)])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        # Keys and values come from the prompt, or from the pixels themselves.
         context = x if context is None else context
         q, k, v = (
             rearrange(a, "b n (h d) -> b h n d", h=self.heads)
@@ -234,6 +237,7 @@ class Level(nn.Module):
         super().__init__()
         time_width, groups = 4 * config.channels[0], config.groups
         self.resnets = nn.ModuleList(ResnetBlock(c_in, c, time_width, groups) for c_in in widths_in)
+        # The finest level has none; an empty list would still be a name in the state dict's tree.
         attentions = [Transformer(c, config.tokens, heads, d, groups) for d in depths if d]
         if attentions:
             self.attentions = nn.ModuleList(attentions)
@@ -260,6 +264,7 @@ class Encoder(nn.Module):
         self.time_embedding = Embedding(widths[0], 4 * widths[0])
         self.add_embedding = Embedding(config.added, 4 * widths[0])
         self.down_blocks = nn.ModuleList()
+        # A level's first block still sees the width of the level above.
         for i, c in enumerate(widths):
             widths_in = [widths[max(i - 1, 0)]] + [c] * (config.blocks - 1)
             level = Level(widths_in, c, [config.depths[i]] * config.blocks, config.heads[i], config)
@@ -278,6 +283,7 @@ class Encoder(nn.Module):
     def embed(self, t: Tensor, cond: dict) -> Tensor:
         """Time, sizes and pooled prompt as one vector an example, (b, 4 c)."""
         sizes = timestep_embedding(cond["time_ids"].flatten(), self.config.time_ids_width)
+        # Six sizes of 256 sinusoids each, behind the pooled prompt.
         added = torch.cat([cond["pooled"], sizes.view(len(t), -1).to(cond["pooled"].dtype)], 1)
         temb = self.time_embedding(timestep_embedding(t, self.config.channels[0]))
         # Every residual block takes silu of it: once here, instead of once in each.
@@ -301,6 +307,7 @@ class Encoder(nn.Module):
 
     def run(self, block, *inputs: Tensor) -> Tensor:
         """The block, kept for the backward pass by its inputs alone when checkpointing is on."""
+        # Memory for time: a full UNet's activations at 1024 pixels are far larger than its weights.
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
@@ -313,6 +320,7 @@ class UNet(Encoder):
         super().__init__(config)
         widths, blocks, skips = config.channels, config.blocks, self.skip_widths
         self.up_blocks, below = nn.ModuleList(), widths[-1]
+        # Each block takes what comes up from below and one skip connection, the latest first.
         for i in reversed(range(len(widths))):
             c = widths[i]
             widths_in = [(c if j else below) + skips.pop() for j in range(blocks + 1)]
@@ -328,6 +336,7 @@ class UNet(Encoder):
         """control: what a ControlNet adds to each skip connection and to the middle."""
         dtype = self.conv_in.weight.dtype
         tokens, temb = cond["tokens"].to(dtype), self.embed(t, cond)
+        # ControlNets add to all skip connections and to the middle, never in between.
         *skips, h = self.encode(self.conv_in(x_t.to(dtype)), temb, tokens)
         if control is not None:
             *skips, h = (a + b for a, b in zip([*skips, h], control, strict=True))

@@ -129,6 +129,7 @@ class VAE(nn.Module):
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Images (b, 3, H, W) in [-1, 1] -> latents (b, 4, H/8, W/8): by noise, or the mean."""
         dtype = self.quant_conv.weight.dtype
+        # quant_conv gives a Gaussian an example: its mean and its log variance.
         moments = [self.quant_conv(self.encoder(x)) for x in images.to(dtype).split(1)]
         latents, log_variance = torch.cat(moments).chunk(2, 1)
         if noise is not None:
