@@ -54,11 +54,12 @@ def alternate(sides: dict, rounds: int, device: str) -> dict[str, float]:
 
 
 def peak_gpu(call) -> float:
-    """GiB that a call needs beyond nothing, weights included."""
+    """GiB that a call needs beyond what is there already: its activations, not the weights."""
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     with torch.inference_mode():
         call()
-    return torch.cuda.max_memory_allocated() / 2**30
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
 def report(title: str, seconds: dict[str, float], **more) -> None:

@@ -22,8 +22,8 @@ class ControlNetConfig(UNetConfig):
     @classmethod
     def from_json(cls, config: dict) -> "ControlNetConfig":
         """From a diffusers config.json; ValueError if it describes another family of models."""
-        order = {"controlnet_conditioning_channel_order": "rgb", "global_pool_conditions": False}
-        check_config(config, "an SDXL ControlNet", {"addition_embed_type": "text_time"}, order)
+        rgb = {"controlnet_conditioning_channel_order": "rgb", "addition_embed_type": "text_time"}
+        check_config(config, "an SDXL ControlNet", rgb, {"global_pool_conditions": False})
         # The rest are the UNet's fields, but there is no output to count channels of.
         sizes = super().from_json({**config, "out_channels": config["in_channels"]})
         return replace(sizes, embedding=tuple(config["conditioning_embedding_out_channels"]))

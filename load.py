@@ -28,10 +28,13 @@ from vae import VAE, VAEConfig
 def read_json(path: Path) -> dict:
     """A JSON file's content; ValueError in one line if it is missing or broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no names and values")
+        return content
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: not a whole SDXL model folder") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
+    except (OSError, ValueError) as problem:
         raise ValueError(f"{path} cannot be read: {problem}") from None
 
 
@@ -46,18 +49,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is {reason}") from None
 
 
-def find_weights(folder: Path) -> list[Path]:
-    """A component's weight files: plain before .fp16, one file or the shards of an index."""
+def find_weights(folder: Path, half: bool = False) -> list[Path]:
+    """A component's weight files, one or the shards of an index: .fp16 last, or first if half."""
     # Diffusers' networks are called one way, transformers' the other.
     for stem in ("diffusion_pytorch_model", "model"):
-        for variant in ("", ".fp16"):
+        for variant in (".fp16", "") if half else ("", ".fp16"):
             whole = folder / f"{stem}{variant}.safetensors"
             index = folder / f"{stem}.safetensors.index{variant}.json"
             if whole.exists():
                 return [whole]
             if index.exists():
-                shards = set(read_json(index)["weight_map"].values())
-                return [folder / name for name in sorted(shards)]
+                shards = set(read_json(index).get("weight_map", {}).values())
+                return [folder / name for name in sorted(shards or {f"shards of {index.name}"})]
     raise ValueError(f"{folder} holds no diffusion_pytorch_model or model .safetensors")
 
 
@@ -126,7 +129,7 @@ def load_component(folder: Path, cls, config_cls, dtype=None) -> nn.Module:
     except ValueError as problem:
         raise ValueError(f"{folder / 'config.json'}: {problem}") from None
     tensors = {}
-    for path in find_weights(folder):
+    for path in find_weights(folder, dtype in (torch.float16, torch.bfloat16)):
         tensors |= read_tensors(path)[0]
     # Transformers 5 writes the first encoder without the prefix that published folders have.
     if cls is TextEncoder and "final_layer_norm.weight" in tensors:
@@ -163,16 +166,27 @@ def load_sdxl(path: Path, tokenizer: Path | None = None, dtype=None) -> SDXL:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"--model {path} does not exist")
-    return (
-        _load_folder(path, tokenizer, dtype)
-        if path.is_dir()
-        else _load_file(path, tokenizer, dtype)
-    )
+    model = (_load_folder if path.is_dir() else _load_file)(path, tokenizer, dtype)
+    unet, text_1, text_2 = model.unet.config, model.encoder_1.config, model.encoder_2.config
+    fits = {
+        "latents": (unet.in_channels, model.vae.config.latent_channels),
+        "tokens": (unet.tokens, text_1.hidden + text_2.hidden),
+        "pooled prompt and sizes": (unet.added, (text_2.projection or 0) + 6 * unet.time_ids_width),
+    }
+    # Inpainting and image-editing models take more channels than there are latents.
+    for what, (wanted, given) in fits.items():
+        if wanted != given:
+            raise ValueError(f"{path}: its UNet takes {wanted} channels of {what}, not {given}")
+    return model
 
 
 def _load_folder(path: Path, tokenizer: Path | None, dtype) -> SDXL:
     # Its presence is what makes a folder a model folder; what it says is in the configs as well.
     read_json(path / "model_index.json")
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    kind = read_json(scheduler).get("prediction_type") if scheduler.exists() else None
+    if kind not in (None, "epsilon"):
+        raise ValueError(f"{path} predicts {kind}; this code samples eps-prediction models")
     return SDXL(
         load_component(path / "unet", UNet, UNetConfig, dtype),
         load_component(path / "vae", VAE, VAEConfig, torch.float32),

@@ -176,6 +176,12 @@ def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module
     layers, table = [_layers(base) for base in bases], _spellings(bases)
     # (component, layer) -> its down, up and alpha, as the keys come.
     found, strangers = {}, []
+    # The oldest diffusers files hold attention processors: .processor.to_out_lora.up.weight
+    oldest = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)")
+    tensors = {
+        oldest.sub(r".\1.lora.\2", key).replace(".to_out.lora.", ".to_out.0.lora."): tensor
+        for key, tensor in tensors.items()
+    }
     for key, tensor in tensors.items():
         suffix = next((s for s in SUFFIXES if key.endswith(s)), None)
         place = table.get(key.removesuffix(suffix or "").removeprefix("base_model.model."))
@@ -188,9 +194,10 @@ def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module
         raise ValueError(
             f"{path} is no LoRA for this model: {len(strangers)} keys fit nothing: {some}"
         )
-    updates, alphas = [{}, {}, {}], _peft_alphas(metadata)
+    updates, header = [{}, {}, {}], _header(path, metadata)
     for (component, name), parts in found.items():
-        parts.setdefault("alpha", alphas(DOTTED[component], name))
+        if "alpha" not in parts and "down" in parts:
+            parts["alpha"] = _header_alpha(header, DOTTED[component], name, len(parts["down"]))
         updates[component][name] = _update(f"{path}: {name}", layers[component][name], **parts)
     return [LoRA.of(own) for own in updates]
 
@@ -201,10 +208,14 @@ def _spellings(bases) -> dict[str, tuple[int, str]]:
     table, original = {}, dict(names.unet_modules(bases[0].config))
     for component, base in enumerate(bases):
         for name in _layers(base):
-            spelled = [name] if component else [name, names.original(name, original)]
-            table[f"{DOTTED[component]}.{name}"] = component, name
+            # Transformers 5 drops text_model., raw PEFT files name no component.
+            ours = [name, name.removeprefix("text_model.")]
+            spelled = ours if component else [name, names.original(name, original)]
+            table |= {f"{DOTTED[component]}.{one}": (component, name) for one in ours}
             for one in spelled:
                 table[f"{KOHYA[component]}_{one.replace('.', '_')}"] = component, name
+            if component == 0:
+                table[name] = component, name
     return table
 
 
@@ -219,18 +230,32 @@ def _update(where: str, layer: nn.Module, down=None, up=None, alpha=None) -> Upd
             f"{where} is {tuple(up.shape)} x {tuple(down.shape)}, its layer "
             f"{tuple(layer.weight.shape)}: a LoRA for another model"
         )
-    return Update(down, up, float(len(down) if alpha is None else alpha))
+    if not (down.is_floating_point() and up.is_floating_point()):
+        raise ValueError(f"{where} is {down.dtype}: quantised LoRAs are not read")
+    alpha = len(down) if alpha is None else torch.as_tensor(alpha).flatten()[0]
+    return Update(down, up, float(alpha))
 
 
-def _peft_alphas(metadata: dict):
-    """(component, layer) -> alpha, from what PEFT writes into a file's header; None if nothing."""
-    config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+def _header(path: Path, metadata: dict) -> dict:
+    """What PEFT writes into a file's header: its settings, by component."""
+    try:
+        header = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: its header's lora_adapter_metadata is broken")
+    return header
 
-    def alpha(component: str, name: str) -> float | None:
-        pattern = config.get(f"{component}.alpha_pattern") or {}
-        return pattern.get(name, config.get(f"{component}.lora_alpha"))
 
-    return alpha
+def _header_alpha(header: dict, component: str, name: str, rank: int) -> float | None:
+    """A layer's alpha by PEFT's rules, None if the header does not say."""
+    # A pattern names layers by the end of their name, as a regular expression.
+    patterns = header.get(f"{component}.alpha_pattern") or {}
+    found = (v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", name))
+    alpha = next(found, header.get(f"{component}.lora_alpha"))
+    # Rank-stabilised LoRA: alpha / sqrt(rank) instead of alpha / rank.
+    stable = rank**0.5 if header.get(f"{component}.use_rslora") else 1.0
+    return None if alpha is None else alpha * stable
 
 
 # ----------------------------------------------------------------------------------------- writing

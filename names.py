@@ -16,7 +16,10 @@ from vae import VAEConfig
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT_1, TEXT_2 = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
-IGNORED = re.compile(r"position_ids$|logit_scale$|^denoiser\.sigmas$|^model_ema\.")
+IGNORED = re.compile(
+    r"position_ids$|logit_scale$|^denoiser\.sigmas$|^model_ema\.|^betas$|alphas_cumprod"
+    r"|^conditioner\.embedders\.0\..*text_projection"
+)
 
 # ------------------------------------------------------------------------------------------- UNet
 #

@@ -6,11 +6,13 @@
 """
 
 import json
+import math
 import os
 import shlex
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, PngImagePlugin
@@ -99,26 +101,37 @@ def check(args) -> None:
         raise ValueError(f"--clip-steps works with --sampler tdd, not {args.sampler}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda: no GPU is visible here; use --device cpu")
+    try:
+        torch.empty(1, device=args.device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"--device {args.device} cannot be used here; use cpu or cuda") from None
+    if args.save_latents is not None:
+        cli.output_folder(args.save_latents.parent)
+        if args.save_latents.is_dir():
+            raise ValueError(f"--save-latents {args.save_latents} is a folder; name a file")
     timesteps_of(args)
 
 
 def build(args) -> tuple[SDXL, object]:
     """The model with every LoRA merged in, and the network to sample, ControlNet included."""
-    dtype = DTYPES[args.dtype]
-    model = load_sdxl(args.model, args.tokenizer, dtype)
-    # Merged: nothing is left to switch, and sampling then costs what the plain model costs.
+    dtype, image = DTYPES[args.dtype], args.control_image and open_image(args.control_image)
+    # Merged: nothing is left to switch, and sampling then costs what the plain model costs. In the
+    # file's own precision, since a LoRA's small updates would be rounded away in half.
+    model = load_sdxl(args.model, args.tokenizer, None if args.lora else dtype).to(args.device)
     for entry in args.lora:
         path, scale = split_scale(entry)
         loras = read_lora(Path(path), model.unet, model.encoder_1, model.encoder_2)
         for base, lora in zip((model.unet, model.encoder_1, model.encoder_2), loras, strict=True):
             merge(base, lora, scale)
-    model.to(args.device)
+    for module in (model.unet, model.encoder_1, model.encoder_2):
+        module.to(dtype)
     # Pixels as rows of channels: transformers and convolutions then agree on the layout.
     model.unet.to(memory_format=torch.channels_last)
     if args.controlnet is None:
         return model, model.unet
     controlnet = load_controlnet(args.controlnet, dtype).to(args.device)
-    image = open_image(args.control_image).resize((args.width, args.height))
+    controlnet.to(memory_format=torch.channels_last)
+    image = image.resize((args.width, args.height), Image.Resampling.LANCZOS)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).to(args.device)
     pixels = rearrange(pixels / 255, "(h w c) -> 1 c h w", h=args.height, c=3)
     return model, controlled(model.unet, controlnet, pixels, args.control_scale)
@@ -129,15 +142,22 @@ def split_scale(entry: str) -> tuple[str, float]:
     # Windows paths and plain ones hold colons too.
     path, _, scale = entry.rpartition(":")
     try:
-        return (path, float(scale)) if path else (entry, 1.0)
+        weight = float(scale) if path else 1.0
     except ValueError:
         return entry, 1.0
+    if not math.isfinite(weight):
+        raise ValueError(f"--lora {entry}: the scale is {weight}")
+    return path or entry, weight
 
 
 def open_image(path: Path) -> Image.Image:
+    """A picture in RGB; depth maps in 16 bit come down to 8."""
     try:
-        return Image.open(path).convert("RGB")
-    except OSError as problem:
+        image = Image.open(path)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
         raise ValueError(f"{path} is no picture that can be read: {problem}") from None
 
 
@@ -146,10 +166,11 @@ def read_prompts(args) -> list[str]:
     if args.prompts is None:
         return [prompt for prompt in args.prompt for _ in range(args.num_images)]
     try:
-        lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        # Lines end with a line feed: splitlines() would cut captions at a dozen other characters.
+        lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as problem:
         raise ValueError(f"--prompts {args.prompts} cannot be read: {problem}") from None
-    return [line for line in lines if line.strip() for _ in range(args.num_images)]
+    return [line.rstrip("\r") for line in lines if line.strip() for _ in range(args.num_images)]
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -163,21 +184,41 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(x) for x in rearrange(bytes_, "b c h w -> b h w c").cpu().numpy()]
 
 
+def settings_of(args, prompt: str, seed: int) -> dict:
+    """All that decides one picture, as it is kept in its file."""
+    own = {"prompt": [prompt], "seed": seed, "num_images": 1}
+    left_out = ("prompts", "output", "save_latents", "batch_size")
+    settings = {k: v for k, v in {**vars(args), **own}.items() if k not in left_out}
+    return {k: v for k, v in settings.items() if v is not None and v != []}
+
+
 def save_png(image: Image.Image, path: Path, args, prompt: str, seed: int) -> None:
     """A picture that tells how it was made: every setting, and the command that makes it again."""
-    settings = {**vars(args), "prompt": [prompt], "prompts": None, "seed": seed, "num_images": 1,
-                "output": path.name, "save_latents": None}  # fmt: skip
-    given = {k: v for k, v in settings.items() if v is not None and v != []}
-    words = ["python", "sample.py"]
-    for name, value in given.items():
+    settings, words = settings_of(args, prompt, seed), ["python", "sample.py"]
+    for name, value in settings.items():
         for one in value if isinstance(value, list) else [value]:
-            words += [f"--{name.replace('_', '-')}={one}"]
+            words.append(f"--{name.replace('_', '-')}={one}")
     info = PngImagePlugin.PngInfo()
-    info.add_itxt("settings", json.dumps(given, default=str))
-    info.add_itxt("command", shlex.join(words))
-    part = path.with_suffix(".part")
+    info.add_itxt("settings", json.dumps(settings, default=str))
+    info.add_itxt("command", shlex.join([*words, f"--output={path.name}"]))
+    part = Path(f"{path}.part")
     image.save(part, "PNG", pnginfo=info)
     part.replace(path)
+
+
+def is_made(path: Path, args, prompt: str, seed: int) -> bool:
+    """Whether a whole picture of these settings is there; ValueError if it is one of others."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            made = json.loads(image.text["settings"])
+    except (OSError, ValueError, KeyError, SyntaxError):
+        return False
+    wanted = json.loads(json.dumps(settings_of(args, prompt, seed), default=str))
+    other = [k for k in {**wanted, **made} if k != "device" and wanted.get(k) != made.get(k)]
+    if other:
+        raise ValueError(f"{path} was made with another {', '.join(other)}: name another --output")
+    return True
 
 
 def save_grid(images: list[Image.Image], path: Path) -> None:
@@ -186,7 +227,7 @@ def save_grid(images: list[Image.Image], path: Path) -> None:
     grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
     for i, image in enumerate(images):
         grid.paste(image, (i % columns * width, i // columns * height))
-    part = path.with_suffix(".part")
+    part = Path(f"{path}.part")
     grid.save(part, "PNG")
     part.replace(path)
 
@@ -199,30 +240,38 @@ def save_grid(images: list[Image.Image], path: Path) -> None:
 def main(args) -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.device == "cuda" and world > 1:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
     check(args)
     prompts = read_prompts(args)
-    if not prompts or (world > 1 and args.save_latents):
-        raise ValueError("no prompts" if not prompts else "--save-latents needs a single process")
+    if world > 1 and (args.save_latents or args.prompts is None):
+        raise ValueError("several processes share a --prompts file, and save no latents")
+    if not prompts:
+        raise ValueError(f"--prompts {args.prompts} holds no prompt")
     single = len(prompts) == 1 and args.prompts is None
+    if single and args.output.is_dir():
+        raise ValueError(
+            f"--output {args.output} is a folder; name a PNG file for a single picture"
+        )
     cli.output_folder(args.output.parent if single else args.output)
     paths = [args.output if single else args.output / f"{i:05}.png" for i in range(len(prompts))]
     # Thirty thousand captions are not sampled twice: what an earlier run has left is kept.
     keep = args.prompts is not None and args.save_latents is None
-    todo = [i for i in range(rank, len(prompts), world) if not (keep and paths[i].exists())]
-    if todo:
-        latents = sample_all(args, prompts, todo, paths)
-        if args.save_latents:
-            part = Path(f"{args.save_latents}.part")
-            save_file({"latents": torch.cat(latents)}, part)
-            part.replace(args.save_latents)
+    todo = [
+        i for i in range(rank, len(prompts), world)
+        if not (keep and paths[i].exists() and is_made(paths[i], args, prompts[i], args.seed + i))
+    ]  # fmt: skip
+    latents = sample_all(args, prompts, todo, paths) if todo else []
+    if args.save_latents:
+        part = Path(f"{args.save_latents}.part")
+        save_file({"latents": torch.cat(latents)}, part)
+        part.replace(args.save_latents)
     if not single and args.prompts is None:
         save_grid([Image.open(path) for path in paths], args.output / "grid.png")
     print(f"{len(todo)} pictures sampled, {len(paths)} in {args.output}")
 
 
 def sample_all(args, prompts: list[str], todo: list[int], paths: list[Path]) -> list[Tensor]:
-    """Sample, decode and save the images numbered in `todo`; their latents."""
+    """Sample, decode and save the images numbered in `todo`; their latents if these are wanted."""
     model, network = build(args)
     latents = []
     with tqdm(total=len(todo), desc="images", unit="image", dynamic_ncols=True) as bar:
@@ -230,7 +279,7 @@ def sample_all(args, prompts: list[str], todo: list[int], paths: list[Path]) -> 
             rows = todo[start : start + args.batch_size]
             seeds = [args.seed + i for i in rows]
             x_0 = latents_of(args, model, network, [prompts[i] for i in rows], seeds)
-            latents.append(x_0.cpu())
+            latents += [x_0.cpu()] if args.save_latents else []
             with torch.no_grad():
                 images = to_images(model.vae.decode(x_0))
             for i, image, seed in zip(rows, images, seeds, strict=True):

@@ -1,7 +1,5 @@
 """LoRA against peft and diffusers: the arithmetic, and every naming in both directions."""
 
-import json
-
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
@@ -304,16 +302,64 @@ def test_wrong_files_are_refused(spoil, said, folder, model, tmp_path):
     assert str(path) in str(refusal.value)
 
 
-def test_header_alphas_may_differ_by_layer(folder, model, tmp_path):
+PATTERNS = [
+    ({}, 8, False),
+    ({"mid_block.resnets.0.conv1": 2}, 8, False),
+    ({"to_q": 16, ".*attn1.to_k": 1}, 8, False),  # regular expressions for the end of a name
+    ({}, 8, True),
+]
+
+
+@pytest.mark.parametrize(("pattern", "alpha", "stable"), PATTERNS)
+def test_headers_mean_what_peft_means(pattern, alpha, stable, folder, model, tmp_path):
+    config = LoraConfig(r=4, lora_alpha=alpha, target_modules=ALL, alpha_pattern=pattern,
+                        use_rslora=stable)  # fmt: skip
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    unet.add_adapter(config)
+    generator = torch.Generator().manual_seed(0)
+    for key, p in unet.named_parameters():
+        if ".default." in key:
+            p.data = 0.3 * torch.randn(p.shape, generator=generator) / p[0].numel() ** 0.5
+    StableDiffusionXLPipeline.save_lora_weights(
+        tmp_path, get_peft_model_state_dict(unet), weight_name="lora.safetensors",
+        unet_lora_adapter_metadata=config.to_dict(),
+    )  # fmt: skip
+    merge(model.unet, read(tmp_path / "lora.safetensors", model)[0])
+    with torch.no_grad():
+        assert close(model.unet(*inputs()), theirs(unet), 1e-4)  # a wrong alpha: 0.3 and more
+
+
+def test_keys_of_other_tools(folder, model, tmp_path):
+    """Raw PEFT, the oldest diffusers, and text encoders as transformers 5 names them."""
+    state = get_peft_model_state_dict(peft_unet(folder))
+    raw = {f"base_model.model.{k}": v for k, v in state.items()}
+    old, tower = {}, {}
+    for k, v in state.items():
+        if ".attn" in k and (".to_q." in k or ".to_out.0." in k):
+            k = k.replace(".to_out.0.", ".to_out.").replace(".to_", ".processor.to_")
+            k = k.replace(".lora_A.", "_lora.down.").replace(".lora_B.", "_lora.up.")
+            old[f"unet.{k}"] = v
+    for i, part in ((1, "lora_A"), (2, "lora_B")):
+        name = f"encoder.layers.0.self_attn.q_proj.{part}.weight"
+        tower[f"text_encoder.{name}"] = torch.ones((2, 64) if i == 1 else (64, 2))
+    for tensors, component, count in (
+        (raw, 0, len(raw) // 2),
+        (old, 0, len(old) // 2),
+        (tower, 1, 1),
+    ):
+        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "lora.safetensors")
+        got = read(tmp_path / "lora.safetensors", model)[component]
+        assert len(got) == count > 0
+    save_file({k: v.contiguous() for k, v in old.items()}, tmp_path / "lora.safetensors")
+    for name, update in read(tmp_path / "lora.safetensors", model)[0].items():
+        assert torch.equal(update.down, state[f"{name}.lora_A.weight"])
+        assert torch.equal(update.up, state[f"{name}.lora_B.weight"])
+
+
+def test_broken_header_is_refused(folder, model, tmp_path):
     path = tmp_path / "lora.safetensors"
-    config = {
-        "unet.r": 4,
-        "unet.lora_alpha": 8,
-        "unet.alpha_pattern": {"mid_block.resnets.0.conv1": 2},
-    }
     spelled("older diffusers", peft_unet(folder), path, alpha=4)
-    save_file(load_file(path), path, {"lora_adapter_metadata": json.dumps(config)})
-    scales = {name: update.scale for name, update in read(path, model)[0].items()}
-    assert scales.pop("mid_block.resnets.0.conv1") == 0.5
-    assert set(scales.values()) == {2.0}
-    assert len(scales) > 50
+    for broken in ("null", "{", "[]"):
+        save_file(load_file(path), path, {"lora_adapter_metadata": broken})
+        with pytest.raises(ValueError, match="header's lora_adapter_metadata is broken"):
+            read(path, model)

@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import shutil
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,8 @@ def single(folder, tmp_path_factory):
                 tensors[key] = tensor.contiguous().clone()
     tensors["model_ema.decay"] = torch.ones(())
     tensors["denoiser.sigmas"] = torch.ones(1000)
+    tensors["alphas_cumprod"] = torch.ones(1000)
+    tensors[names.TEXT_1 + "text_projection.weight"] = torch.ones(2, 2)
     tensors[names.TEXT_1 + "text_model.embeddings.position_ids"] = torch.arange(77)[None]
     tensors[names.TEXT_2 + "logit_scale"] = torch.ones(())
     path = tmp_path_factory.mktemp("file") / "model.safetensors"
@@ -380,6 +383,22 @@ def test_controlnet(folder, monkeypatch, capsys, tmp_path):
     assert not close(got, Reference(folder).latents("a fox", 0, 64, 72, times), 1e-2)
 
 
+def test_control_image_is_read_as_diffusers_does(tmp_path):
+    """Another size than the picture's: Lanczos; 16-bit depth: its upper byte."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (40, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "edges.png")
+    processor = VaeImageProcessor(do_convert_rgb=True, do_normalize=False)
+    expected = processor.preprocess(Image.fromarray(pixels), 64, 72)[0]
+    ours_ = sample.open_image(tmp_path / "edges.png").resize((72, 64), Image.Resampling.LANCZOS)
+    assert np.allclose(np.asarray(ours_).transpose(2, 0, 1) / 255, expected, atol=1e-6)
+    depth = rng.integers(0, 65536, (8, 8), dtype=np.uint16)
+    Image.fromarray(depth).save(tmp_path / "depth.png")
+    assert np.array_equal(np.asarray(sample.open_image(tmp_path / "depth.png"))[..., 0], depth >> 8)
+
+
 # --------------------------------------------------------------------------- evaluation sets
 
 
@@ -401,6 +420,23 @@ def test_prompts_file_is_resumed_and_shared_out(folder, monkeypatch, capsys, tmp
     assert (out / "00001.png").stat().st_mtime_ns == before
     assert json.loads(Image.open(out / "00002.png").text["settings"])["prompt"] == ["two trees"]
     assert "0 pictures sampled" in run(monkeypatch, capsys, *words)[1]
+    # Half a file is made anew, other settings are never mixed in.
+    whole = (out / "00000.png").read_bytes()
+    (out / "00000.png").write_bytes(whole[:100])
+    assert "1 pictures sampled" in run(monkeypatch, capsys, *words)[1]
+    assert np.array_equal(
+        np.asarray(Image.open(out / "00000.png")), np.asarray(Image.open(BytesIO(whole)))
+    )
+    code, _, err = run(monkeypatch, capsys, *words, "--cfg", 3)
+    assert (code, "was made with another cfg" in err) == (2, True)
+
+
+def test_a_line_is_a_prompt(tmp_path):
+    """A mark at the start and carriage returns go; other separators stay in their caption."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffone\u2028still one\r\n\ntwo\x0c\x85".encode())
+    args = sample.parser().parse_args(["--model", "x", "--prompts", str(file), "--num-images", "2"])
+    assert sample.read_prompts(args) == ["one\u2028still one"] * 2 + ["two\x0c\x85"] * 2
 
 
 # ---------------------------------------------------------------------------------- bad input
@@ -428,6 +464,15 @@ def spoil(folder, tmp_path, how):
         config.write_text("{")
     elif how == "no weights":
         unet.unlink()
+    elif how == "v-prediction":
+        (root / "scheduler").mkdir()
+        scheduler = root / "scheduler" / "scheduler_config.json"
+        scheduler.write_text('{"prediction_type": "v_prediction"}')
+    elif how == "inpainting":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "in_channels": 9}))
+        save_file({**load_file(unet), "conv_in.weight": torch.zeros(64, 9, 3, 3)}, unet)
+    elif how == "list":
+        config.write_text("[]")
     return root
 
 
@@ -439,6 +484,8 @@ def spoil(folder, tmp_path, how):
         ("shape", "conv_in.bias (3,) instead of (64,)"),
         ("sd15", "not an SDXL UNet"), ("broken json", "config.json cannot be read"),
         ("no weights", "holds no diffusion_pytorch_model"),
+        ("v-prediction", "predicts v_prediction"), ("inpainting", "takes 9 channels of latents, not 4"),
+        ("list", "holds no names and values"),
     ],
 )  # fmt: skip
 def test_spoilt_models_are_refused_in_one_line(how, said, folder, monkeypatch, capsys, tmp_path):
@@ -465,7 +512,10 @@ def test_spoilt_models_are_refused_in_one_line(how, said, folder, monkeypatch, c
         (["--model", "SINGLE"], "holds no tokenizer"),
         (["--model", "EMPTY"], "model_index.json is missing"),
         (["--sampler", "ddim", "--clip-steps", 1], "works with --sampler tdd"),
-        (["--cfg", "nan"], "at least 0"),
+        (["--cfg", "nan"], "at least 0"), (["--lora", "x.safetensors:nan"], "the scale is nan"),
+        (["--device", "foo"], "cannot be used here"), (["--device", "meta"], "cannot be used here"),
+        (["--output", "EMPTY"], "is a folder"), (["--save-latents", "EMPTY"], "is a folder"),
+        (["--control-image", "FILE", "--controlnet", "EMPTY"], "no picture that can be read"),
     ],
 )  # fmt: skip
 def test_bad_flags_are_refused_in_one_line(
