@@ -222,8 +222,9 @@ def _spellings(bases) -> dict[str, tuple[int, str]]:
 def _update(where: str, layer: nn.Module, down=None, up=None, alpha=None) -> Update:
     if down is None or up is None:
         raise ValueError(f"{where} has an up or a down matrix only: the file is not whole")
+    # Some write linear layers as 1x1 convolutions.
     if layer.weight.ndim == 2:
-        down, up = down.flatten(1), up.flatten(1)  # some write linear layers as 1x1 convolutions
+        down, up = down.flatten(1), up.flatten(1)
     out, *inner = layer.weight.shape
     if list(down.shape[1:]) != inner or len(up) != out or up.shape[1] != len(down):
         raise ValueError(

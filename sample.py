@@ -101,6 +101,7 @@ def check(args) -> None:
         raise ValueError(f"--clip-steps works with --sampler tdd, not {args.sampler}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda: no GPU is visible here; use --device cpu")
+    # Whatever the name, a device that cannot hold a number is none.
     try:
         torch.empty(1, device=args.device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -154,6 +155,7 @@ def open_image(path: Path) -> Image.Image:
     """A picture in RGB; depth maps in 16 bit come down to 8."""
     try:
         image = Image.open(path)
+        # convert() would clip, and leave a depth map white.
         if image.mode.startswith("I;16"):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")
@@ -187,6 +189,7 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 def settings_of(args, prompt: str, seed: int) -> dict:
     """All that decides one picture, as it is kept in its file."""
     own = {"prompt": [prompt], "seed": seed, "num_images": 1}
+    # Where it lies and how many were sampled with it changes nothing about a picture.
     left_out = ("prompts", "output", "save_latents", "batch_size")
     settings = {k: v for k, v in {**vars(args), **own}.items() if k not in left_out}
     return {k: v for k, v in settings.items() if v is not None and v != []}
@@ -222,6 +225,7 @@ def is_made(path: Path, args, prompt: str, seed: int) -> bool:
 
 
 def save_grid(images: list[Image.Image], path: Path) -> None:
+    # As near to a square as whole rows allow.
     columns = round(len(images) ** 0.5 + 0.49)
     width, height = images[0].size
     grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")

@@ -484,7 +484,8 @@ def spoil(folder, tmp_path, how):
         ("shape", "conv_in.bias (3,) instead of (64,)"),
         ("sd15", "not an SDXL UNet"), ("broken json", "config.json cannot be read"),
         ("no weights", "holds no diffusion_pytorch_model"),
-        ("v-prediction", "predicts v_prediction"), ("inpainting", "takes 9 channels of latents, not 4"),
+        ("v-prediction", "predicts v_prediction"),
+        ("inpainting", "takes 9 channels of latents, not 4"),
         ("list", "holds no names and values"),
     ],
 )  # fmt: skip
