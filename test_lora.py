@@ -274,6 +274,19 @@ def test_loras_of_both_kinds_through_sample(naming, folder, monkeypatch, capsys,
     assert close(got, expected)
 
 
+def test_two_unet_loras_through_sample(folder, monkeypatch, capsys, tmp_path):
+    """A style LoRA on top of TDD's: both merged, against peft with both adapters active."""
+    words, reference = [], Reference(folder)
+    for seed, (name, scale) in enumerate({"tdd": 0.7, "style": -0.4}.items()):
+        path = tmp_path / f"{name}.safetensors"
+        spelled("kohya" if seed else "peft", peft_unet(folder, seed=seed), path, alpha=2)
+        peft_unet(folder, seed=seed, unet=reference.unet, name=name)
+        words += ["--lora", f"{path}:{scale}"]
+    reference.unet.set_adapters(["tdd", "style"], [0.7, -0.4])
+    got = ours(monkeypatch, capsys, folder, tmp_path, "--prompt", "a fox", *words)
+    assert close(got, reference.latents("a fox", 0, 64, 72, [999, 751, 499, 251]))
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
