@@ -33,7 +33,7 @@ def read_json(path: Path) -> dict:
             raise ValueError("it holds no names and values")
         return content
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: not a whole SDXL model folder") from None
+        raise ValueError(f"{path} is missing: the folder is not whole") from None
     except (OSError, ValueError) as problem:
         raise ValueError(f"{path} cannot be read: {problem}") from None
 

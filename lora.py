@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import names
-from load import read_tensors
+from load import read_json, read_tensors
 from unet import UNet
 
 # The published TDD LoRA's layers: all attention and feed-forward projections and convolutions.
@@ -195,6 +195,10 @@ def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module
             f"{path} is no LoRA for this model: {len(strangers)} keys fit nothing: {some}"
         )
     updates, header = [{}, {}, {}], _header(path, metadata)
+    # Raw PEFT files keep their settings beside them, and only there.
+    if any(key.startswith("base_model.model.") for key in tensors):
+        config = read_json(Path(path).parent / "adapter_config.json")
+        header = {f"unet.{name}": value for name, value in config.items()}
     for (component, name), parts in found.items():
         if "alpha" not in parts and "down" in parts:
             parts["alpha"] = _header_alpha(header, DOTTED[component], name, len(parts["down"]))

@@ -355,6 +355,7 @@ def test_keys_of_other_tools(folder, model, tmp_path):
     for i, part in ((1, "lora_A"), (2, "lora_B")):
         name = f"encoder.layers.0.self_attn.q_proj.{part}.weight"
         tower[f"text_encoder.{name}"] = torch.ones((2, 64) if i == 1 else (64, 2))
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 2}')
     for tensors, component, count in (
         (raw, 0, len(raw) // 2),
         (old, 0, len(old) // 2),
@@ -363,6 +364,11 @@ def test_keys_of_other_tools(folder, model, tmp_path):
         save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "lora.safetensors")
         got = read(tmp_path / "lora.safetensors", model)[component]
         assert len(got) == count > 0
+    save_file({k: v.contiguous() for k, v in raw.items()}, tmp_path / "lora.safetensors")
+    assert {u.scale for _, u in read(tmp_path / "lora.safetensors", model)[0].items()} == {0.5}
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match=r"adapter_config\.json is missing"):
+        read(tmp_path / "lora.safetensors", model)
     save_file({k: v.contiguous() for k, v in old.items()}, tmp_path / "lora.safetensors")
     for name, update in read(tmp_path / "lora.safetensors", model)[0].items():
         assert torch.equal(update.down, state[f"{name}.lora_A.weight"])
