@@ -78,8 +78,16 @@ def output_folder(path: str) -> Path:
     return folder
 
 
-def write_json(path: Path, content) -> None:
+@contextlib.contextmanager
+def whole(path: Path):
+    """A temporary name to write to, renamed to `path` when the block ends without an error."""
     # Renaming is atomic: whoever reads the file finds the old one or the new one, whole.
     part = Path(f"{path}.part")
-    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    yield part
     part.replace(path)
+
+
+def write_json(path: Path, content) -> None:
+    with whole(path) as part:
+        words = json.dumps(content, indent=1, allow_nan=False)
+        part.write_text(words + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import cli
 import names
 from load import read_json, read_tensors
 from unet import UNet
@@ -298,6 +299,5 @@ def write_kohya(path: Path, lora: LoRA, **metadata: str) -> None:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    part = Path(f"{path}.part")
-    save_file(tensors, part, {"format": "pt", **metadata})
-    part.replace(path)
+    with cli.whole(path) as part:
+        save_file(tensors, part, {"format": "pt", **metadata})

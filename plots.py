@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+import cli
+
 # Coordinates are pixels of the finished picture, y downwards; Axes alone knows data coordinates.
 
 INK, GREY, FAINT = (38, 40, 48), (120, 124, 134), (228, 230, 234)
@@ -59,10 +61,8 @@ class Figure:
         self.image.paste(picture, (round(x * self.SCALE), round(y * self.SCALE)))
 
     def save(self, path: Path) -> None:
-        # Renamed when it is whole: nobody ever opens half a picture.
-        with_suffix = Path(path).with_suffix(".part.png")
-        self.image.resize(self.size, Image.Resampling.LANCZOS).save(with_suffix)
-        with_suffix.replace(path)
+        with cli.whole(path) as part:
+            self.image.resize(self.size, Image.Resampling.LANCZOS).save(part, "PNG")
 
 
 def _dashes(points, length):

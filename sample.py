@@ -204,9 +204,8 @@ def save_png(image: Image.Image, path: Path, args, prompt: str, seed: int) -> No
     info = PngImagePlugin.PngInfo()
     info.add_itxt("settings", json.dumps(settings, default=str))
     info.add_itxt("command", shlex.join([*words, f"--output={path.name}"]))
-    part = Path(f"{path}.part")
-    image.save(part, "PNG", pnginfo=info)
-    part.replace(path)
+    with cli.whole(path) as part:
+        image.save(part, "PNG", pnginfo=info)
 
 
 def is_made(path: Path, args, prompt: str, seed: int) -> bool:
@@ -231,9 +230,8 @@ def save_grid(images: list[Image.Image], path: Path) -> None:
     grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
     for i, image in enumerate(images):
         grid.paste(image, (i % columns * width, i // columns * height))
-    part = Path(f"{path}.part")
-    grid.save(part, "PNG")
-    part.replace(path)
+    with cli.whole(path) as part:
+        grid.save(part, "PNG")
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -266,9 +264,8 @@ def main(args) -> None:
     ]  # fmt: skip
     latents = sample_all(args, prompts, todo, paths) if todo else []
     if args.save_latents:
-        part = Path(f"{args.save_latents}.part")
-        save_file({"latents": torch.cat(latents)}, part)
-        part.replace(args.save_latents)
+        with cli.whole(args.save_latents) as part:
+            save_file({"latents": torch.cat(latents)}, part)
     if not single and args.prompts is None:
         save_grid([Image.open(path) for path in paths], args.output / "grid.png")
     print(f"{len(todo)} pictures sampled, {len(paths)} in {args.output}")
