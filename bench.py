@@ -3,8 +3,9 @@
     python bench.py unet       one forward pass of the UNet
     python bench.py load       loading a full-size UNet from disk (writes 5 GB to --dir)
     python bench.py sample     prompt embeddings to pixels: four guided steps and the decoder
+    python bench.py train      one training step, beside the published recipe (needs peft too)
 
-On a CPU `unet` and `sample` run a mid-size UNet, on a GPU the full one. Needs diffusers.
+On a CPU all but `load` run a mid-size UNet, on a GPU the full one. Needs diffusers.
 """
 
 import json
@@ -44,8 +45,7 @@ def alternate(sides: dict, rounds: int, device: str) -> dict[str, float]:
     for i in range(rounds + 1):
         for name, call in sides.items():
             start = time.perf_counter()
-            with torch.inference_mode():
-                call()
+            call()
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
             # The first round warms caches and compiles; it is not counted.
@@ -57,9 +57,28 @@ def peak_gpu(call) -> float:
     """GiB that a call needs beyond what is there already: its activations, not the weights."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with torch.inference_mode():
-        call()
+    call()
     return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def child(args, name: str):
+    """What one side prints when it runs alone, in a process of its own."""
+    flags = ["--dir", args.dir, "--device", args.device, "--dtype", args.dtype]
+    flags += ["--batch-size", str(args.batch_size)]
+    call = [sys.executable, __file__, args.what, *flags, "--child", name]
+    return json.loads(subprocess.run(call, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def peak_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def profile(call) -> None:
+    """The dozen operators in which a call spends most of its time."""
+    with torch.profiler.profile() as found:
+        call()
+    key = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
+    print(found.key_averages().table(sort_by=key, row_limit=12, max_name_column_width=40))
 
 
 def report(title: str, seconds: dict[str, float], **more) -> None:
@@ -123,9 +142,10 @@ def as_theirs(unet, x, t, cond):
 # --------------------------------------------------------------------------------------- benchmarks
 #
 # What a user would pick instead is diffusers with its defaults: its UNet, its pipeline, its loader.
+# Each returns our call, for --profile.
 
 
-def bench_unet(args, config: UNetConfig, side: int) -> None:
+def bench_unet(args, config: UNetConfig, side: int):
     gpu = args.device.startswith("cuda")
     for dtype in [torch.bfloat16] if gpu else [torch.float32, torch.bfloat16]:
         ours, theirs = both_unets(config, args.device, dtype)
@@ -135,10 +155,12 @@ def bench_unet(args, config: UNetConfig, side: int) -> None:
             sides["diffusers compiled"] = partial(as_theirs, torch.compile(theirs), *batch)
             sides["ours compiled"] = partial(torch.compile(ours), *batch)
         title = f"UNet, batch 2, {8 * side} pixels, {dtype}"
-        report(title, alternate(sides, args.rounds, args.device))
+        with torch.inference_mode():
+            report(title, alternate(sides, args.rounds, args.device))
+    return sides["ours"]
 
 
-def bench_sample(args, config: UNetConfig, side: int) -> None:
+def bench_sample(args, config: UNetConfig, side: int):
     """What is compared is the default of each: diffusers runs the VAE in float32 as well."""
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline, TCDScheduler
 
@@ -173,13 +195,13 @@ def bench_sample(args, config: UNetConfig, side: int) -> None:
             generator=[torch.Generator().manual_seed(0)], output_type="pt",
         )  # fmt: skip
 
-    sides = {"diffusers": theirs, "ours": ours}
-    memory = {}
-    if args.device.startswith("cuda"):
-        memory = {f"peak GiB {name}": f"{peak_gpu(call):.1f}" for name, call in sides.items()}
-    report(
-        f"4 steps, {8 * side} pixels, {dtype}", alternate(sides, args.rounds, args.device), **memory
-    )
+    sides, memory = {"diffusers": theirs, "ours": ours}, {}
+    with torch.inference_mode():
+        if args.device.startswith("cuda"):
+            memory = {f"peak GiB {name}": f"{peak_gpu(call):.1f}" for name, call in sides.items()}
+        seconds = alternate(sides, args.rounds, args.device)
+    report(f"4 steps, {8 * side} pixels, {dtype}", seconds, **memory)
+    return ours
 
 
 def bench_load(args, config: UNetConfig, side: int) -> None:
@@ -191,9 +213,7 @@ def bench_load(args, config: UNetConfig, side: int) -> None:
     runs = {"diffusers": [], "ours": []}
     for i in range(args.rounds + 1):
         for name, measured in runs.items():
-            call = [sys.executable, __file__, "load", "--dir", args.dir, "--child", name]
-            child = subprocess.run(call, capture_output=True, check=True)
-            measured += [json.loads(child.stdout)] * (i > 0)
+            measured += [child(args, name)] * (i > 0)
     stands, touched, peak = (
         {name: statistics.median(column) for name, column in zip(runs, columns, strict=True)}
         for columns in zip(
@@ -209,7 +229,7 @@ def load_child(side: str, folder: Path) -> None:
     """Seconds to load, seconds to load and touch, and peak memory in KiB beyond the imports."""
     from diffusers import UNet2DConditionModel
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_rss()
     start = time.perf_counter()
     if side == "ours":
         unet = load_component(folder, UNet, UNetConfig)
@@ -220,8 +240,7 @@ def load_child(side: str, folder: Path) -> None:
     for p in unet.parameters():
         p.detach().view(-1)[::1024].sum()
     touched = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps([stands, touched, peak]))
+    print(json.dumps([stands, touched, peak_rss() - before]))
 
 
 def write_full_unet(folder: Path) -> None:
@@ -235,21 +254,33 @@ def write_full_unet(folder: Path) -> None:
 
 
 def main(args) -> None:
-    if args.child:
+    if args.child and args.what == "load":
         return load_child(args.child, args.dir / "unet")
     gpu = args.device.startswith("cuda")
     config, side = (UNetConfig(), 128) if gpu else (MID, 64 if args.what == "unet" else 32)
-    {"unet": bench_unet, "load": bench_load, "sample": bench_sample}[args.what](args, config, side)
+    # Here, since it imports this module's measuring.
+    from bench_train import bench_train
+
+    benches = {"unet": bench_unet, "load": bench_load, "sample": bench_sample, "train": bench_train}
+    ours = benches[args.what](args, config, side)
+    if args.profile and ours is not None:
+        profile(ours)
 
 
 def parser() -> cli.Parser:
     p = cli.Parser("Measures this code beside diffusers; the number in brackets is the ratio.")
-    p.add_argument("what", choices=["unet", "load", "sample"], help="what to measure")
+    gpu = torch.cuda.is_available()
+    p.add_argument("what", choices=["unet", "load", "sample", "train"], help="what to measure")
     p.add_argument("--rounds", type=cli.number(int, 1), default=5, help="turns each side takes")
     p.add_argument("--compile", action="store_true", help="torch.compile both UNets as well")
     p.add_argument("--dir", type=Path, default=Path("runs/bench"), help="where load writes 5 GB")
-    p.add_argument("--child", choices=["ours", "diffusers"], help="one load, for the parent run")
-    gpu = torch.cuda.is_available()
+    p.add_argument("--child", metavar="SIDE", help="one side alone, for the parent run")
+    p.add_argument("--batch-size", type=cli.number(int, 1), default=2, help="of train")
+    p.add_argument("--dtype", choices=["bf16", "float32"], default="bf16" if gpu else "float32",
+        help="of our frozen base in train")  # fmt: skip
+    p.add_argument(
+        "--profile", action="store_true", help="where ours spends its time, but for load"
+    )
     p.add_argument("--device", default="cuda" if gpu else "cpu", help="cpu or cuda")
     return p
 

@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 # A user sees one line, in the words of the flag or file that is at fault, and exit code 2.
 
 
@@ -57,6 +59,17 @@ def number(kind=float, low=-math.inf, high=math.inf):
         raise argparse.ArgumentTypeError(f"{name}{limits} is needed, not {words!r}")
 
     return parse
+
+
+def check_device(device: str) -> None:
+    """ValueError if nothing can be computed on the device of --device."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no GPU is visible here; use --device cpu")
+    # Whatever the name, a device that cannot hold a number is none.
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"--device {device} cannot be used here; use cpu or cuda") from None
 
 
 # Whatever is written appears under its name only when it is whole.

@@ -74,10 +74,10 @@ class Tokenizer:
         if not paired and not both.is_file():
             raise ValueError(f"no tokenizer in {path}: put vocab.json and merges.txt there")
         try:
+            content = json.loads((vocab if paired else both).read_bytes())
             if paired:
-                lines = merges.read_text(encoding="utf-8").splitlines()
-                return cls(json.loads(vocab.read_bytes()), _pairs(lines))
-            model = json.loads(both.read_bytes()).get("model", {})
+                return cls(content, _pairs(merges.read_text(encoding="utf-8").splitlines()))
+            model = content.get("model", {})
             return cls(model.get("vocab", {}), _pairs(model.get("merges", [])))
         except (ValueError, TypeError, AttributeError) as problem:
             files = f"{vocab} and {merges.name}" if paired else both
@@ -100,18 +100,15 @@ class Tokenizer:
         for part in re.split(f"({'|'.join(map(re.escape, special))})", text):
             if part in special:
                 ids.append(special[part])
-                continue
-            for word in WORD.finditer("".join(map(_class, part))):
-                ids += self._word(part[word.start() : word.end()])
+            else:
+                for word in WORD.finditer("".join(map(_class, part))):
+                    ids += self._word(part[word.start() : word.end()])
         return ids
 
     def __call__(self, texts: list[str], pad: int, length: int = 77) -> Tensor:
         """start, ids, end, then pad; too long a text loses its tail: n texts -> (n, length)."""
-        rows = []
-        for text in texts:
-            ids = [self.start, *self.encode(text, pad)[: length - 2], self.end]
-            rows.append(ids + [pad] * (length - len(ids)))
-        return torch.tensor(rows)
+        rows = [[self.start, *self.encode(text, pad)[: length - 2], self.end] for text in texts]
+        return torch.tensor([ids + [pad] * (length - len(ids)) for ids in rows])
 
     def _word(self, word: str) -> list[int]:
         # Captions share most of their words, and merging is what takes time.
@@ -180,16 +177,13 @@ class TextConfig:
             raise ValueError(f"not a CLIP text encoder: model_type {kind!r}, act {activation!r}")
         # The first encoder's config has a projection_dim too, and means nothing by it.
         projected = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
+        width = config["projection_dim"] if projected else None
         # Published configs name 2 by mistake, and count on the end token having the highest id.
-        end = config.get("eos_token_id", 2)
-        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        return cls(
-            *(config[name] for name in (*sizes, "vocab_size", "max_position_embeddings")),
-            activation,
-            config["projection_dim"] if projected else None,
-            config.get("layer_norm_eps", 1e-5),
-            None if end == 2 else end,
-        )
+        eps, end = config.get("layer_norm_eps", 1e-5), config.get("eos_token_id", 2)
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "vocab_size", "max_position_embeddings")  # fmt: skip
+        sizes = [config[name] for name in names]
+        return cls(*sizes, activation, width, eps, None if end == 2 else end)
 
 
 class SelfAttention(nn.Module):
@@ -202,10 +196,8 @@ class SelfAttention(nn.Module):
         self.v_proj, self.out_proj = nn.Linear(c, c), nn.Linear(c, c)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            rearrange(proj(x), "b n (h d) -> b h n d", h=self.heads)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (rearrange(a, "b n (h d) -> b h n d", h=self.heads) for a in (q, k, v))
         # Nothing masks the padding: in training it was attended to, by the UNet as well.
         h = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (b, h, n, d)
         return self.out_proj(rearrange(h, "b h n d -> b n (h d)"))
@@ -259,9 +251,7 @@ class TextEncoder(nn.Module):
 
 
 @torch.no_grad()
-def encode_prompts(
-    prompts: list[str], tokenizer: Tokenizer, encoder_1: TextEncoder, encoder_2: TextEncoder
-) -> dict:
+def encode_prompts(prompts: list[str], tokenizer: Tokenizer, encoder_1, encoder_2) -> dict:
     """The UNet's condition but for time_ids: tokens (b, 77, 2048) and pooled (b, 1280)."""
     device = encoder_1.text_model.final_layer_norm.weight.device
     hidden_1, _ = encoder_1(tokenizer(prompts, tokenizer.end).to(device))

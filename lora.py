@@ -7,7 +7,7 @@ updates and `using` says which of them count, and how much, for the calls inside
 import json
 import math
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import cli
 import names
 from load import read_json, read_tensors
-from unet import UNet
+from unet import Block, UNet
 
 # The published TDD LoRA's layers: all attention and feed-forward projections and convolutions.
 TARGETS = re.compile(
@@ -42,12 +42,15 @@ class Update(nn.Module):
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
         self.scale = alpha / len(down)
 
-    def forward(self, x: Tensor, layer: nn.Module) -> Tensor:
-        # Float32 weights, as training keeps them, beside a base in half precision.
-        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+    def add(self, y: Tensor, x: Tensor, layer: nn.Module, weight: float) -> Tensor:
+        """y + weight * scale * up(down(x)), in y's own memory."""
+        # Float32 weights, as training keeps them, beside a base in half precision. The factor goes
+        # onto the small matrix: on y it would be another pass over all activations.
+        down, up = self.down.to(x.dtype), (weight * self.scale * self.up).to(x.dtype)
         if isinstance(layer, nn.Conv2d):
-            return F.conv2d(F.conv2d(x, down, None, layer.stride, layer.padding), up)
-        return F.linear(F.linear(x, down), up)
+            h = F.conv2d(x, down, None, layer.stride, layer.padding)
+            return y.add_(F.conv2d(h, up))
+        return y.addmm_(F.linear(x, down), up.T)
 
     def delta(self) -> Tensor:
         """The whole update of the layer's weight, in float32."""
@@ -94,13 +97,16 @@ def _layers(base: nn.Module) -> dict[str, nn.Module]:
 
 class _Updated:
     def forward(self, x: Tensor) -> Tensor:
-        # The base first and untouched: with nothing active its output is what it always was.
-        y = super().forward(x)
-        for name, weight in self.active.items():
-            if weight and name in self.updates:
-                update = self.updates[name]
-                y = y + weight * update.scale * update(x, self)
-        return y
+        on = [(self.updates[k], w) for k, w in self.active.items() if w and k in self.updates]
+        # With nothing switched on, the base's output is what it always was, bit by bit.
+        if not on:
+            return super().forward(x)
+        # Rows of channels: adding in place to what is a view costs the backward pass a copy.
+        rows = x if isinstance(self, nn.Conv2d) else x.flatten(0, -2)
+        y = super().forward(rows)
+        for update, weight in on:
+            y = update.add(y, rows, self, weight)
+        return y.view(*x.shape[:-1], -1) if x.ndim == 3 else y
 
 
 class UpdatedLinear(_Updated, nn.Linear):
@@ -124,6 +130,10 @@ def attach(base: nn.Module, name: str, lora: LoRA) -> None:
             object.__setattr__(layer, "updates", {})
             object.__setattr__(layer, "active", base.active_loras)
         layer.updates[name] = update
+    for module in base.modules():
+        # A block worked out again in the backward pass, by then outside of `using`, needs the same.
+        if isinstance(module, Block):
+            module.contexts = lambda: (nullcontext(), using(base, **base.active_loras))
 
 
 @contextmanager

@@ -38,32 +38,26 @@ def unet_modules(config: UNetConfig) -> Iterator[tuple[str, str]]:
         "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
         "add_embedding.linear_2": "label_emb.0.2", "conv_norm_out": "out.0", "conv_out": "out.2",
-        "mid_block.attentions.0": "middle_block.1",
     }.items()  # fmt: skip
-    # The middle is resnet, transformer, resnet; the transformer is in the list above.
-    yield from _resnet("mid_block.resnets.0", "middle_block.0")
-    yield from _resnet("mid_block.resnets.1", "middle_block.2")
-    levels, n = len(config.channels), 1
-    for i in range(levels):
-        for j in range(config.blocks):
-            yield from _resnet(f"down_blocks.{i}.resnets.{j}", f"input_blocks.{n}.0")
-            yield f"down_blocks.{i}.attentions.{j}", f"input_blocks.{n}.1"
-            n += 1
-        if i < levels - 1:
-            yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{n}.0.op"
-            n += 1
+    # The middle is resnet, transformer, resnet.
+    yield from _block("mid_block", 0, "middle_block")
+    yield from ((f"mid_block.resnets.1.{a}", f"middle_block.2.{b}") for a, b in RESNET.items())
+    step = config.blocks + 1  # numbers a level: downwards the last is its change of size
     for i, depth in enumerate(reversed(config.depths)):
-        for j in range(config.blocks + 1):
-            n = i * (config.blocks + 1) + j
-            yield from _resnet(f"up_blocks.{i}.resnets.{j}", f"output_blocks.{n}.0")
-            yield f"up_blocks.{i}.attentions.{j}", f"output_blocks.{n}.1"
+        for j in range(config.blocks):
+            yield from _block(f"down_blocks.{i}", j, f"input_blocks.{i * step + j + 1}")
+        yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{(i + 1) * step}.0.op"
+        for j in range(step):
+            yield from _block(f"up_blocks.{i}", j, f"output_blocks.{i * step + j}")
         # Last in its block, after the transformer if there is one.
-        yield f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{n}.{2 if depth else 1}.conv"
+        size = f"output_blocks.{i * step + config.blocks}.{2 if depth else 1}"
+        yield f"up_blocks.{i}.upsamplers.0.conv", f"{size}.conv"
 
 
-def _resnet(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
+def _block(level: str, j: int, theirs: str) -> Iterator[tuple[str, str]]:
     for a, b in RESNET.items():
-        yield f"{ours}.{a}", f"{theirs}.{b}"
+        yield f"{level}.resnets.{j}.{a}", f"{theirs}.0.{b}"
+    yield f"{level}.attentions.{j}", f"{theirs}.1"
 
 
 # -------------------------------------------------------------------------------- autoencoder, text
@@ -73,28 +67,19 @@ def _resnet(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
 
 def vae_modules(config: VAEConfig) -> Iterator[tuple[str, str]]:
     """The same pairs for the autoencoder, whose up blocks the original counts from the finest."""
-    last = len(config.channels) - 1
-    for half, path, blocks in (
-        ("encoder", "down", config.blocks),
-        ("decoder", "up", config.blocks + 1),
-    ):
+    last, n = len(config.channels) - 1, config.blocks
+    parts = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+    for half, path, blocks in (("encoder", "down", n), ("decoder", "up", n + 1)):
         for i in range(last + 1):
-            ours, theirs = f"{half}.{path}_blocks.{i}", i if path == "down" else last - i
+            ours = f"{half}.{path}_blocks.{i}"
+            theirs = f"{half}.{path}.{i if path == 'down' else last - i}"
             for j in range(blocks):
-                block = f"{half}.{path}.{theirs}.block.{j}"
-                yield f"{ours}.resnets.{j}", block
-                yield f"{ours}.resnets.{j}.conv_shortcut", f"{block}.nin_shortcut"
-            yield f"{ours}.{path}samplers.0", f"{half}.{path}.{theirs}.{path}sample"
+                yield f"{ours}.resnets.{j}", f"{theirs}.block.{j}"
+                yield f"{ours}.resnets.{j}.conv_shortcut", f"{theirs}.block.{j}.nin_shortcut"
+            yield f"{ours}.{path}samplers.0", f"{theirs}.{path}sample"
         yield f"{half}.mid_block.resnets.0", f"{half}.mid.block_1"
         yield f"{half}.mid_block.resnets.1", f"{half}.mid.block_2"
-        attention = {
-            "group_norm": "norm",
-            "to_q": "q",
-            "to_k": "k",
-            "to_v": "v",
-            "to_out.0": "proj_out",
-        }
-        for a, b in attention.items():
+        for a, b in parts.items():
             yield f"{half}.mid_block.attentions.0.{a}", f"{half}.mid.attn_1.{b}"
         yield f"{half}.conv_norm_out", f"{half}.norm_out"
 
@@ -104,6 +89,7 @@ def text_modules(config: TextConfig) -> Iterator[tuple[str, str]]:
     yield from {
         "text_model.embeddings.token_embedding": "token_embedding",
         "text_model.embeddings.position_embedding.weight": "positional_embedding",
+        "text_model.encoder.layers": "transformer.resblocks",
         "text_model.final_layer_norm": "ln_final",
         "text_projection.weight": "text_projection",
     }.items()
@@ -145,35 +131,38 @@ def take(tensors: dict[str, Tensor], name: str, source: str) -> Tensor:
 
 def configs(tensors: dict[str, Tensor]) -> tuple[UNetConfig, VAEConfig, TextConfig, TextConfig]:
     """The sizes of a single file's four networks; KeyError names the tensor that is not there."""
-    text_1, text_2 = _text_1(tensors), _text_2(tensors)
-    return _unet(tensors, text_2.projection), _vae(tensors), text_1, text_2
+    text_1 = _text(tensors, TEXT_1, {}, "quick_gelu", None)
+    projection = tensors[TEXT_2 + "text_projection"].shape[1]
+    text_2 = _text(tensors, TEXT_2, dict(text_modules(TextConfig())), "gelu", projection)
+    return _unet(tensors, projection), _vae(tensors), text_1, text_2
+
+
+def _text(tensors, prefix: str, table: dict[str, str], activation: str, projection) -> TextConfig:
+    parts = ("embeddings.token_embedding.weight", "embeddings.position_embedding.weight",
+             "encoder.layers.0.mlp.fc1.weight", "encoder.layers")  # fmt: skip
+    tokens, places, fc1, layers = (prefix + original(f"text_model.{p}", table) for p in parts)
+    vocab, hidden = tensors[tokens].shape
+    return TextConfig(
+        hidden, len(tensors[fc1]), _count(tensors, layers), hidden // 64, vocab,
+        len(tensors[places]), activation, projection, end=vocab - 1,
+    )  # fmt: skip
 
 
 def _unet(tensors: dict[str, Tensor], pooled: int) -> UNetConfig:
     shape = {k[len(UNET) :]: tuple(v.shape) for k, v in tensors.items() if k.startswith(UNET)}
-    # Walk down the numbered blocks: one with "op" in it halves the size and so begins a level.
-    channels, depths, blocks, n = [shape["input_blocks.0.0.weight"][0]], [], 0, 1
-    while (
-        f"input_blocks.{n}.0.in_layers.2.weight" in shape
-        or f"input_blocks.{n}.0.op.weight" in shape
-    ):
-        if f"input_blocks.{n}.0.op.weight" in shape:
-            channels.append(0)
-        else:
-            channels[-1] = shape[f"input_blocks.{n}.0.in_layers.2.weight"][0]
-            depths = [
-                *depths[: len(channels) - 1],
-                _count(shape, f"input_blocks.{n}.1.transformer_blocks"),
-            ]
-            blocks += len(channels) == 1
-        n += 1
+    in_channels = shape["input_blocks.0.0.weight"][1]
+    # Down the numbered blocks: number 0 is `conv_in`, and one with "op" in it ends a level.
+    total = _count(shape, "input_blocks")
+    step = next((n for n in range(1, total) if f"input_blocks.{n}.0.op.weight" in shape), total)
+    ends = [f"input_blocks.{n}" for n in range(step - 1, total, step)]
+    channels = tuple(shape[f"{end}.0.in_layers.2.weight"][0] for end in ends)
     # What is added to the time embedding is the pooled prompt and six sizes as sinusoids.
-    added = shape["label_emb.0.0.weight"][1]
+    added, middle = shape["label_emb.0.0.weight"][1], "middle_block.1.transformer_blocks"
     return UNetConfig(
-        shape["input_blocks.0.0.weight"][1], shape["out.2.weight"][0], tuple(channels),
-        tuple(depths), tuple(c // 64 for c in channels),
-        _count(shape, "middle_block.1.transformer_blocks"), blocks,
-        tokens=shape["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
+        in_channels, shape["out.2.weight"][0], channels,
+        tuple(_count(shape, f"{end}.1.transformer_blocks") for end in ends),
+        tuple(c // 64 for c in channels), _count(shape, middle), step - 1,
+        tokens=shape[f"{middle}.0.attn2.to_k.weight"][1],
         time_ids_width=(added - pooled) // 6, added=added,
     )  # fmt: skip
 
@@ -183,31 +172,6 @@ def _vae(tensors: dict[str, Tensor]) -> VAEConfig:
     levels, blocks = _count(shape, "encoder.down"), _count(shape, "encoder.down.0.block")
     channels = [shape[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
     return VAEConfig(tuple(channels), blocks, latent_channels=shape["post_quant_conv.weight"][0])
-
-
-def _text_1(tensors: dict[str, Tensor]) -> TextConfig:
-    at = TEXT_1 + "text_model."
-    vocab, hidden = tensors[at + "embeddings.token_embedding.weight"].shape
-    positions = len(tensors[at + "embeddings.position_embedding.weight"])
-    intermediate = len(tensors[at + "encoder.layers.0.mlp.fc1.weight"])
-    layers = _count(tensors, at + "encoder.layers")
-    return _text(hidden, intermediate, layers, vocab, positions, "quick_gelu", None)
-
-
-def _text_2(tensors: dict[str, Tensor]) -> TextConfig:
-    vocab, hidden = tensors[TEXT_2 + "token_embedding.weight"].shape
-    positions = len(tensors[TEXT_2 + "positional_embedding"])
-    intermediate = len(tensors[TEXT_2 + "transformer.resblocks.0.mlp.c_fc.weight"])
-    layers = _count(tensors, TEXT_2 + "transformer.resblocks")
-    projection = tensors[TEXT_2 + "text_projection"].shape[1]
-    return _text(hidden, intermediate, layers, vocab, positions, "gelu", projection)
-
-
-def _text(hidden, intermediate, layers, vocab, positions, activation, projection) -> TextConfig:
-    return TextConfig(
-        hidden=hidden, intermediate=intermediate, layers=layers, heads=hidden // 64, vocab=vocab,
-        positions=positions, activation=activation, projection=projection, end=vocab - 1,
-    )  # fmt: skip
 
 
 def _count(names, prefix: str) -> int:

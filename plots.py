@@ -1,7 +1,6 @@
 """Charts drawn with pillow: a figure, axes in it, lines, bands, dots and densities of points."""
 
 import math
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -67,28 +66,16 @@ class Figure:
 
 def _dashes(points, length):
     """Pieces of a path, `length` drawn and `length` left out in turn."""
-    pieces, drawn, left = [[points[0]]], True, length
-    for (x0, y0), (x1, y1) in pairwise(points):
-        # A path is walked with a stick of `length`; its corners do not restart the pattern.
-        way = whole = math.hypot(x1 - x0, y1 - y0)
-        while way > left:
-            way -= left
-            share = 1 - way / whole
-            corner = x0 + share * (x1 - x0), y0 + share * (y1 - y0)
-            if drawn:
-                pieces[-1].append(corner)
-            else:
-                pieces.append([corner])
-            drawn, left = not drawn, length
-        left -= way
-        if drawn:
-            pieces[-1].append((x1, y1))
-    return [piece for piece in pieces if len(piece) > 1]
+    x, y = np.array(points).T
+    way = np.append(0, np.hypot(np.diff(x), np.diff(y)).cumsum())  # to each corner of the path
+    for start in np.arange(0, way[-1], 2 * length):
+        # The pattern runs on around corners, and a dash that holds one bends with the path.
+        end = min(start + length, way[-1])
+        stops = [start, *way[(start < way) & (way < end)], end]
+        yield list(zip(np.interp(stops, way, x), np.interp(stops, way, y)))
 
 
 # Two kinds of picture need axes: curves with ticks, and clouds of points without.
-
-
 class Axes:
     """A box (x, y, width, height) of a figure with data coordinates, y upwards."""
 
@@ -130,25 +117,19 @@ class Axes:
 
     def band(self, x, low, high, colour) -> None:
         """The area between two curves, in a pale shade of the colour."""
-        lower = [self.place(a, b) for a, b in zip(x, low, strict=True)]
-        upper = [self.place(a, b) for a, b in zip(x, high, strict=True)]
+        lower, upper = ([self.place(a, b) for a, b in zip(x, y, strict=True)] for y in (low, high))
         self.figure.polygon(lower + upper[::-1], (*colour, 45))
 
     def density(self, points: np.ndarray, label: np.ndarray) -> None:
         """Points (n, 2) as a smooth cloud, each label in its class colour."""
         width, height = (round(1.5 * side) for side in self.box[2:])
-        (x0, x1), (y0, y1) = self.xlim, self.ylim
-        ink = np.zeros((height, width, 3))
+        ink, limits = np.zeros((height, width, 3)), (self.ylim, self.xlim)
         for c, colour in enumerate(CLASS_COLOURS):
-            own = points[label == c]
+            counts, _ = np.histogramdd(points[label == c][:, ::-1], (height, width), limits)
             # Ink saturates: one stray sample shows, and a thousand on one spot are no blot.
-            counts, _, _ = np.histogram2d(
-                own[:, 1], own[:, 0], bins=(height, width), range=((y0, y1), (x0, x1))
-            )
             cover = 1 - np.exp(-0.36 * width * _blur(counts, 0.006 * width))
             ink += cover[..., None] * (255 - np.array(colour))
-        pixels = (255 - ink.clip(0, 255))[::-1].astype(np.uint8)
-        self.figure.paste(pixels, *self.box)
+        self.figure.paste((255 - ink.clip(0, 255))[::-1].astype(np.uint8), *self.box)
         left, top, w, h = self.box
         corners = [(left, top), (left + w, top), (left + w, top + h), (left, top + h), (left, top)]
         self.figure.line(corners, FAINT, 1)

@@ -39,13 +39,18 @@ def conditions(model: SDXL, prompts: list[str], negative: str | None, height: in
     """The condition of each prompt and the null condition: zeros, or the negative prompt's."""
     device = model.unet.conv_in.weight.device
     cond = encode_prompts(prompts, model.tokenizer, model.encoder_1, model.encoder_2)
-    if negative is None:
-        null = {name: torch.zeros_like(tensor[:1]) for name, tensor in cond.items()}
-    else:
-        null = encode_prompts([negative], model.tokenizer, model.encoder_1, model.encoder_2)
     # As if the picture had been that large from the start, and nothing cut off.
     sizes = torch.tensor([[height, width, 0, 0, height, width]], device=device)
-    return {**cond, "time_ids": sizes.expand(len(prompts), 6)}, {**null, "time_ids": sizes}
+    cond = {**cond, "time_ids": sizes.expand(len(prompts), 6)}
+    if negative is None:
+        return cond, null_of(cond)
+    null = encode_prompts([negative], model.tokenizer, model.encoder_1, model.encoder_2)
+    return cond, {**null, "time_ids": sizes}
+
+
+def null_of(cond: dict) -> dict:
+    """The null condition that goes with a condition: no prompt, and the same sizes."""
+    return {k: v if k == "time_ids" else torch.zeros_like(v[:1]) for k, v in cond.items()}
 
 
 def controlled(unet, controlnet, image: Tensor, scale: float):
@@ -99,13 +104,7 @@ def check(args) -> None:
         raise ValueError("--controlnet and --control-image go together")
     if args.sampler != "tdd" and args.clip_steps:
         raise ValueError(f"--clip-steps works with --sampler tdd, not {args.sampler}")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no GPU is visible here; use --device cpu")
-    # Whatever the name, a device that cannot hold a number is none.
-    try:
-        torch.empty(1, device=args.device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"--device {args.device} cannot be used here; use cpu or cuda") from None
+    cli.check_device(args.device)
     if args.save_latents is not None:
         cli.output_folder(args.save_latents.parent)
         if args.save_latents.is_dir():

@@ -156,12 +156,10 @@ def pseudo_huber(d: Tensor, c: float = 0.001) -> Tensor:
     return ((d.float().square() + c * c).sqrt() - c).flatten(1).mean(1)
 
 
-def tdd_loss(
-    student, target, teacher, x_0, cond, null, draws: Draws, w, schedule: Schedule,
-    solver=ddim, distance=squared_l2,
-) -> Tensor:  # fmt: skip
-    """Algorithm 1, lines 10-16: the loss of each example, (b,), for given draws.
+def jumps(student, target, teacher, x_0, cond, null, draws: Draws, w, schedule, solver=ddim):
+    """Algorithm 1, lines 10-16, but for the distance: what is to agree, and under which condition.
 
+    Returns f_theta(x_{n+1}, t_{n+1}, tau~), f_theta-(x_n, t_n, tau~), both (b, ..), and c.
     x_0: (b, ..) data. w: the distillation guidance w', a number or (b,); guidance g = 1 + w'.
     solver: Phi, one step of the teacher's PF-ODE. f is the jump of Eq. 15, which is `ddim`.
     """
@@ -170,7 +168,7 @@ def tdd_loss(
     x_next = schedule.diffuse(x_0, draws.noise, t_next)
     # Line 11: the condition, or with probability rho the null condition.
     c = _map(lambda cond, null: torch.where(_like(draws.kept, cond), cond, null), cond, null)
-    with torch.no_grad():
+    with torch.inference_mode():
         # Lines 12-15, Eq. 9: one solver step of the teacher, guided where the condition was kept.
         # (Elsewhere it is the null condition, which guidance away from itself leaves as it is.)
         phi = guided(teacher, c, null, w, draws.rows)
@@ -179,6 +177,12 @@ def tdd_loss(
         aim, _ = ddim(bind(target, c), x_n, t_n, tau, schedule)
     # ... and f_theta(x_{n+1}, t_{n+1}, tau~), which is to agree with it.
     pred, _ = ddim(bind(student, c), x_next, t_next, tau, schedule)
+    return pred, aim, c
+
+
+def tdd_loss(*given, distance=squared_l2, **more) -> Tensor:
+    """Eq. 10: the loss of each example, (b,), of what `jumps` returns for the same arguments."""
+    pred, aim, _ = jumps(*given, **more)
     return distance(pred - aim)
 
 

@@ -181,9 +181,9 @@ def test_unet_gradients_are_diffusers(checkpointing, dtype, bound):
     theirs, ours = unets(dtype=dtype)
     x_t, t, cond = inputs(9, 10, dtype=dtype)
     expected = gradients(theirs, lambda x: theirs_of(theirs, x, t, cond).sample, x_t)
-    ours.checkpointing = checkpointing
+    ours.checkpoint_blocks(checkpointing)
     found = gradients(ours, lambda x: ours(x, t, cond), x_t)
-    ours.checkpointing = False
+    ours.checkpoint_blocks(False)
     assert found.keys() == expected.keys()
     assert max(error(found[k], expected[k]) for k in found) <= bound
 
@@ -191,13 +191,14 @@ def test_unet_gradients_are_diffusers(checkpointing, dtype, bound):
 def test_checkpointing_keeps_less_for_the_backward_pass():
     _, ours = unets()
     kept = {}
-    for ours.checkpointing in (True, False):
+    for on in (True, False):
         sizes = []
+        ours.checkpoint_blocks(on)
         with torch.autograd.graph.saved_tensors_hooks(
             lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x
         ):
             ours(*inputs(16, 16))
-        kept[ours.checkpointing] = sum(sizes)
+        kept[on] = sum(sizes)
     assert kept[True] < kept[False] / 4
 
 
@@ -259,7 +260,8 @@ def test_controlnet_gradients_are_diffusers():
         return flat([*down, middle])
 
     expected = gradients(theirs, of_theirs, x_t)
-    for ours.checkpointing in (True, False):
+    for on in (True, False):
+        ours.checkpoint_blocks(on)
         found = gradients(ours, lambda x: flat(ours(x, t, cond, image)), x_t)
         assert found.keys() == expected.keys()
         assert max(error(found[k], expected[k]) for k in found) <= 1e-10

@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import shutil
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-import cli
 import load
 import names
 import sample
+import test_solvers
 from solvers import SOLVERS, solve
 from test_solvers import ALPHA, SCHEDULE, SIGMA
 
@@ -233,15 +234,7 @@ TIMES = {
 }  # fmt: skip
 
 
-def run(monkeypatch, capsys, *words):
-    """sample.py from the command line: exit code, stdout and stderr."""
-    monkeypatch.setattr("sys.argv", ["sample.py", *map(str, words)])
-    code = 0
-    try:
-        cli.run(sample.main, sample.parser())
-    except SystemExit as stop:
-        code = stop.code
-    return (code, *capsys.readouterr())
+run = partial(test_solvers.run, sample)
 
 
 def ours(monkeypatch, capsys, folder, tmp_path, *words):

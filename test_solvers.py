@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import cli
 from solvers import (
     CLEAN,
     SOLVERS,
@@ -32,6 +33,17 @@ SIGMA = np.sqrt(1 - ALPHA**2)  # both at [t + 1], so that [0] is CLEAN
 
 def randn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def run(script, monkeypatch, capsys, *words):
+    """A script (its module) from the command line: exit code, stdout and stderr."""
+    monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", *map(str, words)])
+    code = 0
+    try:
+        cli.run(script.main, script.parser())
+    except SystemExit as stop:
+        code = stop.code
+    return (code, *capsys.readouterr())
 
 
 # ------------------------------------------------------------- closed form: Gaussian data N(mu, v)

@@ -1,6 +1,7 @@
 """The 2-D toy: its network, data and distances against second derivations, and its script."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-import cli
+import test_solvers
 import toy
 import toy_eval
 import toy_figures
@@ -75,15 +76,7 @@ def test_distances():
     assert mixed.item() > 0.02  # classes swapped in pairs: the same cloud, but not class by class
 
 
-def run_script(monkeypatch, capsys, *words):
-    """The exit code, and what was said on stderr."""
-    monkeypatch.setattr("sys.argv", ["train_toy.py", *map(str, words)])
-    code = 0
-    try:
-        cli.run(train_toy.main, train_toy.parser())
-    except SystemExit as stop:
-        code = stop.code
-    return code, capsys.readouterr().err
+run_script = partial(test_solvers.run, train_toy)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +105,7 @@ def test_bad_flags_are_refused_in_one_line(words, said, monkeypatch, capsys, tmp
     (tmp_path / "FILE").write_text("in the way")
     output = [] if "--output" in words else ["--output", tmp_path / "out"]
     words = [str(word).replace("FILE", str(tmp_path / "FILE")) for word in words]
-    code, err = run_script(monkeypatch, capsys, "--quick", *words, *output)
+    code, _, err = run_script(monkeypatch, capsys, "--quick", *words, *output)
     assert code == 2
     assert said in err
     assert err.startswith("train_toy.py: ")
@@ -120,7 +113,7 @@ def test_bad_flags_are_refused_in_one_line(words, said, monkeypatch, capsys, tmp
 
 
 def test_a_loss_that_explodes_stops_the_run(monkeypatch, capsys, tmp_path):
-    code, err = run_script(monkeypatch, capsys, "--quick", "--lr", 1e30, "--output", tmp_path)
+    code, _, err = run_script(monkeypatch, capsys, "--quick", "--lr", 1e30, "--output", tmp_path)
     assert code == 2
     assert "train_toy.py: teacher: loss" in err.splitlines()[-1]
     assert "Traceback" not in err
@@ -135,7 +128,7 @@ def test_ctrl_c_keeps_what_is_finished(monkeypatch, capsys, tmp_path):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(toy_eval.Evaluation, "student_rows", interrupt)
-    code, err = run_script(
+    code, _, err = run_script(
         monkeypatch, capsys, "--quick", "--steps", 2, "--methods", "tdd", "--output", tmp_path
     )
     assert code == 130
@@ -156,7 +149,7 @@ def test_ctrl_c_keeps_what_is_finished(monkeypatch, capsys, tmp_path):
 )
 def test_unusual_flags_run(words, monkeypatch, capsys, tmp_path):
     (tmp_path / "guidance.png").write_text("from a run before")
-    code, err = run_script(
+    code, _, err = run_script(
         monkeypatch, capsys, "--quick", "--steps", 2, *words, "--output", tmp_path
     )
     assert code == 0, err
@@ -190,7 +183,7 @@ def load_rows(path):
 
 def test_quick_run_end_to_end(monkeypatch, capsys, tmp_path):
     """The whole script; even 500 steps put TDD well below CM, and below the 4-step teacher."""
-    code, err = run_script(monkeypatch, capsys, "--quick", "--output", tmp_path)
+    code, _, err = run_script(monkeypatch, capsys, "--quick", "--output", tmp_path)
     assert code == 0, err
     result, rmse = load_rows(tmp_path / "metrics.json")
     assert {row["method"] for row in result["rows"]} == {"teacher", *train_toy.STUDENTS}

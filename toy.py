@@ -81,7 +81,7 @@ class Ensemble(nn.Module):
 
     def __init__(self, weight: list[Tensor], bias: list[Tensor], schedule: Schedule):
         super().__init__()
-        self.schedule = schedule
+        self.schedule, self.members = schedule, len(bias[0])
         self.weight = nn.ParameterList(weight)  # (m, in, out) a layer
         self.bias = nn.ParameterList(bias)  # (m, 1, out)
 
@@ -89,22 +89,15 @@ class Ensemble(nn.Module):
     def fresh(cls, members: int, schedule: Schedule, generator, width: int = 96, depth: int = 3):
         """Random weights, the last layer's zero: eps = sigma_t x_t to begin with."""
         sizes = [2 + 32 + CLASSES] + [width] * depth + [2]
-        shapes = [(members, i, o) for i, o in pairwise(sizes)]
-        weight = [torch.randn(shape, generator=generator) / shape[1] ** 0.5 for shape in shapes]
-        return cls(
-            [*weight[:-1], 0 * weight[-1]],
-            [torch.zeros(members, 1, o) for o in sizes[1:]],
-            schedule,
-        )
+        normal = [torch.randn(members, *io, generator=generator) for io in pairwise(sizes)]
+        weight = [w / w.shape[1] ** 0.5 for w in normal]
+        bias = [torch.zeros(members, 1, o) for o in sizes[1:]]
+        return cls([*weight[:-1], 0 * weight[-1]], bias, schedule)
 
     def pick(self, members) -> "Ensemble":
         """A frozen copy of these members alone, in this order and as often as named."""
         weight, bias = ([p.detach()[list(members)] for p in ps] for ps in (self.weight, self.bias))
         return Ensemble(weight, bias, self.schedule).requires_grad_(False)
-
-    @property
-    def members(self) -> int:
-        return len(self.bias[0])
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         h = torch.cat([x_t, timestep_embedding(t, 32), cond], 1)  # (bm, 2 + 32 + 4)

@@ -1,6 +1,6 @@
 """How near few-step samples come to what the teacher's PF-ODE would give: rmse and Wasserstein."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from einops import rearrange, repeat
@@ -53,7 +53,7 @@ class Evaluation:
         ends = schedule.lam(torch.tensor([schedule.T - 1, 0]))
         lam = torch.linspace(*ends.tolist(), 80 if args.quick else 160, dtype=torch.float64)
         self.fine = schedule.t_of_lam(lam).round().int().unique().flip(0).tolist()
-        self.rows, self.samples, self.references = [], {}, {}
+        self.rows, self.found, self.samples, self.references = [], {}, {}, {}
 
     def noise(self, members: int):
         """The starting noise, then the step noise: the same for every method and case."""
@@ -89,9 +89,9 @@ class Evaluation:
         case = Case(1) if case.gamma == w == 0 else Case(case.k, case.gamma, case.schedule)
         key = case, round(w, 6), round(w_distilled, 6)
         if key not in self.references:
-            null = torch.zeros(1, CLASSES)
+            null = torch.zeros_like(self.cond(1))
             conditional = guided(self.teacher, self.cond(1), null, w_distilled)
-            unconditional = bind(self.teacher, torch.zeros_like(self.cond(1)))
+            unconditional = bind(self.teacher, null)
 
             def jump(model, x_t, t, s, schedule, past=None):
                 x_s = self.follow(conditional, x_t, t, s)
@@ -113,7 +113,7 @@ class Evaluation:
         """The teacher itself with k guided steps of DDIM."""
         w = self.args.guidance - 1
         x = self.sample(self.teacher, 1, case, w)[0]
-        self._keep("teacher", "", replace(case, w=w), x, self.reference(case, 0.0, w))
+        self._keep("teacher", "", case, x, self.reference(case, 0.0, w))
 
     def student_rows(self, students, network: Ensemble, members: list[int], case: Case) -> None:
         """The students (methods) numbered `members`; all seeds of each."""
@@ -130,27 +130,28 @@ class Evaluation:
 
     def _keep(self, method: str, variant: str, case: Case, x, reference, endpoint=None) -> None:
         """Rows of a case: rmse, sw, and where w != 0 the rmse to the teacher guided as strongly."""
-        values = {
-            "rmse": rmse(x, reference),
-            "sw": sliced_wasserstein(x[:, ::2], reference[:, 1::2], self.label[::2]),
-        }
+        values = {"rmse": rmse(x, reference), "sw": self._sw(x, reference)}
         if endpoint is not None:
             values["rmse_teacher"] = rmse(x, endpoint)
         # Kept for the pictures.
         self.samples[method, variant, case] = x
+        w = self.args.guidance - 1 if method == "teacher" else case.w
         for metric, each in values.items():
             if not each.isfinite().all():
                 raise ValueError(f"{method} {variant} sampled no numbers: {case}; lower --guidance")
-            spread = {"mean": each.mean().item(), "std": _deviation(each)}
-            row = {"method": method, "variant": variant, **asdict(case), "metric": metric}
-            self.rows.append({**row, "per_seed": each.tolist(), **spread})
+            row = {"method": method, "variant": variant, **asdict(case), "w": w, "metric": metric}
+            row |= {"per_seed": each.tolist(), "mean": each.mean().item()}
+            row["std"] = each.std().item() if len(each) > 1 else 0.0
+            self.rows.append(row)
+            self.found[method, variant, case, metric] = row
+
+    def _sw(self, x: Tensor, y: Tensor) -> Tensor:
+        """Between independent halves: x and y may come from the same noise."""
+        return sliced_wasserstein(x[:, ::2], y[:, 1::2], self.label[::2])
 
     def find(self, method: str, case: Case, metric="rmse", variant="") -> dict | None:
-        """The row of a case; the teacher's is the one at the guidance that students distil."""
-        if method == "teacher":
-            case = replace(case, w=self.args.guidance - 1)
-        wanted = {"method": method, "variant": variant, "metric": metric, **asdict(case)}
-        return next((row for row in self.rows if wanted.items() <= row.items()), None)
+        """The row of a case; the teacher's needs no w, which is the one that students distil."""
+        return self.found.get((method, variant, case, metric))
 
     @property
     def methods(self) -> list[str]:
@@ -170,18 +171,11 @@ class Evaluation:
 
     def noise_floor(self) -> dict:
         """sw between independent halves of the main references: below it nothing can be told."""
-        floors = {}
+        floors, w = {}, round(self.args.guidance - 1, 6)
         for gamma in GAMMAS:
-            each = [
-                sliced_wasserstein(x[:, ::2], x[:, 1::2], self.label[::2])
-                for (case, *guidance), x in self.references.items()
-                if case.gamma == gamma and guidance == [0, round(self.args.guidance - 1, 6)]
-            ]
-            if each:
-                each = torch.stack(each).mean(0)
+            found = self.references.items()
+            exact = [x for (case, *ws), x in found if [case.gamma, *ws] == [gamma, 0, w]]
+            if exact:
+                each = torch.stack([self._sw(x, x) for x in exact]).mean(0)
                 floors[f"gamma {gamma:g}"] = {"per_seed": each.tolist(), "mean": each.mean().item()}
         return {"sw": floors}
-
-
-def _deviation(each: Tensor) -> float:
-    return each.std().item() if len(each) > 1 else 0.0

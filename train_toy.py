@@ -44,28 +44,24 @@ class Student:
 # eta belongs to TDD alone. PCM-4 and PCM-8 stand at the two ends of what TDD trains for.
 
 
-STUDENTS = ("cm", "pcm4", "pcm8", "tcd", "tdd", "tdd_eta0", "tdd_rho0")
+STUDENTS = ["cm", "pcm4", "pcm8", "tcd", "tdd", "tdd_eta0", "tdd_rho0"]
 
 
 def students_of(args) -> list[Student]:
     """The students to train; tdd_rho0 stands for the three that the guidance study compares."""
-    return [student for name in dict.fromkeys(args.methods) for student in _student(name, args)]
-
-
-def _student(name: str, args) -> list[Student]:
-    N, w, tdd = args.solver_steps, args.guidance - 1, name.startswith("tdd")
-    if name in ("pcm4", "pcm8"):
-        targets = targets_of("pcm", N, int(name[3]))
-    else:
-        targets = targets_of("tdd" if tdd else name, N, args.kmin, args.kmax)
-    if name == "tdd_rho0":
-        # Fig. 6's questions need guidance left to add (w' = 1) and guidance to take back (w' = 5).
-        return [
-            Student("tdd", targets, args.eta, args.rho, 1.0, "w'=1"),
-            Student("tdd_rho0", targets, args.eta, 0.0, 1.0, "w'=1"),
-            Student("tdd", targets, args.eta, args.rho, 5.0, "w'=5"),
-        ]
-    return [Student(name, targets, args.eta if name == "tdd" else 0.0, args.rho, w)]
+    students, w = [], args.guidance - 1
+    for name in dict.fromkeys(args.methods):
+        # PCM's number of segments stands in the place of kmin.
+        kmin = int(name[3]) if name.startswith("pcm") else args.kmin
+        targets = targets_of(name[:3], args.solver_steps, kmin, args.kmax)
+        if name == "tdd_rho0":
+            # Fig. 6 asks for guidance left to add (w' = 1) and for guidance to take back (w' = 5).
+            study = ("tdd", args.rho, 1.0), ("tdd_rho0", 0.0, 1.0), ("tdd", args.rho, 5.0)
+            students += [Student(m, targets, args.eta, rho, w, f"w'={w:g}") for m, rho, w in study]
+        else:
+            eta = args.eta if name == "tdd" else 0.0
+            students.append(Student(name, targets, eta, args.rho, w))
+    return students
 
 
 # -------------------------------------------------------------------------------------- training
@@ -112,16 +108,14 @@ def train_teacher(args, data: Data, schedule: Schedule, generator) -> Ensemble:
     return fit(teacher, loss, args.steps, 2 * args.lr, "teacher")
 
 
-def train_students(
-    args, students: list[Student], teacher: Ensemble, data: Data, schedule: Schedule, generator
-) -> Ensemble:
+def train_students(args, students, teacher, data: Data, schedule: Schedule, generator) -> Ensemble:
     """Every student of every seed by Algorithm 1, as one ensemble with rows "(b method seed)"."""
     b, m, s = args.batch_size, len(students), args.seeds
     # Algorithm 1's input: theta <- phi, and theta- <- theta.
     student = teacher.pick(list(range(s)) * m).requires_grad_()
     target = student.pick(range(s * m))
     w = repeat(torch.tensor([x.w for x in students]), "m -> (b m s)", b=b, s=s)
-    null = torch.zeros(1, CLASSES)
+    null, phi = torch.zeros(1, CLASSES), SOLVERS[args.solver]
 
     def loss():
         x_0, label = data.draw(b * s, generator)
@@ -131,76 +125,51 @@ def train_students(
         for x in students:
             generator.set_state(state)
             draws.append(draw(x.targets, (b * s, 2), x.eta, x.rho, generator))
-        return tdd_loss(
-            student,
-            target,
-            teacher,
-            x_0,
-            cond,
-            null,
-            join(draws, s),
-            w,
-            schedule,
-            SOLVERS[args.solver],
-        )
+        own = join(draws, s)
+        return tdd_loss(student, target, teacher, x_0, cond, null, own, w, schedule, phi)
 
-    def line_18():
-        ema_update(target.parameters(), student.parameters(), args.ema)
-
-    return fit(student, loss, args.steps, args.lr, "students", after=line_18)
+    theta = list(target.parameters()), list(student.parameters())
+    # Line 18 follows every step.
+    return fit(student, loss, args.steps, args.lr, "students", lambda: ema_update(*theta, args.ema))
 
 
 def join(draws: list[Draws], seeds: int) -> Draws:
     """Each method's draws with rows "(b s)" as those of the whole ensemble, "(b m s)"."""
-
-    def one(name):
-        each = [getattr(d, name) for d in draws]
-        return rearrange(each, "m (b s) ... -> (b m s) ...", s=seeds)
-
-    return Draws(*(one(name) for name in ("t_next", "t_n", "tau", "kept", "noise")), rows=None)
+    names = "t_next", "t_n", "tau", "kept", "noise"
+    fields = ([getattr(d, name) for d in draws] for name in names)
+    each = (rearrange(field, "m (b s) ... -> (b m s) ...", s=seeds) for field in fields)
+    return Draws(*each, rows=None)
 
 
 # ------------------------------------------------------------------------------------ evaluation
-
-
+#
 # Main cases are Figs. 4 and 5; the others, Figs. 6 and 7, add guidance at inference.
 
 
 def main_cases(args) -> list[Case]:
     """Every k and gamma on the equidistant schedule; between kmin and kmax on the other as well."""
     # 1 and 2 lie outside of what TDD trains for; they show what that costs.
-    ks = sorted({1, 2, *range(args.kmin, args.kmax + 1)})
-    between = range(args.kmin + 1, args.kmax)
-    return [
-        case
-        for gamma in GAMMAS
-        for case in [Case(k, gamma) for k in ks]
-        + [Case(k, gamma, "nonequidistant") for k in between]
-    ]
+    plans = [(k, "equidistant") for k in sorted({1, 2, *range(args.kmin, args.kmax + 1)})]
+    plans += [(k, "nonequidistant") for k in range(args.kmin + 1, args.kmax)]
+    return [Case(k, gamma, schedule) for gamma in GAMMAS for k, schedule in plans]
 
 
 def guidance_cases(args, students: list[Student]) -> list[tuple[list[int], Case]]:
     """Guided students: rho 0 against rho (Fig. 6a), Eq. 13 (Fig. 6b), x_0 clipping (Fig. 7)."""
-    where = {(student.method, student.variant): i for i, student in enumerate(students)}
-    jobs, ends = [], sorted({args.kmin, args.kmax})
-    if ("tdd_rho0", "w'=1") in where:
-        pair = [where["tdd", "w'=1"], where["tdd_rho0", "w'=1"]]
-        jobs += [(pair, Case(k, w=w)) for k in ends for w in (0.0, 1.0, 2.0, 3.0)]
-        high = [where["tdd", "w'=5"]]
-        jobs += [(high, Case(k)) for k in ends]
-        jobs += [(high, Case(k, w=w, tune=5.0)) for k in ends for w in (1.0, 2.0, 3.0)]
-    if ("tdd", "") in where:
-        first = sorted({0, 1, args.kmin})
-        clip = [Case(args.kmin, w=w, clip_steps=n) for w in (1.0, 2.0) for n in first]
-        jobs += [([where["tdd", ""]], case) for case in clip]
-    return jobs
+    low, high = ([i for i, s in enumerate(students) if s.variant == v] for v in ("w'=1", "w'=5"))
+    tdd = [i for i, s in enumerate(students) if (s.method, s.variant) == ("tdd", "")]
+    ends, clips = sorted({args.kmin, args.kmax}), sorted({0, 1, args.kmin})
+    jobs = [(low, Case(k, w=w)) for k in ends for w in (0.0, 1.0, 2.0, 3.0)]
+    jobs += [(high, Case(k)) for k in ends]
+    jobs += [(high, Case(k, w=w, tune=5.0)) for k in ends for w in (1.0, 2.0, 3.0)]
+    jobs += [(tdd, Case(args.kmin, w=w, clip_steps=n)) for w in (1.0, 2.0) for n in clips]
+    return [(members, case) for members, case in jobs if members]
 
 
 def evaluate(args, students: list[Student], network: Ensemble, ev: Evaluation) -> None:
     """Every row of metrics.json: the main cases for teacher and students, then guided students."""
     plain = [i for i, student in enumerate(students) if not student.variant]
-    jobs = [("teacher", case) for case in main_cases(args)]
-    jobs += [(plain, case) for case in main_cases(args) if plain]
+    jobs = [(who, case) for who in ("teacher", plain) if who for case in main_cases(args)]
     jobs += guidance_cases(args, students)
     for members, case in tqdm(jobs, desc="evaluate", mininterval=0.5, dynamic_ncols=True):
         if members == "teacher":
@@ -225,68 +194,45 @@ def main(args) -> None:
     teacher = train_teacher(args, data, schedule, generator)
     network = train_students(args, students, teacher, data, schedule, generator)
     ev = Evaluation(args, teacher, schedule, data)
-
-    def save_metrics():
-        settings = {**vars(args), "output": str(output), "torch": torch.__version__}
-        seconds = round(time.time() - start, 1)
-        floor = ev.noise_floor()
-        whole = {"settings": settings, "rows": ev.rows, "noise_floor": floor, "seconds": seconds}
-        cli.write_json(output / "metrics.json", whole)
-
     try:
         evaluate(args, students, network, ev)
         toy_figures.draw_all(output, ev, students, network)
     finally:
         # After Ctrl-C too: the rows that are there cost a minute or two.
         if ev.rows:
-            save_metrics()
+            settings = {**vars(args), "output": str(output), "torch": torch.__version__}
+            whole = {"settings": settings, "rows": ev.rows, "noise_floor": ev.noise_floor()}
+            whole["seconds"] = round(time.time() - start, 1)
+            cli.write_json(output / "metrics.json", whole)
     print("\n\n".join(ev.table(gamma) for gamma in GAMMAS))
     print("* non-equidistant. Mean distance to the teacher's exact sampler from the same noise.")
     print(f"{time.time() - start:.0f} s; metrics.json and the pictures are in {output}/")
 
 
-# The defaults are the results' settings; the paper's own (N = 250, w' = 3.5) are SDXL's.
-
-
 def parser() -> cli.Parser:
     p = cli.Parser("Trains a 2-D teacher, distils it with TDD and its rivals, and compares them.")
-    whole, share, above = cli.number(int, 1), cli.number(float, 0, 1), cli.number(float, 1, 100)
-    p.add_argument("--data", choices=DATA, default="spirals", help="the 2-D distribution")
-    p.add_argument(
-        "--methods",
-        nargs="+",
-        choices=STUDENTS,
-        default=list(STUDENTS),
-        metavar="M",
-        help=f"students, of {' '.join(STUDENTS)}; the last brings the guidance study",
-    )
-    p.add_argument("--steps", type=whole, default=3000, help="training steps, teacher and students")
-    p.add_argument("--seeds", type=whole, default=3, help="independent teachers, each distilled")
-    p.add_argument(
-        "--seed", type=cli.number(int, 0, 2**31), default=0, help="of all random numbers"
-    )
-    p.add_argument("--batch-size", type=whole, default=256, help="examples a step and student")
-    p.add_argument("--lr", type=cli.number(float, 0), default=1e-3, help="delta, the learning rate")
-    p.add_argument("--ema", type=share, default=0.95, help="mu of the target network theta-")
-    p.add_argument("--kmin", type=whole, default=4, help="K_min, fewest steps to distil for")
-    p.add_argument("--kmax", type=whole, default=8, help="K_max, most steps to distil for")
-    p.add_argument(
-        "--eta", type=share, default=0.3, help="eta of Eq. 8, the targets' random offset"
-    )
-    p.add_argument("--rho", type=share, default=0.2, help="rho, share of null conditions")
-    p.add_argument("--guidance", type=above, default=3.0, help="g = 1 + w', guidance to distil")
-    p.add_argument(
-        "--solver-steps", type=whole, default=50, help="N, steps of the teacher's solver"
-    )
-    p.add_argument("--solver", choices=["ddim", "dpm2s", "dpm++2s"], default="ddim", help="Phi")
-    p.add_argument(
-        "--samples",
-        type=cli.number(int, 64),
-        default=2048,
-        help="evaluated of each seed, in whole eights",
-    )
-    p.add_argument("--output", type=Path, default=Path("runs/toy"), help="folder for the results")
-    p.add_argument("--quick", action="store_true", help="1 seed, 500 steps: under 20 s")
+    flag, number = p.add_argument, cli.number
+    whole, share, above = number(int, 1), number(float, 0, 1), number(float, 1, 100)
+    some = f"students, of {' '.join(STUDENTS)}; the last brings the guidance study"
+    # The defaults are the results' settings; the paper's own (N = 250, w' = 3.5) are SDXL's.
+    flag("--data", choices=DATA, default="spirals", help="the 2-D distribution")
+    flag("--methods", nargs="+", choices=STUDENTS, default=STUDENTS, metavar="M", help=some)
+    flag("--steps", type=whole, default=3000, help="training steps, teacher and students")
+    flag("--seeds", type=whole, default=3, help="independent teachers, each distilled")
+    flag("--seed", type=number(int, 0, 2**31), default=0, help="of all random numbers")
+    flag("--batch-size", type=whole, default=256, help="examples a step and student")
+    flag("--lr", type=number(float, 0), default=1e-3, help="delta, the learning rate")
+    flag("--ema", type=share, default=0.95, help="mu of the target network theta-")
+    flag("--kmin", type=whole, default=4, help="K_min, fewest steps to distil for")
+    flag("--kmax", type=whole, default=8, help="K_max, most steps to distil for")
+    flag("--eta", type=share, default=0.3, help="eta of Eq. 8, the targets' random offset")
+    flag("--rho", type=share, default=0.2, help="rho, share of null conditions")
+    flag("--guidance", type=above, default=3.0, help="g = 1 + w', guidance to distil")
+    flag("--solver-steps", type=whole, default=50, help="N, steps of the teacher's solver")
+    flag("--solver", choices=["ddim", "dpm2s", "dpm++2s"], default="ddim", help="Phi")
+    flag("--samples", type=number(int, 64), default=2048, help="evaluated a seed, in whole eights")
+    flag("--output", type=Path, default=Path("runs/toy"), help="folder for the results")
+    flag("--quick", action="store_true", help="1 seed, 500 steps: under 20 s")
     return p
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,22 @@ class Embedding(nn.Module):
 # output layer, an empty place where a dropout was.
 
 
-class ResnetBlock(nn.Module):
+class Block(nn.Module):
+    """What the backward pass may keep by its inputs alone, and work out a second time."""
+
+    # Memory for time: a full UNet's activations at 1024 pixels are far larger than its weights.
+    # `contexts` brings back what was switched on at the first time (lora.attach sets it).
+    checkpointing, contexts = False, staticmethod(noop_context_fn)
+
+    def __call__(self, *inputs):
+        run = super().__call__
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return run(*inputs)
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(run, *inputs, context_fn=self.contexts, **options)
+
+
+class ResnetBlock(Block):
     """Two convolutions around the time embedding, (b, c_in, h, w) -> (b, c, h, w)."""
 
     def __init__(self, c_in: int, c: int, time_width: int, groups: int, eps: float = 1e-5):
@@ -173,7 +188,7 @@ class FeedForward(nn.Module):
         return self.net[2](self.net[0](x))
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Block):
     """Self-attention, attention to the prompt, feed-forward, each added to x (b, n, c)."""
 
     def __init__(self, c: int, context: int, heads: int):
@@ -258,7 +273,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: UNetConfig):
         super().__init__()
-        self.config, self.checkpointing = config, False
+        self.config = config
         widths = config.channels
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = Embedding(widths[0], 4 * widths[0])
@@ -294,23 +309,22 @@ class Encoder(nn.Module):
         skips = [h]
         for level in self.down_blocks:
             for resnet, attention in level.steps():
-                h = self.run(resnet, h, temb)
-                h = h if attention is None else self.run(attention, h, tokens)
+                h = resnet(h, temb)
+                h = h if attention is None else attention(h, tokens)
                 skips.append(h)
             if hasattr(level, "downsamplers"):
                 h = level.downsamplers[0](h)
                 skips.append(h)
         for resnet, attention in self.mid_block.steps():
-            h = self.run(resnet, h, temb)
-            h = h if attention is None else self.run(attention, h, tokens)
+            h = resnet(h, temb)
+            h = h if attention is None else attention(h, tokens)
         return [*skips, h]
 
-    def run(self, block, *inputs: Tensor) -> Tensor:
-        """The block, kept for the backward pass by its inputs alone when checkpointing is on."""
-        # Memory for time: a full UNet's activations at 1024 pixels are far larger than its weights.
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+    def checkpoint_blocks(self, on: bool = True) -> None:
+        """Have the backward pass keep only what goes into each block."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.checkpointing = on
 
 
 class UNet(Encoder):
@@ -342,8 +356,8 @@ class UNet(Encoder):
             *skips, h = (a + b for a, b in zip([*skips, h], control, strict=True))
         for level in self.up_blocks:
             for resnet, attention in level.steps():
-                h = self.run(resnet, torch.cat([h, skips.pop()], 1), temb)
-                h = h if attention is None else self.run(attention, h, tokens)
+                h = resnet(torch.cat([h, skips.pop()], 1), temb)
+                h = h if attention is None else attention(h, tokens)
             if hasattr(level, "upsamplers"):
                 h = level.upsamplers[0](h, skips[-1].shape[2:])
         return self.conv_out(F.silu(self.conv_norm_out(h)))

@@ -69,35 +69,22 @@ class Middle(nn.Module):
 
 def _coder(c_in: int, widths, c_out: int, groups: int, **inner: nn.Module) -> nn.Sequential:
     """One direction, (b, c_in, ..) -> (b, c_out, ..): the inner modules between convolutions."""
-    return _named(
-        conv_in=nn.Conv2d(c_in, widths[0], 3, padding=1),
-        **inner,
-        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6),
-        conv_act=nn.SiLU(),
-        conv_out=nn.Conv2d(widths[-1], c_out, 3, padding=1),
-    )
+    first, last = (nn.Conv2d(*c, 3, padding=1) for c in ((c_in, widths[0]), (widths[-1], c_out)))
+    norm = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+    return _named(conv_in=first, **inner, conv_norm_out=norm, conv_act=nn.SiLU(), conv_out=last)
 
 
-def _levels(widths, blocks: int, groups: int, name: str, resample) -> nn.Sequential:
+def _levels(widths, blocks: int, groups: int, name: str, resize, **conv) -> nn.Sequential:
     """A level a width: residual blocks, and a change of size in front of the next level."""
     levels = [{"resnets": _resnets(*w, blocks, groups)} for w in pairwise((widths[0], *widths))]
     for level, c in zip(levels[:-1], widths):
-        level[name] = nn.Sequential(resample(c))
+        level[name] = nn.Sequential(_named(resize=resize, conv=nn.Conv2d(c, c, 3, **conv)))
     return nn.Sequential(*(_named(**level) for level in levels))
 
 
 def _resnets(c_in: int, c: int, blocks: int, groups: int) -> nn.Sequential:
     widths = [c_in] + [c] * blocks
     return nn.Sequential(*(ResnetBlock(*w, 0, groups, eps=1e-6) for w in pairwise(widths)))
-
-
-def _halve(c: int) -> nn.Sequential:
-    # A border on the right and below only: the weights were trained for it.
-    return _named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
-
-
-def _double(c: int) -> nn.Sequential:
-    return _named(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(c, c, 3, padding=1))
 
 
 def _named(**modules: nn.Module) -> nn.Sequential:
@@ -119,8 +106,10 @@ class VAE(nn.Module):
         super().__init__()
         self.config, self.factor = config, 2 ** (len(config.channels) - 1)
         widths, c, groups = config.channels, config.latent_channels, config.groups
-        down = _levels(widths, config.blocks, groups, "downsamplers", _halve)
-        up = _levels(widths[::-1], config.blocks + 1, groups, "upsamplers", _double)
+        # A border on the right and below only: the weights were trained for it.
+        border, nearest = nn.ZeroPad2d((0, 1, 0, 1)), nn.Upsample(scale_factor=2)
+        down = _levels(widths, config.blocks, groups, "downsamplers", border, stride=2)
+        up = _levels(widths[::-1], config.blocks + 1, groups, "upsamplers", nearest, padding=1)
         middle_1, middle_2 = Middle(widths[-1], groups), Middle(widths[-1], groups)
         self.encoder = _coder(3, widths, 2 * c, groups, down_blocks=down, mid_block=middle_1)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * c, 2 * c, 1), nn.Conv2d(c, c, 1)

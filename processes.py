@@ -1,0 +1,96 @@
+"""Several processes, as torchrun starts them: who we are, what is averaged, when to stop.
+
+torchrun says in the environment who each process is; without it there is one, and every function
+here does what that one needs.
+"""
+
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import cli
+
+
+def start(device: str) -> tuple[int, int, str]:
+    """(rank, world size, this process's device), with the processes connected if there are many."""
+    rank, world = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    cli.check_device(device)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    if world > 1:
+        # gloo beside nccl: what is gathered for checkpoints lies in main memory.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    return rank, world, device
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def close() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def average(values: list[float]) -> list[float]:
+    """Each value's mean over the processes; not finite on one is not finite on all."""
+    if not dist.is_initialized():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor)
+    return (tensor / world_size()).tolist()
+
+
+def gather(value) -> list:
+    """Every process's value, in the order of ranks, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def parallel(module: nn.Module) -> nn.Module:
+    """The module with its gradients averaged over the processes, if there are several."""
+    if not dist.is_initialized():
+        return module
+    # Views: no second copy of the gradients for the buckets in which they travel.
+    return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+
+
+class Stop:
+    """SIGTERM and SIGINT as a flag that is looked at between steps; a second one kills."""
+
+    def __init__(self):
+        self.signal, self.before = 0, {}
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.before[number] = signal.signal(number, self._raised)
+        return self
+
+    def _raised(self, number, frame):
+        self.signal = number
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,451 @@
+"""SDXL's step against Algorithm 1 over diffusers' UNet and peft; the training loop by itself."""
+
+import copy
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+
+import load
+import trainer
+from adversarial import Adversary, noised_times
+from distill import Algorithm, Distillation
+from lora import LoRA
+from sample import null_of
+from tdd import Draws, jumps, pseudo_huber, squared_l2, targets_of
+from test_lora import ALL
+from test_solvers import ALPHA, SCHEDULE, SIGMA, randn
+
+# ------------------------------------------------------------- Algorithm 1 over diffusers' UNet
+#
+# Everything the step does is done here by other means: diffusers' UNet with peft's adapters instead
+# of our LoRA layers, targets found by trying every fraction, one example and one pass at a time.
+
+
+def own_draws(method, N, b, shape, eta, rho, generator):
+    """Lines 8, 9 and 11 from the same uniforms: t_{n+1}, t_n, tau~, who keeps the prompt, noise."""
+    u = torch.rand((4, b), generator=generator, dtype=torch.float64).T.tolist()
+    rows, per_n = [], 1000 // N
+    for u_n, u_tau, u_eta, u_kept in u:
+        n = 1 + int(u_n * (N - 1))
+        t = Fraction(1000 * n, N)
+        times = {
+            "cm": [Fraction(0)],
+            "pcm": [max(m for m in map(Fraction, (0, 250, 500, 750)) if m < t)],
+            "tcd": [Fraction(1000 * m, N) for m in range(n + 1)],
+            "tdd": sorted(
+                {Fraction(1000 * m, k) for k in range(4, 9) for m in range(k)
+                 if t - 250 <= Fraction(1000 * m, k) <= t}
+            ),
+        }[method]  # fmt: skip
+        tau = times[int(u_tau * len(times))]
+        tau = 0 if tau == 0 else math.ceil(tau / per_n) * per_n - 1
+        tau = math.floor(tau * (1 - eta * u_eta))
+        rows.append(((n + 1) * per_n - 1, n * per_n - 1, tau, u_kept >= rho))
+    return rows, torch.randn(shape, generator=generator)
+
+
+class Theirs:
+    """Diffusers' UNet with peft adapters holding the same LoRA weights as ours."""
+
+    def __init__(self, folder, loras, rank, alpha, dtype):
+        self.unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+        for name in loras:
+            self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=ALL), name)
+        self.unet.to(dtype).requires_grad_(False)
+        self.params = {}
+        for name, lora in loras.items():
+            for layer, update in lora.items():
+                module = self.unet.get_submodule(layer)
+                for part, p in (("lora_A", update.down), ("lora_B", update.up)):
+                    own = getattr(module, part)[name].weight
+                    own.data = p.detach().clone()
+                    self.params[name, layer, part] = own.requires_grad_(name == "student")
+
+    def eps(self, adapter, x, t, c):
+        if adapter is None:
+            self.unet.disable_adapters()
+        else:
+            self.unet.enable_adapters()
+            self.unet.set_adapter(adapter)
+        added = {"text_embeds": c["pooled"], "time_ids": c["time_ids"]}
+        return self.unet(x, torch.tensor([t]), c["tokens"], added_cond_kwargs=added).sample
+
+    def jump(self, adapter, x, t, s, c):
+        e = self.eps(adapter, x, t, c)
+        return ALPHA[s + 1] * (x - SIGMA[t + 1] * e) / ALPHA[t + 1] + SIGMA[s + 1] * e
+
+    def loss(self, x_0, cond, rows, noise, w, target, distance):
+        """Mean of Eq. 10 over the examples, gradients left in the student's adapter."""
+        total, aims = 0.0, []
+        for i, (t1, t0, tau, kept) in enumerate(rows):
+            c = {k: v[i : i + 1] for k, v in cond.items()}
+            empty = {k: v if k == "time_ids" else 0 * v for k, v in c.items()}
+            x1 = ALPHA[t1 + 1] * x_0[i : i + 1] + SIGMA[t1 + 1] * noise[i : i + 1]
+            c = c if kept else empty
+            with torch.no_grad():
+                x0 = self.jump(None, x1, t1, t0, c)
+                if kept:
+                    x0 = (1 + w) * x0 - w * self.jump(None, x1, t1, t0, empty)
+                aims.append(self.jump(target, x0, t0, tau, c))
+            loss = distance(self.jump("student", x1, t1, tau, c) - aims[-1]) / len(rows)
+            loss.backward()
+            total += loss.item()
+        return total
+
+
+def drawn(nets, x_0, seed):
+    return nets.draw(x_0.shape, torch.Generator().manual_seed(seed), "cpu")
+
+
+def example(b=4, dtype=torch.float64, seed=0):
+    """x_0 and a condition for the tiny SDXL."""
+    cond = {"tokens": randn(b, 77, 128, seed=seed + 1), "pooled": randn(b, 48, seed=seed + 2)}
+    cond = {k: v.to(dtype) for k, v in cond.items()}
+    cond["time_ids"] = torch.tensor([[64, 80, 0, 8, 64, 64]]).repeat(b, 1)
+    cond["time_ids"][:, 2] = torch.arange(b)
+    return randn(b, 4, 8, 8, seed=seed).to(dtype), cond
+
+
+def tiny(folder, dtype=torch.float64, rank=4, alpha=2.0, adversary=False, seed=1, **settings):
+    """Ours on the tiny SDXL, with a LoRA that already does something."""
+    unet = load.load_sdxl(folder).unet.to(dtype)
+    lora = LoRA.fresh(unet, rank, alpha, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed + 1)
+    for _, update in lora.items():
+        update.up.data = 0.3 * torch.randn(update.up.shape, generator=generator)
+    algorithm = Algorithm(**{"targets": targets_of("tdd", 50), "schedule": SCHEDULE, **settings})
+    if adversary:
+        adversary = Adversary.fresh(unet, 250, 0)
+    return Distillation(unet, lora.to(dtype), algorithm, adversary or None)
+
+
+CASES = [
+    # method, eta, rho, mu, distance, checkpointing
+    ("tdd", 0.3, 0.3, 0.0, squared_l2, True), ("tdd", 0.3, 0.0, 0.9, squared_l2, False),
+    ("tdd", 0.0, 1.0, 0.0, squared_l2, False), ("cm", 0.0, 0.5, 0.9, squared_l2, True),
+    ("pcm", 0.0, 0.5, 0.0, squared_l2, False), ("tcd", 0.0, 0.5, 0.5, squared_l2, True),
+    ("tdd", 0.3, 0.3, 0.9, pseudo_huber, True),
+]  # fmt: skip
+DISTANCES = {
+    squared_l2: lambda d: (d**2).mean(),
+    pseudo_huber: lambda d: ((d**2 + 0.001**2).sqrt() - 0.001).mean(),
+}
+
+
+@pytest.mark.parametrize("method, eta, rho, mu, distance, checkpointing", CASES)
+def test_step_is_algorithm_1(method, eta, rho, mu, distance, checkpointing, folder):
+    """Loss to 1e-6 and every LoRA gradient to 1e-5: methods, offsets, drops and EMA."""
+    nets = tiny(folder, targets=targets_of(method, 50), eta=eta, rho=rho, mu=mu, distance=distance)
+    nets.base.checkpoint_blocks(checkpointing)
+    if mu:  # a moving average that has fallen behind the student
+        for p in nets.target.parameters():
+            p.mul_(0.5)
+    x_0, cond = example()
+    rows, noise = own_draws(method, 50, 4, x_0.shape, eta, rho, torch.Generator().manual_seed(7))
+    loras = {"student": nets.lora} | ({"target": nets.target.lora} if mu else {})
+    theirs = Theirs(folder, loras, 4, 2.0, torch.float64)
+    adapter = "target" if mu else "student"
+    expected = theirs.loss(x_0, cond, rows, noise, 3.5, adapter, DISTANCES[distance])
+    found = nets.losses(x_0, cond, null_of(cond), drawn(nets, x_0, 7))
+    found["total"].backward()
+    assert found["loss"].item() == pytest.approx(expected, rel=1e-6)
+    for layer, update in nets.lora.items():
+        for part, p in (("lora_A", update.down), ("lora_B", update.up)):
+            grad = theirs.params["student", layer, part].grad
+            assert (p.grad - grad).abs().max() <= 1e-5 * grad.abs().max(), layer
+    assert all(p.grad is None for p in nets.base.parameters())
+
+
+def test_guidance_range(folder):
+    """w' ~ U[2, 14], an example at a time: the mean of each alone at its own w'."""
+    nets = tiny(folder, w=(2.0, 14.0))
+    w = torch.cat(
+        [nets.draw((50, 1), torch.Generator().manual_seed(i), "cpu").w for i in range(40)]
+    )
+    assert 2 <= w.min() < 2.1 and 13.9 < w.max() <= 14
+    assert w.mean().item() == pytest.approx(8, abs=0.25)
+    x_0, cond = example()
+    d, alone = drawn(nets, x_0, 1), []
+    for i in range(len(x_0)):
+        rows = {k: v[i : i + 1] for k, v in vars(d.tdd).items() if k != "rows"}
+        part = Draws(**rows, rows=rows["kept"].nonzero()[:, 0])
+        c = {k: v[i : i + 1] for k, v in cond.items()}
+        one = nets.losses(x_0[i : i + 1], c, null_of(c), replace(d, tdd=part, w=float(d.w[i])))
+        alone.append(one["loss"].item())
+    together = nets.losses(x_0, cond, null_of(cond), d)["loss"].item()
+    assert together == pytest.approx(sum(alone) / len(alone), rel=1e-6)
+
+
+def test_ema_and_what_is_exported(folder):
+    """Line 18 by hand; what is written out is the moving average where there is one."""
+    nets = tiny(folder, mu=0.9)
+    before = [p.clone() for p in nets.target.parameters()]
+    with torch.no_grad():
+        for p in nets.student.parameters():
+            p.add_(1.0)
+    nets.after_step()
+    for old, new, now in zip(before, nets.student.parameters(), nets.target.parameters()):
+        assert torch.allclose(now, 0.9 * old + 0.1 * new)
+    assert nets.result is nets.target is not nets.student
+    assert tiny(folder).result.lora is not None and not tiny(folder).algorithm.mu
+
+
+def test_training_leaves_the_teacher_alone(folder):
+    """Bit-identical output and weights of the base before and after; it never has a gradient."""
+    nets = tiny(folder, torch.float32)
+    x_0, cond = example(2, torch.float32)
+    t = torch.tensor([751, 3])
+    before = {k: v.clone() for k, v in nets.base.state_dict().items()}
+    plain = load.load_sdxl(folder).unet(x_0, t, cond)
+    assert torch.equal(nets.teacher(x_0, t, cond), plain)
+    optimizer = torch.optim.AdamW(nets.student.parameters(), 1e-2)
+    for i in range(3):
+        nets.losses(x_0, cond, null_of(cond), drawn(nets, x_0, i))["total"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(nets.teacher(x_0, t, cond), plain)
+    assert not torch.equal(nets.student(x_0, t, cond), plain)
+    assert all(torch.equal(v, before[k]) for k, v in nets.base.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in nets.base.parameters())
+
+
+def test_it_learns(folder):
+    """One batch, fixed draws, the target network held (mu = 1): the loss falls by 100 and more."""
+    nets = tiny(folder, torch.float32, rank=16, alpha=16.0, mu=1.0, w=(1.0, 1.0))
+    for update in nets.lora.values():
+        update.up.data.zero_()
+    x_0, cond = example(2, torch.float32)
+    d, losses = drawn(nets, x_0, 0), []
+    optimizer = torch.optim.Adam(nets.student.parameters(), 3e-3)
+    for _ in range(70):
+        found = nets.losses(x_0, cond, null_of(cond), d)
+        found["total"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        nets.after_step()
+        losses.append(found["loss"].item())
+    assert losses[-1] < losses[0] / 100
+
+
+# ------------------------------------------------------------------------------- the discriminator
+
+
+def test_noised_times():
+    """Uniform over the whole timesteps from tau~ to tau~ + 250, at most 999."""
+    u = (torch.arange(2510, dtype=torch.float64) + 0.5) / 2510
+    times = noised_times(torch.full((2510,), 300), 250, 1000, u)
+    assert torch.equal(times, torch.arange(300, 551).repeat_interleave(10))
+    times = noised_times(torch.full((200,), 900), 250, 1000, (torch.arange(200) + 0.5) / 200)
+    assert torch.equal(times, torch.arange(900, 1000).repeat_interleave(2))
+
+
+def test_adversarial_losses_are_hinge_on_diffusers_features(folder):
+    """Values, and each side's gradients, from diffusers' UNet with hooks where its levels end."""
+    nets = tiny(folder, adversary=True, adv_weight=0.1)
+    nets.base.checkpoint_blocks()
+    x_0, cond = example()
+    d = drawn(nets, x_0, 3)
+    heads = nets.adversary.heads.double()
+    found = nets.losses(x_0, cond, null_of(cond), d)
+    found["total"].backward()
+    grads = [p.grad.clone() for p in nets.student.parameters()]
+    of_heads = [p.grad.clone() for p in heads.parameters()]
+    for p in [*nets.student.parameters(), *heads.parameters()]:
+        p.grad = None
+    pred, aim, c = jumps(
+        nets.student, nets.target, nets.teacher, x_0, cond, null_of(cond), d.tdd, d.w, SCHEDULE
+    )
+    unet, seen = UNet2DConditionModel.from_pretrained(folder / "unet").double(), []
+    unet.requires_grad_(False)
+    ends = [unet.down_blocks[0].resnets[-1], *(unet.down_blocks[i].attentions[-1] for i in (1, 2))]
+    for module in (*ends, unet.mid_block):
+        module.register_forward_hook(
+            lambda m, i, out: seen.append(out if torch.is_tensor(out) else out[0])
+        )
+
+    def logits(x_tau, z):
+        t = [min(tau + int(u * (min(tau + 250, 999) - tau + 1)), 999)
+             for tau, u in zip(d.tdd.tau.tolist(), d.u.tolist())]  # fmt: skip
+        ratio = torch.tensor([ALPHA[a + 1] / ALPHA[b + 1] for a, b in zip(t, d.tdd.tau)])
+        ratio = ratio[:, None, None, None]
+        added = {"text_embeds": c["pooled"], "time_ids": c["time_ids"]}
+        seen.clear()
+        x_t = ratio * x_tau + (1 - ratio**2).sqrt() * z
+        unet(x_t, torch.tensor(t), c["tokens"], added_cond_kwargs=added)
+        return heads(seen)
+
+    z_fake, z_real = d.noise.chunk(2)
+    fool = -sum(each.mean() for each in logits(pred, z_fake)) / 4
+    (((pred - aim) ** 2).mean() + 0.1 * fool).backward()
+    fake, real = logits(pred.detach(), z_fake), logits(aim.clone(), z_real)
+    told = sum((1 + each).clamp(min=0).mean() for each in fake) / 4
+    told = told + sum((1 - each).clamp(min=0).mean() for each in real) / 4
+    for p in heads.parameters():
+        p.grad = None
+    told.backward()
+    assert found["adv_student"].item() == pytest.approx(fool.item(), rel=1e-5)
+    assert found["adv_heads"].item() == pytest.approx(told.item(), rel=1e-5)
+    for g, p in zip([*grads, *of_heads], [*nets.student.parameters(), *heads.parameters()]):
+        assert (g - p.grad).abs().max() <= 1e-4 * p.grad.abs().max()
+
+
+# ----------------------------------------------------------------------------------------- the loop
+
+
+class Stub:
+    """Stands for a Loader: endless batches whose number is their content."""
+
+    def __init__(self, position=0):
+        self.position, self.bad = position, 0
+
+    def __next__(self):
+        self.position += 1
+        return {"names": [f"{self.position}.png"], "timesteps": torch.tensor([self.position])}
+
+
+def stub_run(output, resume=False, **settings):
+    """A linear model trained by trainer.fit; returns the run, its losses and the model."""
+    settings = {"lr": "0.1", **settings}
+    folder, config = trainer.resume_point(output, resume, settings)
+    model = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+    optimizer.param_groups[0]["initial_lr"] = 0.1
+    generator = torch.Generator().manual_seed(0)
+    loader = Stub(config["positions"][0] if folder else 0)
+    run = trainer.Run(output, {"m": model}, {"adam": optimizer}, generator, loader, settings)
+    if folder:
+        run.restore(folder, config)
+
+    def losses(batch):
+        x = torch.randn((4, 3), generator=generator) + 0.01 * batch["timesteps"][0]
+        loss = (model(x) - 1).square().mean()
+        return {"total": loss, "loss": loss}
+
+    return run, losses, model
+
+
+def plan(steps=8, **more):
+    return trainer.Plan(steps, lambda step: 1.0, **more)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+
+
+def test_bad_steps_are_skipped_whole(tmp_path):
+    """A NaN loss, or a NaN gradient of a finite loss, changes nothing; the next step goes on."""
+    run, losses, model = stub_run(tmp_path)
+    seen = []
+
+    def spoilt(batch):
+        seen.append(weights(model))
+        found = losses(batch)
+        if run.loader.position == 3:
+            found = {"total": found["total"] * math.nan, "loss": found["loss"] * math.nan}
+        if run.loader.position == 5:  # the root of 0 has no slope
+            found["total"] = found["total"] + (0 * model.bias).sum().sqrt()
+        return found
+
+    trainer.fit(run, plan(), spoilt)
+    moved = [not torch.equal(a, b) for a, b in pairwise(seen)]
+    assert moved == [True, True, False, True, False, True, True]
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in log] == [0, 0, 1, 0, 1, 0, 0, 0]
+    assert log[2]["loss"] is None and log[4]["grad_norm"] is None and log[4]["loss"] > 0
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_ten_bad_steps_in_a_row_end_the_run(tmp_path):
+    run, losses, model = stub_run(tmp_path)
+
+    def spoilt(batch):
+        factor = math.inf if run.loader.position > 4 else 1.0
+        return {k: v * factor for k, v in losses(batch).items()}
+
+    with pytest.raises(ValueError, match=r"step 14: .*10 times.*timesteps \[14\] of 14.png"):
+        trainer.fit(run, plan(30, save_every=2), spoilt)
+    assert [p.name for p in trainer.checkpoints(tmp_path)][-1] == "checkpoint-12"
+    assert weights(model).isfinite().all()
+
+
+def test_accumulation_clipping_and_rate(tmp_path):
+    """Three batches' mean gradient, scaled to norm 0.01, in plain SGD steps of rising rate."""
+    run, losses, model = stub_run(tmp_path)
+    run.optimizers["adam"] = torch.optim.SGD(model.parameters(), 1.0)
+    run.optimizers["adam"].param_groups[0]["initial_lr"] = 1.0
+    reference, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    rise = trainer.Plan(3, lambda step: (step + 1) / 3, grad_accum=3, clip_grad=0.01)
+    trainer.fit(run, rise, losses)
+    for step in range(3):
+        total = 0.0
+        for i in range(3):
+            x = torch.randn((4, 3), generator=generator) + 0.01 * (3 * step + i + 1)
+            total = total + (reference(x) - 1).square().mean() / 3
+        grads = torch.autograd.grad(total, list(reference.parameters()))
+        norm = torch.cat([g.flatten() for g in grads]).norm()
+        with torch.no_grad():
+            for p, g in zip(reference.parameters(), grads):
+                p -= (step + 1) / 3 * g * min(1.0, 0.01 / norm)
+    assert torch.allclose(weights(model), weights(reference), atol=1e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_to_go_on_from(number, tmp_path):
+    whole, losses, model = stub_run(tmp_path / "whole")
+    (tmp_path / "whole").mkdir()
+    trainer.fit(whole, plan(), losses)
+    (tmp_path / "cut").mkdir()
+    run, losses, _ = stub_run(tmp_path / "cut")
+    before = signal.getsignal(number)
+
+    def killed(batch):
+        if batch["timesteps"] == 5:
+            os.kill(os.getpid(), number)
+        return losses(batch)
+
+    with pytest.raises(SystemExit) as stop:
+        trainer.fit(run, plan(), killed)
+    assert stop.value.code == 128 + number and signal.getsignal(number) == before
+    run, losses, again = stub_run(tmp_path / "cut", resume=True)
+    assert run.step == 5 and [line["step"] for line in run.log] == [1, 2, 3, 4, 5]
+    trainer.fit(run, plan(), losses)
+    assert torch.equal(weights(again), weights(model))
+    logs = [(tmp_path / k / "log.jsonl").read_text().splitlines() for k in ("whole", "cut")]
+    of = [[json.loads(x)["loss"] for x in log] for log in logs]
+    assert of[0] == of[1] and len(of[0]) == 8
+
+
+def test_checkpoints_whole_kept_and_refused(tmp_path):
+    run, losses, _ = stub_run(tmp_path)
+    trainer.fit(run, plan(save_every=2, keep=3), losses)
+    assert [p.name[11:] for p in trainer.checkpoints(tmp_path)] == ["4", "6", "8"]
+    assert not list(tmp_path.glob(".*"))
+    with pytest.raises(ValueError, match=r"add --resume"):
+        stub_run(tmp_path)
+    with pytest.raises(ValueError, match=r"--lr 0.1, not 0.2"):
+        stub_run(tmp_path, resume=True, lr="0.2")
+    # One that was cut off, one that never got its name, a line that was being written.
+    state = tmp_path / "checkpoint-8" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-9])
+    (tmp_path / ".checkpoint-10.part").mkdir()
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"step": 9, "lo')
+    run, losses, _ = stub_run(tmp_path, resume=True)
+    assert run.step == 6 and len((tmp_path / "log.jsonl").read_text().splitlines()) == 6
+    config = tmp_path / "checkpoint-6" / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "positions": [1, 2]}))
+    with pytest.raises(ValueError, match="made by 2 processes"):
+        stub_run(tmp_path, resume=True)

@@ -1,0 +1,349 @@
+"""train_sdxl.py as its users run it: two processes, kills, caches, bad data, files for others."""
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    TCDScheduler,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from safetensors.torch import safe_open
+
+import cli
+import load
+import train_sdxl
+import trainer
+from distill import StepDraws
+from tdd import Draws
+from test_sample import Reference, ours
+from test_solvers import ALPHA, SIGMA
+from test_train import drawn, example, null_of, tiny
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def picture(i, kind="PNG"):
+    width, height = [(80, 100), (64, 64), (200, 90), (70, 64), (96, 128)][i % 5]
+    pixels = np.random.default_rng(i).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind)
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Three tars of five examples: a corrupt image, an empty caption, and the last one cut off."""
+    root = tmp_path_factory.mktemp("shards")
+    for s in range(3):
+        with tarfile.open(root / f"{s:03}.tar", "w") as tar:
+            for i in range(5):
+                parts = {"jpg": picture(5 * s + i, "JPEG"), "txt": f"picture {i} of {s}".encode()}
+                if (s, i) == (0, 2):
+                    parts["jpg"] = parts["jpg"][:150]
+                if (s, i) == (1, 1):
+                    parts["txt"] = b" \n"
+                for kind, content in parts.items():
+                    info = tarfile.TarInfo(f"{s:03}{i:03}.{kind}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    whole = (root / "002.tar").read_bytes()
+    (root / "002.tar").write_bytes(whole[: len(whole) * 2 // 5])
+    return root
+
+
+def command(folder, shards, output, *words, processes=1):
+    """The command line of a short run on the tiny SDXL."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        start += ["--master-port", str(29500 + os.getpid() % 2000)]
+    flags = {"model": folder, "data": shards, "output": output, "resolution": 64, "batch-size": 2,
+             "grad-accum": 1, "steps": 8, "save-every": 2, "sample-every": 0, "workers": 1,
+             "device": "cpu", "dtype": "float32", "lr": 1e-3, "rank": 4,
+             "lora-alpha": 4}  # fmt: skip
+    listed = [word for k, v in flags.items() for word in (f"--{k}", str(v))]
+    return [*start, str(HERE / "train_sdxl.py"), *listed, *map(str, words)]
+
+
+def told(done):
+    """Our own line on stderr, or the end of it."""
+    own = [line for line in done.stderr.splitlines() if "train_sdxl.py: " in line]
+    return own or done.stderr[-2000:]
+
+
+def run(call):
+    return subprocess.run(call, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def killed(call, log, lines):
+    """Start a run, kill it and all its children once it has logged so many steps."""
+    child = subprocess.Popen(
+        call, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(1200):
+            if log.exists() and len(log.read_text().splitlines()) >= lines:
+                break
+            assert child.poll() is None
+            time.sleep(0.05)
+    finally:
+        # torchrun's workers are sessions of their own: all are found by what they were called with.
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if f"\0{log.parent}\0".encode() in entry.read_bytes():
+                    os.kill(int(entry.parent.name), signal.SIGKILL)
+        child.wait()
+    assert len(log.read_text().splitlines()) < 8
+
+
+def same_end(a, b):
+    """Bit by bit the same weights, moments, generators, positions and exported LoRAs."""
+    for name in ("lora.safetensors", "lora_kohya.safetensors", "checkpoint-8/state.safetensors"):
+        (one, about), (other, too) = (load.read_tensors(x / name) for x in (a, b))
+        assert one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
+        assert about == too
+    one, other = (json.loads((x / "checkpoint-8" / "config.json").read_text()) for x in (a, b))
+    assert one["positions"] == other["positions"]
+    one, other = ((x / "log.jsonl").read_text().splitlines() for x in (a, b))
+    assert [json.loads(x)["loss"] for x in one] == [json.loads(x)["loss"] for x in other]
+
+
+# ------------------------------------------------------------------------------ several processes
+
+
+@pytest.fixture(scope="module")
+def two(folder, shards, tmp_path_factory):
+    """A run of two processes on the tars, never stopped; its folder and what it said."""
+    output = tmp_path_factory.mktemp("two")
+    words = ["--sample-every", 8, "--ema", 0.5, "--adv"]
+    done = run(command(folder, shards, output, *words, processes=2))
+    assert done.returncode == 0, told(done)
+    return output, done.stderr
+
+
+def test_torchrun_passes_over_bad_data(two):
+    """The run ends, counts each bad example once, and names it with the reason."""
+    output, said = two
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, 9))
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 and not line["skipped"] for line in log)
+    for name, reason in (("000002", "Truncated"), ("001001", "caption"), ("002.tar", "tar")):
+        assert any(name in line and reason in line for line in said.splitlines()), said
+    assert (output / "samples" / "step-000008.png").stat().st_size > 10_000
+    assert Image.open(output / "loss.png").size == (900, 500)
+
+
+def test_two_processes_killed_and_resumed_end_the_same(two, folder, shards, tmp_path):
+    words = ["--ema", 0.5, "--adv"]
+    call = command(folder, shards, tmp_path, *words, processes=2)
+    killed(call, tmp_path / "log.jsonl", 3)
+    # The grid of samples must not have moved the random numbers either.
+    done = run([*call, "--resume", "--sample-every", "8"])
+    assert done.returncode == 0, told(done)
+    same_end(two[0], tmp_path)
+
+
+JOINED = """
+import sys, torch
+sys.path.insert(0, {here!r})
+import processes
+from pathlib import Path
+from test_train import *
+rank, world, _ = processes.start("cpu")
+nets = tiny(Path({folder!r}), torch.float64)
+nets.distribute(processes.parallel)
+x_0, cond = example(4)
+half = slice(2 * rank, 2 * rank + 2)
+c = {{k: v[half] for k, v in cond.items()}}
+optimizer = torch.optim.AdamW(nets.student.parameters(), 1e-2)
+for step in range(3):
+    draws = drawn(nets, x_0[half], 10 * step + rank)
+    nets.losses(x_0[half], c, null_of(c), draws)["total"].backward()
+    if step == 0:
+        torch.save([p.grad for p in nets.student.parameters()], f"{out}/grads-{{rank}}")
+    optimizer.step()
+    optimizer.zero_grad()
+torch.save(list(nets.student.parameters()), f"{out}/weights-{{rank}}")
+processes.close()
+"""
+
+
+def test_two_processes_are_one_on_the_joined_batch(folder, tmp_path):
+    """Gradients of two gloo processes and of one with both batches and draws; they stay in step."""
+    script = tmp_path / "joined.py"
+    script.write_text(JOINED.format(here=str(HERE), folder=str(folder), out=tmp_path))
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = run([*start, "--master-port", str(29500 + os.getpid() % 2000), script])
+    assert done.returncode == 0, told(done)
+    nets, (x_0, cond) = tiny(folder, torch.float64), example(4)
+    parts = [vars(drawn(nets, x_0[:2], rank).tdd) for rank in range(2)]
+    whole = {k: torch.cat([part[k] for part in parts]) for k in parts[0] if k != "rows"}
+    draws = Draws(**whole, rows=whole["kept"].nonzero()[:, 0])
+    nets.losses(x_0, cond, null_of(cond), StepDraws(draws, 3.5))["total"].backward()
+    loaded = [torch.load(tmp_path / f"grads-{rank}", weights_only=True) for rank in range(2)]
+    for one, other, p in zip(*loaded, nets.student.parameters()):
+        assert torch.equal(one, other)
+        assert (one - p.grad).abs().max() <= 1e-6 * p.grad.abs().max()
+    loaded = [torch.load(tmp_path / f"weights-{rank}", weights_only=True) for rank in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*loaded))
+
+
+# ------------------------------------------------------------------------------------ one process
+
+
+def test_one_process_from_a_cache_killed_and_resumed(folder, shards, tmp_path):
+    """The cache is filled once and used again; the run ends bit by bit as if never stopped."""
+    whole, cut, cache = tmp_path / "whole", tmp_path / "cut", tmp_path / "cache"
+    words = ["--cache", cache, "--guidance-range", 2, 14, "--method", "tcd"]
+    done = run(command(folder, shards, whole, *words))
+    assert done.returncode == 0, told(done)
+    stamps = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    call = command(folder, shards, cut, *words)
+    killed(call, cut / "log.jsonl", 5)
+    done = run([*call, "--resume"])
+    assert done.returncode == 0, told(done)
+    same_end(whole, cut)
+    assert stamps == {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    with safe_open(whole / "lora.safetensors", "pt") as file:
+        about = file.metadata()
+    assert about["tdd_method"] == "tcd" and about["tdd_guidance"] == "[2.0, 14.0]"
+    assert about["tdd_steps"] == "8" and about["tdd_base"] == folder.name
+    done = run([*call[:-2], "--method", "tdd", "--resume"])
+    assert done.returncode == 2 and "--method tcd" in done.stderr
+
+
+def test_sigterm_leaves_a_checkpoint(folder, shards, tmp_path):
+    call = command(folder, shards, tmp_path, "--save-every", 1000, "--steps", 1000)
+    child = subprocess.Popen(call, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=60)
+    (checkpoint,) = trainer.checkpoints(tmp_path)
+    assert child.returncode == 128 + signal.SIGTERM and "--resume" in said
+    assert json.loads(log.read_text().splitlines()[-1])["step"] == int(checkpoint.name[11:])
+
+
+# -------------------------------------------------------------------------------- files for others
+
+
+@pytest.mark.parametrize("name", ["lora.safetensors", "lora_kohya.safetensors"])
+def test_loras_sample_the_same_in_diffusers(
+    name, two, folder, tmp_path, monkeypatch, capsys, caplog
+):
+    """Our sample.py against diffusers' pipeline with stock schedulers, as the README has it.
+
+    gamma = 0: Euler at our timesteps, to rounding. gamma = 0.2: TCD's scheduler, which leaves
+    sigma_0 = 0.029 of noise in its last step and is the same up to there.
+    """
+    path, reference = two[0] / name, Reference(folder)
+    pipeline = StableDiffusionXLPipeline(
+        vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
+        unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
+        scheduler=EulerDiscreteScheduler(
+            1000, 0.00085, 0.012, "scaled_linear", timestep_spacing="leading"
+        ),
+    )  # fmt: skip
+    pipeline.vae_scale_factor = 8
+    pipeline.load_lora_weights(path)
+    said = "\n".join(r.getMessage() for r in caplog.records if "No LoRA keys" not in r.getMessage())
+    assert "unexpected" not in said.lower() and "missing" not in said.lower()
+    pipeline.set_progress_bar_config(disable=True)
+    tokens, pooled = reference.encode("a red fox")
+
+    def theirs(**more):
+        return pipeline(
+            prompt_embeds=tokens, pooled_prompt_embeds=pooled, guidance_scale=2.0,
+            negative_prompt_embeds=0 * tokens, negative_pooled_prompt_embeds=0 * pooled,
+            height=64, width=72, generator=[torch.Generator().manual_seed(0)],
+            output_type="latent", **more,
+        ).images  # fmt: skip
+
+    def here(gamma):
+        words = ["--lora", path, "--prompt", "a red fox", "--cfg", 2, "--gamma", gamma]
+        return ours(monkeypatch, capsys, folder, tmp_path, *words)
+
+    plain = ours(monkeypatch, capsys, folder, tmp_path, "--prompt", "a red fox", "--gamma", 0)
+    deterministic = here(0)
+    assert (plain - deterministic).abs().max() > 0.1
+    found = theirs(timesteps=[999, 751, 499, 251])
+    assert (found - deterministic).abs().max() <= 1e-3 * deterministic.abs().max()
+    pipeline.scheduler = TCDScheduler(1000, 0.00085, 0.012, "scaled_linear",
+                                      original_inference_steps=250)  # fmt: skip
+    found, expected = theirs(num_inference_steps=4, eta=0.2), here(0.2)
+    assert (found - expected).norm() <= 0.005 * expected.norm()
+
+
+@torch.no_grad()
+def test_comfyui_euler_sgm_uniform_is_near(folder, monkeypatch, capsys, tmp_path):
+    """k-diffusion's Euler as ComfyUI's KSampler runs it, at most 2 timesteps off: within 1 %.
+
+    sgm_uniform spaces timesteps evenly from 999 to 0 and interpolates log sigma; the network is
+    given the nearest whole timestep, and x / sqrt(1 + sigma^2).
+    """
+    expected = ours(
+        monkeypatch, capsys, folder, tmp_path, "--prompt", "a red fox", "--cfg", 2, "--gamma", 0
+    )
+    reference, table = Reference(folder), np.log(SIGMA[1:] / ALPHA[1:])
+    times = np.linspace(999, 0, 5)[:-1]
+    sigmas = [*np.exp(np.interp(times, np.arange(1000), table)), 0.0]
+    tokens, pooled = reference.encode("a red fox")
+    added = torch.tensor([[64, 72, 0, 0, 64, 72]])
+    x = torch.randn((1, 4, 8, 9), generator=torch.Generator().manual_seed(0))
+    x = x * (1 + sigmas[0] ** 2) ** 0.5
+    for sigma, lower in itertools.pairwise(sigmas):
+        t = int(np.abs(table - np.log(sigma)).argmin())
+        eps = [
+            reference.unet(
+                x / (1 + sigma**2) ** 0.5, torch.tensor([t]), k * tokens,
+                added_cond_kwargs={"text_embeds": k * pooled, "time_ids": added},
+            ).sample
+            for k in (1, 0)
+        ]  # fmt: skip
+        x = x + (2 * eps[0] - eps[1]) * (lower - sigma)
+    assert (x - expected).norm() <= 0.01 * expected.norm()
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+MISTAKES = [
+    (["--resolution", "100"], "multiple of 8"),
+    (["--solver-steps", "33"], "must divide"),
+    (["--kmin", "9"], "kmin 9"),
+    (["--guidance-range", "5", "2"], "LO is above HI"),
+    (["--sample-prompts", "none.txt"], "--sample-every"),
+    (["--data", "nowhere"], "nowhere"),
+    (["--model", "nowhere"], "nowhere"),
+    (["--max-bad", "0"], "--max-bad"),
+    (["--device", "cuda"], "no GPU"),
+]
+
+
+@pytest.mark.parametrize("words, message", MISTAKES)
+def test_mistakes_are_one_line(words, message, folder, shards, tmp_path, monkeypatch, capsys):
+    call = command(folder, shards, tmp_path / "out", "--workers", 0, *words)
+    monkeypatch.setattr("sys.argv", call[1:])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(train_sdxl.main, train_sdxl.parser())
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("train_sdxl.py: ")]
+    assert stop.value.code == 2 and len(lines) == 1 and message in lines[0]

@@ -1,0 +1,344 @@
+"""Target-Driven Distillation of SDXL (Algorithm 1): a LoRA for 4 to 8 steps, on 1 to 8+ GPUs.
+
+python train_sdxl.py --model sdxl/ --data images/ --output runs/tdd
+torchrun --nproc-per-node 8 train_sdxl.py --model sdxl/ --data shards/ --output runs/tdd
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import cache
+import cli
+import processes
+import trainer
+from adversarial import Adversary
+from clip import encode_prompts
+from data import Images, Loader
+from distill import Algorithm, Distillation
+from load import SDXL, load_sdxl
+from lora import LoRA, write_kohya, write_peft
+from plots import GREY, INK, Figure
+from sample import DTYPES, conditions, null_of, to_images
+from solvers import SOLVERS, sdxl_schedule
+from tdd import (
+    equidistant,
+    gamma_sample,
+    guided,
+    noise_stream,
+    pseudo_huber,
+    squared_l2,
+    targets_of,
+)
+from unet import Block
+
+PROMPTS = [
+    "a red fox in the snow, photograph", "an old fisherman mending a net, oil painting",
+    "a glass of water on a wooden table, morning light", "a city street at night in the rain",
+]  # fmt: skip
+TEACHER_STEPS = 25  # of the picture grids' right column
+
+# --------------------------------------------------------------------------------------------- data
+#
+# Images and captions become x_0 and a condition here, on the fly or once for --cache.
+
+
+@torch.no_grad()
+def encode(model: SDXL, batch: dict, generator: torch.Generator, device) -> tuple:
+    """Latents x_0 (b, 4, h/8, w/8), drawn from the autoencoder's Gaussian, and the condition."""
+    images = batch["images"].to(device)
+    b, _, h, w = images.shape
+    noise = torch.randn((b, 4, h // model.vae.factor, w // model.vae.factor), generator=generator)
+    x_0 = model.vae.encode(images, noise.to(device))
+    prompts = encode_prompts(batch["captions"], model.tokenizer, model.encoder_1, model.encoder_2)
+    return x_0, {**prompts, "time_ids": batch["time_ids"].to(device)}
+
+
+def fill_cache(args, model: SDXL, rank: int, world: int, device, settings: dict) -> None:
+    """--cache: every image and caption through the autoencoder and the text encoders, once."""
+    generator = torch.Generator().manual_seed(args.seed * world + rank)
+    images = Images(args.data, args.resolution, args.batch_size, args.seed, rank, world, once=True)
+
+    def encoded(batch: dict) -> dict:
+        x_0, cond = encode(model, batch, generator, device)
+        return {name: tensor.cpu() for name, tensor in {"latents": x_0, **cond}.items()}
+
+    loader = Loader(images, args.workers, args.max_bad)
+    cache.fill(args.cache, loader, encoded, settings, rank, world, processes.barrier)
+
+
+# ----------------------------------------------------------------------------------------- pictures
+#
+# Fixed prompts and seeds, so that grids of one run can be compared. The teacher's do not change.
+
+
+class Pictures:
+    """Grids of the student's samples at K_min and K_max steps beside the teacher's."""
+
+    def __init__(self, args, model: SDXL, nets: Distillation, device):
+        self.args, self.vae, self.nets, self.device = args, model.vae, nets, device
+        self.prompts = PROMPTS if args.sample_prompts is None else read_lines(args.sample_prompts)
+        self.cond, _ = conditions(model, self.prompts, None, args.resolution, args.resolution)
+        self.w, self.ends = sum(nets.algorithm.w) / 2, sorted({args.kmin, args.kmax})
+        self.teacher = None
+
+    def __call__(self, step: int) -> None:
+        """samples/step-STEP.png: a row a prompt, a column a number of steps."""
+        many = [*self.ends, TEACHER_STEPS]
+        if self.teacher is None:
+            self.teacher = [self.column(self.nets.teacher, k, self.w) for k in many]
+        columns = [self.column(self.nets.result, k, 0.0) for k in self.ends] + self.teacher
+        headers = [f"{k} steps" for k in self.ends] + [f"teacher, {k} steps" for k in many]
+        title = f"After {step} steps of training; the teacher at g = {1 + self.w:g}"
+        folder = cli.output_folder(self.args.output / "samples")
+        picture_table(folder / f"step-{step:06}.png", title, headers, self.prompts, columns)
+
+    @torch.no_grad()
+    def column(self, network, k: int, w: float) -> list:
+        """A picture of each prompt in k steps at gamma = 0, prompt i from seed + i."""
+        seeds = range(self.args.seed, self.args.seed + len(self.prompts))
+        side, pictures = self.args.resolution // 8, []
+        vae = self.vae.to(self.device)
+        for i, x_T in enumerate(next(noise_stream(seeds, (4, side, side), self.device))):
+            c = {name: tensor[i : i + 1] for name, tensor in self.cond.items()}
+            eps, timesteps = (
+                guided(network, c, null_of(c), w),
+                equidistant(k, self.args.solver_steps),
+            )
+            x_0 = gamma_sample(eps, x_T[None], timesteps, self.nets.algorithm.schedule)
+            pictures += to_images(vae.decode(x_0))
+        if self.args.cache is not None:
+            vae.to("cpu")
+        return pictures
+
+
+def picture_table(path: Path, title: str, headers, prompts, columns) -> None:
+    """Columns of pictures under headers, a prompt below each row."""
+    side, row = 256, 290
+    figure = Figure(20 + len(columns) * (side + 8), 80 + len(prompts) * row)
+    figure.text(20, 24, title, 20)
+    for x, (header, column) in enumerate(zip(headers, columns, strict=True)):
+        left = 20 + x * (side + 8)
+        figure.text(left + side / 2, 56, header, 16, INK, "mm")
+        for y, picture in enumerate(column):
+            figure.paste(np.asarray(picture), left, 72 + y * row, side, side)
+    for y, prompt in enumerate(prompts):
+        figure.text(20, 72 + y * row + side + 14, prompt[:150], 14, GREY)
+    figure.save(path)
+
+
+# -------------------------------------------------------------------------------------------- setup
+#
+# What is refused is refused before the first gigabyte is read.
+
+
+def check(args) -> None:
+    """Flags that no flag's own type can refuse; ValueError in one line."""
+    if args.resolution % 8:
+        raise ValueError(f"--resolution {args.resolution} is not a multiple of 8")
+    if args.guidance_range and args.guidance_range[0] > args.guidance_range[1]:
+        raise ValueError(f"--guidance-range {args.guidance_range}: LO is above HI")
+    if args.sample_prompts is not None and not args.sample_every:
+        raise ValueError("--sample-prompts needs --sample-every")
+    if args.eta is None:
+        # The offset is TDD's own; the other methods' targets are where their samplers stop.
+        args.eta = 0.3 if args.method == "tdd" else 0.0
+    algorithm_of(args, "cpu")
+
+
+def algorithm_of(args, device) -> Algorithm:
+    """Algorithm 1 as the flags have it."""
+    return Algorithm(
+        targets_of(args.method, args.solver_steps, args.kmin, args.kmax),
+        sdxl_schedule().to(device),
+        args.eta,
+        args.rho,
+        tuple(args.guidance_range or (args.guidance, args.guidance)),
+        args.ema,
+        SOLVERS[args.solver],
+        {"l2": squared_l2, "huber": pseudo_huber}[args.loss],
+        args.adv_weight,
+    )
+
+
+def distillation_of(args, unet, device) -> Distillation:
+    """The UNet on its device, frozen, with a fresh LoRA and all that is to be trained."""
+    unet.to(device, memory_format=torch.channels_last)
+    unet.checkpoint_blocks(args.checkpointing)
+    # From the seed alone: every process starts from the same LoRA.
+    lora = LoRA.fresh(unet, args.rank, args.lora_alpha, torch.Generator().manual_seed(args.seed))
+    adversary = Adversary.fresh(unet, 1000 // args.kmin, args.seed) if args.adv else None
+    nets = Distillation(unet, lora.to(device), algorithm_of(args, device), adversary)
+    if args.compile:
+        # Blocks, not the network: minutes of compiling become one, and switches stay outside.
+        torch._dynamo.config.recompile_limit = 64
+        for module in unet.modules():
+            if isinstance(module, Block):
+                module.compile()
+    return nets
+
+
+def optimizers_of(args, nets: Distillation) -> dict[str, torch.optim.Optimizer]:
+    decay = {"weight_decay": args.weight_decay, "fused": True}
+    made = {"adam": torch.optim.AdamW(nets.student.parameters(), args.lr, **decay)}
+    if nets.adversary is not None:
+        heads = nets.adversary.heads.parameters()
+        made["adam_heads"] = torch.optim.AdamW(heads, args.adv_lr, (0.0, 0.999), **decay)
+    for optimizer in made.values():
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return made
+
+
+def write_loras(args, nets: Distillation, folder: Path, step: int) -> None:
+    """lora.safetensors and lora_kohya.safetensors, with how they came about in the metadata."""
+    told = {
+        "method": args.method, "guidance": args.guidance_range or args.guidance, "eta": args.eta,
+        "K": f"{args.kmin}-{args.kmax}", "rho": args.rho, "solver_steps": args.solver_steps,
+        "steps": step, "base": args.model.name, "adversarial": args.adv, "ema": args.ema,
+    }  # fmt: skip
+    told = {f"tdd_{name}": str(value) for name, value in told.items()}
+    write_peft(folder / "lora.safetensors", nets.result.lora, **told)
+    write_kohya(folder / "lora_kohya.safetensors", nets.result.lora, **told)
+
+
+def read_lines(path: Path) -> list[str]:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ValueError(f"{path} cannot be read: {problem}") from None
+    if not lines:
+        raise ValueError(f"{path} holds no prompt")
+    return lines
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def batches_of(args, model: SDXL, rank: int, world: int, device, position) -> Loader:
+    """Images with captions, or --cache's latents and embeddings, from where the run stands."""
+    kept = ("model", "data", "resolution", "dtype", "seed")
+    settings = {k: str(getattr(args, k)) for k in kept}
+    full = args.cache is not None and cache.is_full(args.cache, settings)
+    if not full:
+        for module in (model.vae, model.encoder_1, model.encoder_2):
+            module.to(device)
+    if args.cache is None:
+        images = Images(args.data, args.resolution, args.batch_size, args.seed, rank, world)
+        return Loader(images, args.workers, args.max_bad, position)
+    if not full:
+        fill_cache(args, model, rank, world, device, settings)
+    cached = cache.Cached(args.cache, args.batch_size, args.seed, rank, world)
+    return Loader(cached, args.workers, args.max_bad, position)
+
+
+def main(args) -> None:
+    check(args)
+    rank, world, device = processes.start(args.device)
+    output, settings = cli.output_folder(args.output), {k: str(v) for k, v in vars(args).items()}
+    folder, config = trainer.resume_point(output, args.resume, settings)
+    model = load_sdxl(args.model, args.tokenizer, DTYPES[args.dtype])
+    nets = distillation_of(args, model.unet, device)
+    position = config["positions"][rank] if folder else None
+    loader = batches_of(args, model, rank, world, device, position)
+    draws_pictures = args.sample_every and processes.is_main()
+    pictures = Pictures(args, model, nets, device) if draws_pictures else None
+    if args.cache is not None:
+        # From here on everything needed of them lies in the cache.
+        model.encoder_1 = model.encoder_2 = None
+        model.vae.to("cpu")
+    # Each process has draws of its own.
+    generator = torch.Generator().manual_seed(args.seed * 10_000 + rank)
+    run = trainer.Run(output, nets.modules, optimizers_of(args, nets), generator, loader, settings)
+    run.export = lambda folder: write_loras(args, nets, folder, run.step)
+    if folder is not None:
+        run.restore(folder, config)
+    nets.distribute(processes.parallel)
+
+    def losses(batch: dict) -> dict:
+        if args.cache is None:
+            x_0, cond = encode(model, batch, generator, device)
+        else:
+            cond = {k: batch[k].to(device) for k in ("tokens", "pooled", "time_ids")}
+            x_0 = batch["latents"].to(device)
+        draws = nets.draw(x_0.shape, generator, device)
+        batch["timesteps"] = draws.tdd.t_next
+        return nets.losses(x_0, cond, null_of(cond), draws)
+
+    plan = trainer.Plan(
+        args.steps, lambda step: min(1.0, (step + 1) / (args.warmup + 1)), args.grad_accum,
+        args.clip_grad, args.save_every, args.keep, args.sample_every,
+    )  # fmt: skip
+    trainer.fit(run, plan, losses, nets.after_step, nets.parallel, pictures)
+    if processes.is_main():
+        run.export(output)
+        print(f"{run.step} steps; lora.safetensors and the rest are in {output}/")
+    processes.close()
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser("Distils SDXL into a LoRA for few steps (TDD, Algorithm 1).")
+    add, gpu = p.add_argument, torch.cuda.is_available()
+    whole, count = cli.number(int, 1), cli.number(int, 0)
+    share, positive = cli.number(float, 0, 1), cli.number(float, 0)
+    add("--model", type=Path, required=True, help="SDXL: a folder or one .safetensors (phi)")
+    add("--tokenizer", type=Path, help="its folder, where the model is a single file")
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        help="a folder of images and captions, or of .tar shards (D)",
+    )
+    add("--output", type=Path, default=Path("runs/sdxl"), help="LoRAs, checkpoints, log, pictures")
+    add("--resolution", type=cli.number(int, 64), default=1024, help="side of the square crops")
+    add("--batch-size", type=whole, default=16, help="images a step and process")
+    add("--grad-accum", type=whole, default=4, help="batches a step; 8 x 16 x 4 is the paper's 512")
+    add("--steps", type=whole, default=20_000, help="optimizer steps")
+    add("--lr", type=positive, default=1e-6, help="delta, the learning rate (2e-6 with --adv)")
+    add("--warmup", type=count, default=0, help="steps over which delta rises from 0")
+    add("--rank", type=whole, default=64, help="r of the LoRA")
+    add("--lora-alpha", type=positive, default=8.0, help="alpha of the LoRA, scaled by alpha / r")
+    add("--method", choices=["tdd", "cm", "pcm", "tcd"], default="tdd", help="which targets T")
+    add("--kmin", type=whole, default=4, help="K_min, fewest steps to distil for; PCM's segments")
+    add("--kmax", type=whole, default=8, help="K_max, most steps to distil for (tdd)")
+    add("--eta", type=share, help="eta of Eq. 8; 0.3 for tdd, else 0, unless given")
+    add("--rho", type=share, default=0.2, help="rho, share of null conditions")
+    add("--guidance", type=positive, default=3.5, help="w' to distil (g = 1 + w')")
+    add("--guidance-range", type=positive, nargs=2, metavar=("LO", "HI"),
+        help="w' ~ U[LO, HI] instead, as TCD does (2 14)")  # fmt: skip
+    add("--solver-steps", type=whole, default=250, help="N, steps of the teacher's solver")
+    add("--solver", choices=["ddim", "dpm++2s"], default="ddim", help="Phi")
+    add("--ema", type=share, default=0.0, help="mu of theta-; 0: the student, stop-gradient")
+    add("--loss", choices=["l2", "huber"], default="l2", help="d of Eq. 10, or pseudo-Huber")
+    add("--adv", action="store_true", help="adversarial TDD, the paper's Ours (adv)")
+    add("--adv-weight", type=positive, default=0.1, help="of the adversarial loss")
+    add("--adv-lr", type=positive, default=1e-5, help="the discriminator's learning rate")
+    add("--clip-grad", type=positive, default=1.0, help="largest norm of a gradient; 0: any")
+    add("--weight-decay", type=positive, default=0.0, help="AdamW's")
+    add("--seed", type=cli.number(int, 0, 2**31), default=0, help="of all random numbers")
+    add("--dtype", choices=["bf16", "float32"], default="bf16" if gpu else "float32",
+        help="of the frozen base; what is trained is float32")  # fmt: skip
+    add("--device", default="cuda" if gpu else "cpu", help="cpu or cuda")
+    add("--compile", action="store_true", help="torch.compile the UNet's blocks")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
+        help="work activations out twice instead of keeping them")  # fmt: skip
+    add("--cache", type=Path, metavar="DIR", help="encode once, into DIR, and train from there")
+    add("--workers", type=count, default=4, help="processes that read images, for each GPU")
+    add(
+        "--max-bad",
+        type=count,
+        default=1000,
+        help="bad images, captions and shards that each process passes over",
+    )
+    add("--save-every", type=count, default=500, help="steps between checkpoints; 0: the last only")
+    add("--keep", type=whole, default=2, help="checkpoints to keep, the newest")
+    add("--resume", action="store_true", help="go on from the newest whole checkpoint, if any")
+    add("--sample-every", type=count, default=1000, help="steps between picture grids; 0: none")
+    add("--sample-prompts", type=Path, metavar="FILE", help="a prompt a line for these grids")
+    return p
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())

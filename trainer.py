@@ -1,0 +1,328 @@
+"""The training loop of everything larger than the 2-D toy: on one process or many, resumable.
+
+A run that is killed and resumed ends bit by bit like one that was not: all that it depends on is
+the step, the weights, the optimizers, each process's generator and its place in the data.
+"""
+
+import contextlib
+import json
+import math
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import cli
+import processes
+from load import read_json, read_tensors
+from plots import GREY, INK, Axes, Figure
+
+PATIENCE = 10  # steps in a row without a finite loss and gradient, then something is wrong
+
+# ------------------------------------------------------------------------------------- checkpoints
+#
+# A folder is written under a hidden name and renamed: one that can be seen is whole. Rank 0 writes
+# for all, so that other machines need to see the folder only to resume.
+
+FREE = {
+    "steps", "save_every", "keep", "sample_every", "sample_prompts", "output", "resume", "device",
+    "compile", "checkpointing", "max_bad",
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """All that training changes, by name, and what a checkpoint holds besides.
+
+    settings: flags that must not change when a run goes on (but for those in FREE). loader: an
+    endless iterator of batches with .position and .bad. export(folder) writes what users load.
+    """
+
+    output: Path
+    modules: dict[str, nn.Module]
+    optimizers: dict[str, torch.optim.Optimizer]
+    generator: torch.Generator
+    loader: object
+    settings: dict
+    export: Callable[[Path], None] = lambda folder: None
+    step: int = 0
+    log: list[dict] = field(default_factory=list)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights as "module/name", Adam's moments as "optimizer/index/name"."""
+        found = {f"{k}/{n}": v for k, m in self.modules.items() for n, v in m.state_dict().items()}
+        for k, optimizer in self.optimizers.items():
+            for i, state in optimizer.state_dict()["state"].items():
+                found |= {f"{k}/{i}/{name}": value for name, value in state.items()}
+        return {name: value.detach().contiguous() for name, value in found.items()}
+
+    def save(self, keep: int) -> None:
+        """checkpoint-STEP, and of those before it all but the newest keep - 1 away."""
+        parts = processes.gather((self.generator.get_state(), self.loader.position))
+        if processes.is_main():
+            part = _fresh(self.output / f".checkpoint-{self.step}.part")
+            tensors = self.tensors() | {f"rng/{i}": state for i, (state, _) in enumerate(parts)}
+            save_file(tensors, part / "state.safetensors", {"format": "pt"})
+            self.export(part)
+            positions = [position for _, position in parts]
+            content = {"step": self.step, "positions": positions, "settings": self.settings}
+            cli.write_json(part / "config.json", content)
+            _discard(self.output / f"checkpoint-{self.step}")
+            part.rename(self.output / f"checkpoint-{self.step}")
+            for old in checkpoints(self.output)[:-keep]:
+                _discard(old)
+            draw_loss(self.output / "loss.png", self.log)
+        processes.barrier()
+
+    def restore(self, folder: Path, config: dict) -> None:
+        """Go on from a checkpoint, whose config `resume_point` has read."""
+        tensors, _ = read_tensors(folder / "state.safetensors")
+        for name, module in self.modules.items():
+            own = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if _of(k, name)}
+            module.load_state_dict(own)
+        for name, optimizer in self.optimizers.items():
+            state = {}
+            for key in (k for k in tensors if _of(k, name)):
+                _, i, part = key.split("/")
+                state.setdefault(int(i), {})[part] = tensors[key]
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        self.generator.set_state(tensors[f"rng/{processes.rank()}"])
+        self.step, self.log = config["step"], read_log(self.output, config["step"])
+
+
+def _of(key: str, name: str) -> bool:
+    return key.startswith(f"{name}/")
+
+
+def _fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _discard(folder: Path) -> None:
+    # Under a hidden name first: it must not look whole while it is being deleted.
+    hidden = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder.rename(hidden))
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Whole checkpoints, the oldest first."""
+    found = [p for p in output.glob("checkpoint-*") if p.name[11:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[11:]))
+
+
+def resume_point(output: Path, resume: bool, settings: dict) -> tuple[Path | None, dict]:
+    """The newest whole checkpoint and its config, or (None, {}) to begin at step 0.
+
+    Raises ValueError if there are checkpoints but no --resume, or if they have other settings.
+    """
+    for folder in reversed(checkpoints(output)):
+        if not resume:
+            raise ValueError(f"{folder} is there: add --resume to go on, or name another --output")
+        try:
+            config = read_json(folder / "config.json")
+            read_tensors(folder / "state.safetensors")
+        except ValueError as problem:
+            print(f"passing over {folder}: {problem}", file=sys.stderr)
+            continue
+        if (made := len(config["positions"])) != processes.world_size():
+            raise ValueError(f"{folder} was made by {made} processes: resume it with as many")
+        now, then = json.loads(json.dumps(settings, default=str)), config["settings"]
+        other = [k for k in {**now, **then} if k not in FREE and now.get(k) != then.get(k)]
+        if other:
+            k = other[0]
+            raise ValueError(f"{folder} was made with --{k.replace('_', '-')} {then.get(k)}, not "
+                             f"{now.get(k)}: give the same, or name another --output")  # fmt: skip
+        return folder, config
+    return None, {}
+
+
+# ------------------------------------------------------------------------------------------ the log
+
+
+def read_log(output: Path, step: int) -> list[dict]:
+    """The log's lines up to a step; what a killed run wrote after its checkpoint is cut off."""
+    path, lines = output / "log.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        # The last line may have been cut off in the middle.
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    lines = [line for line in lines if line["step"] <= step]
+    if processes.is_main() and path.exists():
+        with cli.whole(path) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return lines
+
+
+def draw_loss(path: Path, log: list[dict]) -> None:
+    """The loss of every step, pale, and its running mean, on a logarithmic scale."""
+    kept = [(line["step"], line["loss"]) for line in log if line["loss"]]
+    if len(kept) < 2:
+        return
+    step, loss = (np.array(column) for column in zip(*kept, strict=True))
+    width = max(1, len(loss) // 50)
+    # The mean of what has been seen so far, exponentially weighted over a fiftieth of the run.
+    mean, smooth = loss[0], []
+    for value in loss:
+        mean += (value - mean) / width
+        smooth.append(mean)
+    figure, low, high = Figure(900, 500), loss.min() * 0.9, loss.max() * 1.1
+    axes = Axes(figure, (90, 60, 770, 360), (step[0], step[-1]), (low, high), log_y=True)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    yticks = [m * 10.0**d for d in decades for m in (1, 2, 5) if low < m * 10.0**d < high]
+    axes.frame("training loss", "step", "", np.linspace(step[0], step[-1], 6).round(), yticks)
+    axes.line(step, loss, (*GREY, 90), 1)
+    axes.line(step, smooth, INK, 2.5)
+    figure.save(path)
+
+
+# ----------------------------------------------------------------------------------------- the loop
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how to train; rate(step) is the share of each optimizer's learning rate."""
+
+    steps: int
+    rate: Callable[[int], float]
+    grad_accum: int = 1
+    clip_grad: float = 1.0
+    save_every: int = 0
+    keep: int = 2
+    sample_every: int = 0
+
+
+def fit(run: Run, plan: Plan, losses, after=lambda: None, ddp=(), picture=None) -> None:
+    """Train until plan.steps: losses(batch) -> {"total": to go backward, ..: to be logged}.
+
+    after() follows each optimizer step; picture(step) is called on rank 0, every sample_every
+    steps. ddp: what `parallel` returned. A step without a finite loss and gradient is skipped.
+    Raises ValueError after PATIENCE of those in a row, and SystemExit when told to stop; either
+    way the last checkpoint stands, and a stop leaves one of its own.
+    """
+    skipped, bar = (
+        0,
+        tqdm(
+            total=plan.steps, initial=run.step, disable=not processes.is_main(), dynamic_ncols=True
+        ),
+    )
+    with (
+        processes.Stop() as stop,
+        bar,
+        open(run.output / "log.jsonl", "a", encoding="utf-8") as log,
+    ):
+        while run.step < plan.steps:
+            line, about = _step(run, plan, losses, after, ddp)
+            skipped = (skipped + 1) * line["skipped"]
+            if processes.is_main():
+                _tell(run, line, bar, log)
+            if skipped == PATIENCE:
+                _give_up(run.step, about)
+            stopping = processes.average([float(stop.signal > 0)])[0] > 0
+            due = plan.save_every and run.step % plan.save_every == 0
+            if due or stopping or run.step == plan.steps:
+                run.save(plan.keep)
+            if plan.sample_every and run.step % plan.sample_every == 0 and processes.is_main():
+                picture(run.step)
+            if stopping:
+                if processes.is_main():
+                    print(
+                        f"\nstopped after step {run.step}; --resume goes on there", file=sys.stderr
+                    )
+                processes.close()
+                raise SystemExit(128 + (stop.signal or signal.SIGTERM))
+
+
+def _step(run: Run, plan: Plan, losses, after, ddp) -> tuple[dict, tuple]:
+    """One optimizer step: its line in the log, and (finite here?, timesteps, names) of its data."""
+    start, optimizers = time.perf_counter(), run.optimizers.values()
+    own, batches = _gradients(run.loader, plan.grad_accum, losses, ddp)
+    # The same decision everywhere: losses are averaged here, gradients were by DDP.
+    *means, bad = processes.average([*own.values(), float(run.loader.bad)])
+    means = dict(zip(own, means, strict=True))
+    norms = [_clip(optimizer, plan.clip_grad) for optimizer in optimizers]
+    finite = all(map(math.isfinite, [*means.values(), *norms]))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * plan.rate(run.step)
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad()
+    if finite:
+        after()
+    run.step += 1
+    images = sum(len(batch["names"]) for batch in batches) * processes.world_size()
+    line = {"step": run.step, **means, "grad_norm": norms[0], "lr": group["lr"],
+            "images_per_s": images / (time.perf_counter() - start), "memory_gib": memory(),
+            "bad": round(bad * processes.world_size()), "skipped": int(not finite)}  # fmt: skip
+    # JSON knows no NaN.
+    line = {k: v if math.isfinite(v) else None for k, v in line.items()}
+    here = all(map(math.isfinite, own.values()))
+    times = [t for batch in batches for t in batch["timesteps"].tolist()]
+    return line, (here, times, [name for batch in batches for name in batch["names"]])
+
+
+def _gradients(loader, count: int, losses, ddp) -> tuple[dict[str, float], list[dict]]:
+    """The mean gradient of `count` batches, accumulated; their mean losses, and the batches."""
+    batches, sums = [next(loader) for _ in range(count)], {}
+    for i, batch in enumerate(batches):
+        with contextlib.ExitStack() as stack:
+            # Gradients travel between processes once, with the last batch's.
+            for module in ddp if i < count - 1 and processes.world_size() > 1 else ():
+                stack.enter_context(module.no_sync())
+            parts = losses(batch)
+            (parts.pop("total") / count).backward()
+        for name, value in parts.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().double() / count
+    return {name: value.item() for name, value in sums.items()}, batches
+
+
+def _clip(optimizer: torch.optim.Optimizer, limit: float) -> float:
+    """Scale the gradient down to a norm of `limit` (0: as it is); the norm it had."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return nn.utils.clip_grad_norm_(parameters, limit or math.inf).item()
+
+
+def _give_up(step: int, about: tuple) -> None:
+    # If each loss was finite it was the gradient, and then it may have been anyone's.
+    everywhere = processes.gather(about)
+    guilty = [each for each in everywhere if not each[0]] or everywhere
+    if not processes.is_main():
+        raise SystemExit(2)
+    t, names = ([one for each in guilty for one in each[i]] for i in (1, 2))
+    raise ValueError(
+        f"step {step}: no finite loss and gradient {PATIENCE} times in a row; last at timesteps "
+        f"{t} of {', '.join(names)}: lower --lr, or look at these files"
+    )
+
+
+def _tell(run: Run, line: dict, bar: tqdm, log) -> None:
+    """The step's line, in log.jsonl and on the bar."""
+    run.log.append(line)
+    log.write(json.dumps(line) + "\n")
+    log.flush()
+    bar.update()
+    shown = {"loss": "loss", "norm": "grad_norm", "img/s": "images_per_s", "GiB": "memory_gib"}
+    shown |= {"bad": "bad"} if line["bad"] else {}
+    values = {name: line[key] for name, key in shown.items()}
+    bar.set_postfix({k: "nan" if v is None else f"{v:.4g}" for k, v in values.items()})
+
+
+def memory() -> float:
+    """GiB at the highest so far: of the GPU, or of main memory where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
