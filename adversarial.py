@@ -13,6 +13,10 @@ from lora import using
 from solvers import Schedule, renoise
 from unet import UNet
 
+# -------------------------------------------------------------------------------- discriminator
+#
+# The teacher's encoder knows pictures at any noise level as it is; only the heads are trained.
+
 
 class Heads(nn.Module):
     """A small convolution head for each feature map (b, c, h, w), giving logits (b, h' w')."""
@@ -43,6 +47,12 @@ def teacher_features(unet: UNet, x_t: Tensor, t: Tensor, cond: dict) -> list[Ten
     # A level leaves one skip connection a block, and one more that is already the next one's size.
     blocks, levels = unet.config.blocks, len(unet.config.channels)
     return [skips[(i + 1) * (blocks + 1) - 1] for i in range(levels)] + [middle]
+
+
+# ---------------------------------------------------------------------------------------- losses
+#
+# Both networks' samples are at tau~; between there and a segment higher they get harder to tell
+# apart, and the student's gradient smoother.
 
 
 def noised_times(tau: Tensor, reach: int, T: int, u: Tensor) -> Tensor:

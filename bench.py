@@ -64,7 +64,7 @@ def peak_gpu(call) -> float:
 def child(args, name: str):
     """What one side prints when it runs alone, in a process of its own."""
     flags = ["--dir", args.dir, "--device", args.device, "--dtype", args.dtype]
-    flags += ["--batch-size", str(args.batch_size)]
+    flags += ["--batch-size", str(args.batch_size)] + ["--compile"] * args.compile
     call = [sys.executable, __file__, args.what, *flags, "--child", name]
     return json.loads(subprocess.run(call, stdout=subprocess.PIPE, check=True).stdout)
 

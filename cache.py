@@ -16,6 +16,7 @@ from data import Loader, Stream
 from load import read_json, read_tensors
 
 SHARD = 256
+TENSORS = ("latents", "tokens", "pooled", "time_ids")
 
 # ------------------------------------------------------------------------------------------ cache
 #
@@ -35,7 +36,8 @@ def is_full(folder: Path, settings: dict) -> bool:
     full, begun = index.exists(), sorted(index.parent.glob("rank*-00000.safetensors"))
     # One shard of each rank is enough: whoever went on behind it came by here.
     for about in [read_json(index)] if full else [read_shard(path)[1] for path in begun]:
-        there = about["settings"]
+        if not isinstance(there := about.get("settings"), dict):
+            raise ValueError(f"{folder} is no cache of this program; name another --cache")
         for key in sorted(there.keys() | wanted.keys()):
             if there.get(key) != wanted.get(key):
                 differ = f"{key} {there.get(key)}, not {wanted.get(key)}"

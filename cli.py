@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 # A user sees one line, in the words of the flag or file that is at fault, and exit code 2.
 
@@ -31,7 +32,7 @@ def run(main, parser: Parser) -> None:
     try:
         main(parser.parse_args())
     # ValueError is what this project raises for input that cannot be used.
-    except (ValueError, OSError) as problem:
+    except (ValueError, OSError, SafetensorError) as problem:
         sys.exit(_one_line(problem))
     except KeyboardInterrupt:
         _one_line("interrupted; what was finished is kept")

@@ -69,7 +69,8 @@ def parse_caption(content: bytes, kind: str) -> str:
     text = content.decode("utf-8-sig")
     if kind == ".json":
         fields = json.loads(text)
-        text = fields.get(_first(("caption", "text", "prompt"), fields))
+        keys = ("caption", "text", "prompt")
+        text = fields.get(_first(keys, fields)) if isinstance(fields, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise ValueError("its caption is empty or no text")
     # JSON can spell halves of characters: encode raises, as a tokenizer would.
@@ -170,7 +171,8 @@ class Images(Stream):
     def open_unit(self, name: str, problems: dict) -> Iterator[tuple]:
         stem, kind = os.path.splitext(name)
         if kind.lower() != ".tar":
-            kinds = [k for k in (kind, *CAPTIONS) if stem + k in self.names]
+            kinds = (kind, *CAPTIONS, *map(str.upper, CAPTIONS))
+            kinds = [k for k in kinds if stem + k in self.names]
             yield name, {k.lower(): (self.root / (stem + k), 0, -1) for k in kinds}
             return
         found = members(self.root / name, name, problems)
@@ -220,7 +222,10 @@ class Loader(Iterator):
         self.position = position or {**of, "turn": 0, "states": [[0, 0]] * turns}
         for key, value in of.items():
             if (saved := self.position.get(key)) != value:
-                raise ValueError(f"the data's position was saved with {key} {saved}, not {value}")
+                raise ValueError(
+                    f"what was read of the data was read with {key} {saved}, not {value}: go on "
+                    "with the same, or begin with another --output and --cache"
+                )
         self.dataset, self.workers, self.max_bad = dataset, workers, max_bad
         self.batches, self.problems, self.bad = None, {}, 0
 

@@ -15,6 +15,11 @@ from lora import LoRA, attach, using
 from solvers import Schedule, ddim
 from tdd import Draws, TargetSet, draw, ema_update, jumps, squared_l2
 
+# ----------------------------------------------------------------------------------------- networks
+#
+# Three callables, as tdd.py wants them, over one set of weights. Switching a LoRA on and off costs
+# nothing; merging it in for a pass costs more than it saves, and in bf16 rounds it away.
+
 
 class Network(nn.Module):
     """eps(x_t, t, cond) of the base with one LoRA switched on, or with none: the teacher.
@@ -32,6 +37,11 @@ class Network(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, cond) -> Tensor:
         with using(self.base, **self.on):
             return self.base(x_t, t, cond)
+
+
+# ----------------------------------------------------------------------------------------- the step
+#
+# As in tdd.py: `draw` is all of a step's randomness, `losses` all of its arithmetic.
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,9 @@ class Distillation:
         a, b = self.algorithm, shape[0]
         draws = draw(a.targets, shape, a.eta, a.rho, generator).to(device)
         low, high = a.w
-        w = low if low == high else low + (high - low) * torch.rand(b, generator=generator)
+        w = low
+        if low < high:
+            w = (low + (high - low) * torch.rand(b, generator=generator)).to(device)
         if self.adversary is None:
             return StepDraws(draws, w)
         u = torch.rand(b, generator=generator).to(device)

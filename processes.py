@@ -6,12 +6,18 @@ here does what that one needs.
 
 import os
 import signal
+import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import cli
+
+# ----------------------------------------------------------------------------------------- together
+#
+# Small things (losses, flags, positions) travel over gloo in main memory, gradients over nccl.
 
 
 def start(device: str) -> tuple[int, int, str]:
@@ -24,7 +30,9 @@ def start(device: str) -> tuple[int, int, str]:
         torch.cuda.set_device(device)
     if world > 1:
         # gloo beside nccl: what is gathered for checkpoints lies in main memory.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        # A day: filling a cache, or drawing pictures on rank 0, keeps the others waiting.
+        dist.init_process_group(backend, timeout=timedelta(days=1))
     return rank, world, device
 
 
@@ -38,6 +46,12 @@ def rank() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def say(words: str) -> None:
+    """A line on stderr, from one process for all."""
+    if is_main():
+        print(words, file=sys.stderr)
 
 
 def barrier() -> None:
@@ -74,6 +88,11 @@ def parallel(module: nn.Module) -> nn.Module:
         return module
     # Views: no second copy of the gradients for the buckets in which they travel.
     return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+
+
+# ---------------------------------------------------------------------------------------- stopping
+#
+# torchrun passes SIGTERM on and kills after 30 s: time for the step at hand and a checkpoint.
 
 
 class Stop:

@@ -164,14 +164,20 @@ def open_image(path: Path) -> Image.Image:
 
 def read_prompts(args) -> list[str]:
     """One prompt an image: each --prompt num_images times over, or a file's lines."""
-    if args.prompts is None:
-        return [prompt for prompt in args.prompt for _ in range(args.num_images)]
+    prompts = args.prompt if args.prompts is None else read_lines("--prompts", args.prompts)
+    return [prompt for prompt in prompts for _ in range(args.num_images)]
+
+
+def read_lines(flag: str, path: Path) -> list[str]:
+    """A file's lines that are not blank; ValueError if there are none."""
     try:
         # Lines end with a line feed: splitlines() would cut captions at a dozen other characters.
-        lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as problem:
-        raise ValueError(f"--prompts {args.prompts} cannot be read: {problem}") from None
-    return [line.rstrip("\r") for line in lines if line.strip() for _ in range(args.num_images)]
+        raise ValueError(f"{flag} {path} cannot be read: {problem}") from None
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"{flag} {path} holds no prompt")
+    return [line.rstrip("\r") for line in lines if line.strip()]
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -246,8 +252,6 @@ def main(args) -> None:
     prompts = read_prompts(args)
     if world > 1 and (args.save_latents or args.prompts is None):
         raise ValueError("several processes share a --prompts file, and save no latents")
-    if not prompts:
-        raise ValueError(f"--prompts {args.prompts} holds no prompt")
     single = len(prompts) == 1 and args.prompts is None
     if single and args.output.is_dir():
         raise ValueError(

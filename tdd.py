@@ -110,7 +110,7 @@ def offset(tau: Tensor, eta: float, v: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------- the loss
 #
-# Algorithm 1 in two halves: `draw` is all of its randomness, `tdd_loss` all of its arithmetic, so
+# Algorithm 1 in two halves: `draw` is all of its randomness, `jumps` all of its arithmetic, so
 # that a test can hold the loss of given draws against the paper's lines one by one.
 
 
@@ -219,7 +219,7 @@ def guided(model, cond, null, w, rows: Tensor | None = None):
         eps = model(torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), both)
         eps = eps.to(torch.promote_types(eps.dtype, torch.float32))
         eps_c, eps_u = eps[: len(x_t)].clone(), eps[len(x_t) :]
-        w_rows = _like(torch.as_tensor(w).to(eps).expand(len(x_t)), eps)[rows]
+        w_rows = _like(w.to(eps).expand(len(x_t)), eps)[rows] if torch.is_tensor(w) else w
         eps_c[rows] = (1 + w_rows) * eps_c[rows] - w_rows * eps_u
         return eps_c
 

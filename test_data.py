@@ -323,7 +323,7 @@ def test_positions_of_another_stream_are_refused(mixed):
     others = {"path": mixed / "a.tar", "seed": 1, "rank": 1, "world": 3, "workers": 3}
     for key, value in others.items():
         workers = (flags := base | {key: value}).pop("workers")
-        with pytest.raises(ValueError, match=f"saved with {key} {position[key]}, not "):
+        with pytest.raises(ValueError, match=f"read with {key} {position[key]}, not "):
             Loader(Images(resolution=4, batch_size=2, **flags), workers, position=position)
 
 

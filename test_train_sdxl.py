@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -222,10 +223,20 @@ def test_one_process_from_a_cache_killed_and_resumed(folder, shards, tmp_path):
     assert stamps == {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     with safe_open(whole / "lora.safetensors", "pt") as file:
         about = file.metadata()
-    assert about["tdd_method"] == "tcd" and about["tdd_guidance"] == "[2.0, 14.0]"
+    assert about["tdd_method"] == "tcd" and about["tdd_w"] == "[2.0, 14.0]"
     assert about["tdd_steps"] == "8" and about["tdd_base"] == folder.name
     done = run([*call[:-2], "--method", "tdd", "--resume"])
     assert done.returncode == 2 and "--method tcd" in done.stderr
+
+
+def test_pictures_with_a_full_cache_lie_on_the_unets_device(folder):
+    """The text encoders stay on the CPU then; the UNet here is on another device, "meta"."""
+    model = load.load_sdxl(folder)
+    model.unet.to("meta")
+    args = train_sdxl.parser().parse_args(["--model", "x", "--data", "x", "--resolution", "64"])
+    nets = types.SimpleNamespace(algorithm=types.SimpleNamespace(w=(1.0, 2.0)))
+    pictures = train_sdxl.Pictures(args, model, nets, "meta")
+    assert {tensor.device.type for tensor in pictures.cond.values()} == {"meta"}
 
 
 def test_sigterm_leaves_a_checkpoint(folder, shards, tmp_path):
@@ -330,7 +341,9 @@ MISTAKES = [
     (["--solver-steps", "33"], "must divide"),
     (["--kmin", "9"], "kmin 9"),
     (["--guidance-range", "5", "2"], "LO is above HI"),
-    (["--sample-prompts", "none.txt"], "--sample-every"),
+    (["--sample-prompts", "none.txt"], "none.txt cannot be read"),
+    (["--sample-prompts", __file__], "--sample-every"),
+    (["--sample-every", "2", "--solver-steps", "5", "--method", "cm"], "8 steps: from 1 to 5"),
     (["--data", "nowhere"], "nowhere"),
     (["--model", "nowhere"], "nowhere"),
     (["--max-bad", "0"], "--max-bad"),

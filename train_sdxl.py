@@ -5,6 +5,7 @@ torchrun --nproc-per-node 8 train_sdxl.py --model sdxl/ --data shards/ --output 
 """
 
 import argparse
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from distill import Algorithm, Distillation
 from load import SDXL, load_sdxl
 from lora import LoRA, write_kohya, write_peft
 from plots import GREY, INK, Figure
-from sample import DTYPES, conditions, null_of, to_images
+from sample import DTYPES, conditions, null_of, read_lines, to_images
 from solvers import SOLVERS, sdxl_schedule
 from tdd import (
     equidistant,
@@ -32,7 +33,7 @@ from tdd import (
     squared_l2,
     targets_of,
 )
-from unet import Block
+from unet import Block, UNet
 
 PROMPTS = [
     "a red fox in the snow, photograph", "an old fisherman mending a net, oil painting",
@@ -42,13 +43,14 @@ TEACHER_STEPS = 25  # of the picture grids' right column
 
 # --------------------------------------------------------------------------------------------- data
 #
-# Images and captions become x_0 and a condition here, on the fly or once for --cache.
+# Images and captions become x_0 and a condition here, on the fly or once for --cache. The
+# autoencoder and the text encoders are the base model's own and never trained.
 
 
 @torch.no_grad()
 def encode(model: SDXL, batch: dict, generator: torch.Generator, device) -> tuple:
     """Latents x_0 (b, 4, h/8, w/8), drawn from the autoencoder's Gaussian, and the condition."""
-    images = batch["images"].to(device)
+    images = batch["images"].to(device, non_blocking=True)
     b, _, h, w = images.shape
     noise = torch.randn((b, 4, h // model.vae.factor, w // model.vae.factor), generator=generator)
     x_0 = model.vae.encode(images, noise.to(device))
@@ -58,10 +60,12 @@ def encode(model: SDXL, batch: dict, generator: torch.Generator, device) -> tupl
 
 def fill_cache(args, model: SDXL, rank: int, world: int, device, settings: dict) -> None:
     """--cache: every image and caption through the autoencoder and the text encoders, once."""
-    generator = torch.Generator().manual_seed(args.seed * world + rank)
     images = Images(args.data, args.resolution, args.batch_size, args.seed, rank, world, once=True)
 
     def encoded(batch: dict) -> dict:
+        # By the names: a cache that was cut short and continued has the same noise in it.
+        seed = args.seed + zlib.crc32("\n".join(batch["names"]).encode())
+        generator = torch.Generator().manual_seed(seed)
         x_0, cond = encode(model, batch, generator, device)
         return {name: tensor.cpu() for name, tensor in {"latents": x_0, **cond}.items()}
 
@@ -79,8 +83,12 @@ class Pictures:
 
     def __init__(self, args, model: SDXL, nets: Distillation, device):
         self.args, self.vae, self.nets, self.device = args, model.vae, nets, device
-        self.prompts = PROMPTS if args.sample_prompts is None else read_lines(args.sample_prompts)
-        self.cond, _ = conditions(model, self.prompts, None, args.resolution, args.resolution)
+        self.prompts = PROMPTS
+        if args.sample_prompts is not None:
+            self.prompts = read_lines("--sample-prompts", args.sample_prompts)
+        cond, _ = conditions(model, self.prompts, None, args.resolution, args.resolution)
+        # With a full cache the text encoders never left the CPU.
+        self.cond = {name: tensor.to(device) for name, tensor in cond.items()}
         self.w, self.ends = sum(nets.algorithm.w) / 2, sorted({args.kmin, args.kmax})
         self.teacher = None
 
@@ -100,13 +108,12 @@ class Pictures:
         """A picture of each prompt in k steps at gamma = 0, prompt i from seed + i."""
         seeds = range(self.args.seed, self.args.seed + len(self.prompts))
         side, pictures = self.args.resolution // 8, []
+        # N = 8 is enough to distil for 8 steps; the teacher's many have a grid of their own.
+        timesteps = equidistant(k, self.args.solver_steps if k in self.ends else 250)
         vae = self.vae.to(self.device)
         for i, x_T in enumerate(next(noise_stream(seeds, (4, side, side), self.device))):
             c = {name: tensor[i : i + 1] for name, tensor in self.cond.items()}
-            eps, timesteps = (
-                guided(network, c, null_of(c), w),
-                equidistant(k, self.args.solver_steps),
-            )
+            eps = guided(network, c, null_of(c), w)
             x_0 = gamma_sample(eps, x_T[None], timesteps, self.nets.algorithm.schedule)
             pictures += to_images(vae.decode(x_0))
         if self.args.cache is not None:
@@ -131,7 +138,8 @@ def picture_table(path: Path, title: str, headers, prompts, columns) -> None:
 
 # -------------------------------------------------------------------------------------------- setup
 #
-# What is refused is refused before the first gigabyte is read.
+# What is refused is refused before the first gigabyte is read, and on every process alike: flags
+# are looked at first, then the output folder, then the model, then the data.
 
 
 def check(args) -> None:
@@ -140,8 +148,16 @@ def check(args) -> None:
         raise ValueError(f"--resolution {args.resolution} is not a multiple of 8")
     if args.guidance_range and args.guidance_range[0] > args.guidance_range[1]:
         raise ValueError(f"--guidance-range {args.guidance_range}: LO is above HI")
-    if args.sample_prompts is not None and not args.sample_every:
-        raise ValueError("--sample-prompts needs --sample-every")
+    if args.sample_prompts is not None:
+        read_lines("--sample-prompts", args.sample_prompts)
+        if not args.sample_every:
+            raise ValueError("--sample-prompts needs --sample-every")
+    for k in (args.kmin, args.kmax) if args.sample_every else ():
+        equidistant(k, args.solver_steps)
+    # Under whatever name it is given: a cache and a checkpoint know what they were made of.
+    for name in ("model", "data", "cache"):
+        path = getattr(args, name)
+        setattr(args, name, path and path.resolve())
     if args.eta is None:
         # The offset is TDD's own; the other methods' targets are where their samplers stop.
         args.eta = 0.3 if args.method == "tdd" else 0.0
@@ -172,12 +188,19 @@ def distillation_of(args, unet, device) -> Distillation:
     adversary = Adversary.fresh(unet, 1000 // args.kmin, args.seed) if args.adv else None
     nets = Distillation(unet, lora.to(device), algorithm_of(args, device), adversary)
     if args.compile:
-        # Blocks, not the network: minutes of compiling become one, and switches stay outside.
-        torch._dynamo.config.recompile_limit = 64
-        for module in unet.modules():
-            if isinstance(module, Block):
-                module.compile()
+        compile_blocks(unet)
     return nets
+
+
+def compile_blocks(unet: UNet, **how) -> None:
+    """torch.compile each block of the UNet, for any batch."""
+    # Blocks, not the network: a dozen shapes instead of one huge graph, and the switches stay
+    # outside. Only the batch may vary, for that of the teacher does from step to step.
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.config.recompile_limit = 256
+    for module in unet.modules():
+        if isinstance(module, Block):
+            module.compile(**how)
 
 
 def optimizers_of(args, nets: Distillation) -> dict[str, torch.optim.Optimizer]:
@@ -195,7 +218,7 @@ def optimizers_of(args, nets: Distillation) -> dict[str, torch.optim.Optimizer]:
 def write_loras(args, nets: Distillation, folder: Path, step: int) -> None:
     """lora.safetensors and lora_kohya.safetensors, with how they came about in the metadata."""
     told = {
-        "method": args.method, "guidance": args.guidance_range or args.guidance, "eta": args.eta,
+        "method": args.method, "w": args.guidance_range or args.guidance, "eta": args.eta,
         "K": f"{args.kmin}-{args.kmax}", "rho": args.rho, "solver_steps": args.solver_steps,
         "steps": step, "base": args.model.name, "adversarial": args.adv, "ema": args.ema,
     }  # fmt: skip
@@ -204,17 +227,9 @@ def write_loras(args, nets: Distillation, folder: Path, step: int) -> None:
     write_kohya(folder / "lora_kohya.safetensors", nets.result.lora, **told)
 
 
-def read_lines(path: Path) -> list[str]:
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as problem:
-        raise ValueError(f"{path} cannot be read: {problem}") from None
-    if not lines:
-        raise ValueError(f"{path} holds no prompt")
-    return lines
-
-
 # --------------------------------------------------------------------------------------------- main
+#
+# The step itself is Distillation.losses, the loop around it trainer.fit; here the parts are chosen.
 
 
 def batches_of(args, model: SDXL, rank: int, world: int, device, position) -> Loader:
@@ -261,8 +276,8 @@ def main(args) -> None:
         if args.cache is None:
             x_0, cond = encode(model, batch, generator, device)
         else:
-            cond = {k: batch[k].to(device) for k in ("tokens", "pooled", "time_ids")}
-            x_0 = batch["latents"].to(device)
+            move = {k: batch[k].to(device, non_blocking=True) for k in cache.TENSORS}
+            x_0, cond = move.pop("latents"), move
         draws = nets.draw(x_0.shape, generator, device)
         batch["timesteps"] = draws.tdd.t_next
         return nets.losses(x_0, cond, null_of(cond), draws)
@@ -285,12 +300,7 @@ def parser() -> cli.Parser:
     share, positive = cli.number(float, 0, 1), cli.number(float, 0)
     add("--model", type=Path, required=True, help="SDXL: a folder or one .safetensors (phi)")
     add("--tokenizer", type=Path, help="its folder, where the model is a single file")
-    add(
-        "--data",
-        type=Path,
-        required=True,
-        help="a folder of images and captions, or of .tar shards (D)",
-    )
+    add("--data", type=Path, required=True, help="D: a folder of images, or of .tar shards")
     add("--output", type=Path, default=Path("runs/sdxl"), help="LoRAs, checkpoints, log, pictures")
     add("--resolution", type=cli.number(int, 64), default=1024, help="side of the square crops")
     add("--batch-size", type=whole, default=16, help="images a step and process")
@@ -305,16 +315,16 @@ def parser() -> cli.Parser:
     add("--kmax", type=whole, default=8, help="K_max, most steps to distil for (tdd)")
     add("--eta", type=share, help="eta of Eq. 8; 0.3 for tdd, else 0, unless given")
     add("--rho", type=share, default=0.2, help="rho, share of null conditions")
-    add("--guidance", type=positive, default=3.5, help="w' to distil (g = 1 + w')")
+    add("--guidance", type=positive, default=3.5, help="w' to distil, without a range; g = 1 + w'")
     add("--guidance-range", type=positive, nargs=2, metavar=("LO", "HI"),
-        help="w' ~ U[LO, HI] instead, as TCD does (2 14)")  # fmt: skip
+        help="w' ~ U[LO, HI], as TCD does (2 14)")  # fmt: skip
     add("--solver-steps", type=whole, default=250, help="N, steps of the teacher's solver")
     add("--solver", choices=["ddim", "dpm++2s"], default="ddim", help="Phi")
     add("--ema", type=share, default=0.0, help="mu of theta-; 0: the student, stop-gradient")
     add("--loss", choices=["l2", "huber"], default="l2", help="d of Eq. 10, or pseudo-Huber")
     add("--adv", action="store_true", help="adversarial TDD, the paper's Ours (adv)")
-    add("--adv-weight", type=positive, default=0.1, help="of the adversarial loss")
-    add("--adv-lr", type=positive, default=1e-5, help="the discriminator's learning rate")
+    add("--adv-weight", type=positive, default=0.1, help="of the adversarial loss, with --adv")
+    add("--adv-lr", type=positive, default=1e-5, help="the discriminator's delta, with --adv")
     add("--clip-grad", type=positive, default=1.0, help="largest norm of a gradient; 0: any")
     add("--weight-decay", type=positive, default=0.0, help="AdamW's")
     add("--seed", type=cli.number(int, 0, 2**31), default=0, help="of all random numbers")
@@ -325,13 +335,8 @@ def parser() -> cli.Parser:
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
         help="work activations out twice instead of keeping them")  # fmt: skip
     add("--cache", type=Path, metavar="DIR", help="encode once, into DIR, and train from there")
-    add("--workers", type=count, default=4, help="processes that read images, for each GPU")
-    add(
-        "--max-bad",
-        type=count,
-        default=1000,
-        help="bad images, captions and shards that each process passes over",
-    )
+    add("--workers", type=count, default=4, help="that read, for each GPU; the same on --resume")
+    add("--max-bad", type=count, default=1000, help="broken examples that a process passes over")
     add("--save-every", type=count, default=500, help="steps between checkpoints; 0: the last only")
     add("--keep", type=whole, default=2, help="checkpoints to keep, the newest")
     add("--resume", action="store_true", help="go on from the newest whole checkpoint, if any")

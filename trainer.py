@@ -1,7 +1,8 @@
 """The training loop of everything larger than the 2-D toy: on one process or many, resumable.
 
-A run that is killed and resumed ends bit by bit like one that was not: all that it depends on is
-the step, the weights, the optimizers, each process's generator and its place in the data.
+A run that is killed and resumed ends like one that was not, on a CPU bit by bit (a GPU adds up in
+any order unless told otherwise): all that it depends on is the step, the weights, the optimizers,
+each process's generator and its place in the data.
 """
 
 import contextlib
@@ -58,9 +59,12 @@ class Run:
     step: int = 0
     log: list[dict] = field(default_factory=list)
 
+    def weights(self) -> dict[str, Tensor]:
+        return {f"{k}/{n}": v for k, m in self.modules.items() for n, v in m.state_dict().items()}
+
     def tensors(self) -> dict[str, Tensor]:
         """Weights as "module/name", Adam's moments as "optimizer/index/name"."""
-        found = {f"{k}/{n}": v for k, m in self.modules.items() for n, v in m.state_dict().items()}
+        found = self.weights()
         for k, optimizer in self.optimizers.items():
             for i, state in optimizer.state_dict()["state"].items():
                 found |= {f"{k}/{i}/{name}": value for name, value in state.items()}
@@ -79,7 +83,10 @@ class Run:
             cli.write_json(part / "config.json", content)
             _discard(self.output / f"checkpoint-{self.step}")
             part.rename(self.output / f"checkpoint-{self.step}")
-            for old in checkpoints(self.output)[:-keep]:
+            # A later one is a broken one that this run has passed over: not what is to be kept.
+            known = checkpoints(self.output)
+            later = [old for old in known if int(old.name[11:]) > self.step]
+            for old in [*later, *[old for old in known if old not in later][:-keep]]:
                 _discard(old)
             draw_loss(self.output / "loss.png", self.log)
         processes.barrier()
@@ -87,6 +94,9 @@ class Run:
     def restore(self, folder: Path, config: dict) -> None:
         """Go on from a checkpoint, whose config `resume_point` has read."""
         tensors, _ = read_tensors(folder / "state.safetensors")
+        others = (*self.optimizers, "rng/")
+        if strange := set(self.weights()) ^ {k for k in tensors if not k.startswith(others)}:
+            raise ValueError(f"{folder} holds another model's state: {min(strange)} does not fit")
         for name, module in self.modules.items():
             own = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if _of(k, name)}
             module.load_state_dict(own)
@@ -97,7 +107,7 @@ class Run:
                 state.setdefault(int(i), {})[part] = tensors[key]
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         self.generator.set_state(tensors[f"rng/{processes.rank()}"])
-        self.step, self.log = config["step"], read_log(self.output, config["step"])
+        self.step = config["step"]
 
 
 def _of(key: str, name: str) -> bool:
@@ -134,6 +144,8 @@ def resume_point(output: Path, resume: bool, settings: dict) -> tuple[Path | Non
             raise ValueError(f"{folder} is there: add --resume to go on, or name another --output")
         try:
             config = read_json(folder / "config.json")
+            if missing := {"step", "positions", "settings"} - config.keys():
+                raise ValueError(f"its config.json has no {min(missing)}")
             read_tensors(folder / "state.safetensors")
         except ValueError as problem:
             print(f"passing over {folder}: {problem}", file=sys.stderr)
@@ -151,6 +163,8 @@ def resume_point(output: Path, resume: bool, settings: dict) -> tuple[Path | Non
 
 
 # ------------------------------------------------------------------------------------------ the log
+#
+# One line of JSON a step, for whoever wants to plot it; we do, at every checkpoint.
 
 
 def read_log(output: Path, step: int) -> list[dict]:
@@ -190,6 +204,9 @@ def draw_loss(path: Path, log: list[dict]) -> None:
 
 
 # ----------------------------------------------------------------------------------------- the loop
+#
+# Whatever ends or skips a step is decided by numbers that all processes share, so that none of them
+# is left waiting in a collective that the others never enter.
 
 
 @dataclass(frozen=True)
@@ -213,43 +230,36 @@ def fit(run: Run, plan: Plan, losses, after=lambda: None, ddp=(), picture=None) 
     Raises ValueError after PATIENCE of those in a row, and SystemExit when told to stop; either
     way the last checkpoint stands, and a stop leaves one of its own.
     """
-    skipped, bar = (
-        0,
-        tqdm(
-            total=plan.steps, initial=run.step, disable=not processes.is_main(), dynamic_ncols=True
-        ),
-    )
-    with (
-        processes.Stop() as stop,
-        bar,
-        open(run.output / "log.jsonl", "a", encoding="utf-8") as log,
-    ):
+    main, skipped = processes.is_main(), 0
+    # What a killed run logged after its last checkpoint is about to be done again.
+    run.log = read_log(run.output, run.step)
+    bar = tqdm(total=plan.steps, initial=run.step, disable=not main, dynamic_ncols=True)
+    with processes.Stop() as stop, bar:
         while run.step < plan.steps:
             line, about = _step(run, plan, losses, after, ddp)
             skipped = (skipped + 1) * line["skipped"]
-            if processes.is_main():
-                _tell(run, line, bar, log)
+            if main:
+                _tell(run, line, bar)
             if skipped == PATIENCE:
                 _give_up(run.step, about)
+            # One process's signal is everyone's, at the same step: none may wait for another.
             stopping = processes.average([float(stop.signal > 0)])[0] > 0
             due = plan.save_every and run.step % plan.save_every == 0
             if due or stopping or run.step == plan.steps:
                 run.save(plan.keep)
-            if plan.sample_every and run.step % plan.sample_every == 0 and processes.is_main():
-                picture(run.step)
             if stopping:
-                if processes.is_main():
-                    print(
-                        f"\nstopped after step {run.step}; --resume goes on there", file=sys.stderr
-                    )
+                bar.close()
+                processes.say(f"stopped after step {run.step}; --resume goes on from there")
                 processes.close()
                 raise SystemExit(128 + (stop.signal or signal.SIGTERM))
+            if main and plan.sample_every and run.step % plan.sample_every == 0:
+                picture(run.step)
 
 
 def _step(run: Run, plan: Plan, losses, after, ddp) -> tuple[dict, tuple]:
     """One optimizer step: its line in the log, and (finite here?, timesteps, names) of its data."""
     start, optimizers = time.perf_counter(), run.optimizers.values()
-    own, batches = _gradients(run.loader, plan.grad_accum, losses, ddp)
+    own, times, names = _gradients(run.loader, plan.grad_accum, losses, ddp)
     # The same decision everywhere: losses are averaged here, gradients were by DDP.
     *means, bad = processes.average([*own.values(), float(run.loader.bad)])
     means = dict(zip(own, means, strict=True))
@@ -264,21 +274,22 @@ def _step(run: Run, plan: Plan, losses, after, ddp) -> tuple[dict, tuple]:
     if finite:
         after()
     run.step += 1
-    images = sum(len(batch["names"]) for batch in batches) * processes.world_size()
-    line = {"step": run.step, **means, "grad_norm": norms[0], "lr": group["lr"],
-            "images_per_s": images / (time.perf_counter() - start), "memory_gib": memory(),
-            "bad": round(bad * processes.world_size()), "skipped": int(not finite)}  # fmt: skip
+    # The first optimizer is the network's; a discriminator's comes after it.
+    lr, world = next(iter(optimizers)).param_groups[0]["lr"], processes.world_size()
+    speed = len(names) * world / (time.perf_counter() - start)
+    line = {"step": run.step, **means, "grad_norm": norms[0], "lr": lr, "images_per_s": speed,
+            "memory_gib": memory(), "bad": round(bad * world),
+            "skipped": int(not finite)}  # fmt: skip
     # JSON knows no NaN.
     line = {k: v if math.isfinite(v) else None for k, v in line.items()}
-    here = all(map(math.isfinite, own.values()))
-    times = [t for batch in batches for t in batch["timesteps"].tolist()]
-    return line, (here, times, [name for batch in batches for name in batch["names"]])
+    return line, (all(map(math.isfinite, own.values())), times, names)
 
 
-def _gradients(loader, count: int, losses, ddp) -> tuple[dict[str, float], list[dict]]:
-    """The mean gradient of `count` batches, accumulated; their mean losses, and the batches."""
-    batches, sums = [next(loader) for _ in range(count)], {}
-    for i, batch in enumerate(batches):
+def _gradients(loader, count: int, losses, ddp) -> tuple[dict[str, float], list, list[str]]:
+    """The mean gradient of `count` batches, accumulated; mean losses, timesteps and names."""
+    sums, times, names = {}, [], []
+    for i in range(count):
+        batch = _next(loader)
         with contextlib.ExitStack() as stack:
             # Gradients travel between processes once, with the last batch's.
             for module in ddp if i < count - 1 and processes.world_size() > 1 else ():
@@ -287,7 +298,21 @@ def _gradients(loader, count: int, losses, ddp) -> tuple[dict[str, float], list[
             (parts.pop("total") / count).backward()
         for name, value in parts.items():
             sums[name] = sums.get(name, 0.0) + value.detach().double() / count
-    return {name: value.item() for name, value in sums.items()}, batches
+        times, names = times + batch["timesteps"].tolist(), names + batch["names"]
+    return {name: value.item() for name, value in sums.items()}, times, names
+
+
+def _next(loader) -> dict:
+    """The next batch; where one process has none, all end, and that one says why."""
+    batch, problem = None, None
+    try:
+        batch = next(loader)
+    except ValueError as found:
+        problem = found
+    # Before the backward pass, in which the others would wait for this one for ever.
+    if processes.average([float(problem is not None)])[0]:
+        raise problem or SystemExit(2)
+    return batch
 
 
 def _clip(optimizer: torch.optim.Optimizer, limit: float) -> float:
@@ -309,11 +334,11 @@ def _give_up(step: int, about: tuple) -> None:
     )
 
 
-def _tell(run: Run, line: dict, bar: tqdm, log) -> None:
+def _tell(run: Run, line: dict, bar: tqdm) -> None:
     """The step's line, in log.jsonl and on the bar."""
     run.log.append(line)
-    log.write(json.dumps(line) + "\n")
-    log.flush()
+    with open(run.output / "log.jsonl", "a", encoding="utf-8") as log:
+        log.write(json.dumps(line) + "\n")
     bar.update()
     shown = {"loss": "loss", "norm": "grad_norm", "img/s": "images_per_s", "GiB": "memory_gib"}
     shown |= {"bad": "bad"} if line["bad"] else {}

@@ -118,6 +118,8 @@ class Block(nn.Module):
 
     def __call__(self, *inputs):
         run = super().__call__
+        for x in inputs if self._compiled_call_impl is not None else ():
+            torch._dynamo.maybe_mark_dynamic(x, 0)
         if not (self.checkpointing and torch.is_grad_enabled()):
             return run(*inputs)
         options = {"use_reentrant": False, "preserve_rng_state": False}
