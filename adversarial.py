@@ -67,7 +67,10 @@ def hinge(logits: list[Tensor], sign: float) -> Tensor:
 
 
 class Adversary:
-    """The discriminator's side of a step; `call` stands for the heads, DDP around them or not."""
+    """The discriminator's side of a step, its times within `reach` = T/K_min above tau~.
+
+    `call` stands for the heads, with DDP around them or not.
+    """
 
     def __init__(self, unet: UNet, heads: Heads, reach: int):
         self.unet, self.heads, self.call, self.reach = unet, heads, heads, reach

@@ -38,10 +38,8 @@ def is_full(folder: Path, settings: dict) -> bool:
     for about in [read_json(index)] if full else [read_shard(path)[1] for path in begun]:
         if not isinstance(there := about.get("settings"), dict):
             raise ValueError(f"{folder} is no cache of this program; name another --cache")
-        for key in sorted(there.keys() | wanted.keys()):
-            if there.get(key) != wanted.get(key):
-                differ = f"{key} {there.get(key)}, not {wanted.get(key)}"
-                raise ValueError(f"{folder} was made with {differ}; name another --cache")
+        if differ := cli.difference(there, wanted):
+            raise ValueError(f"{folder} was made with {differ}; name another --cache")
     return full
 
 

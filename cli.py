@@ -73,6 +73,14 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device {device} cannot be used here; use cpu or cuda") from None
 
 
+def difference(there: dict, wanted: dict, free=()) -> str:
+    """The first setting that differs, as "name there, not wanted"; "" if all are the same."""
+    for key in sorted({**there, **wanted}.keys() - set(free)):
+        if there.get(key) != wanted.get(key):
+            return f"{key.replace('_', '-')} {there.get(key)}, not {wanted.get(key)}"
+    return ""
+
+
 # Whatever is written appears under its name only when it is whole.
 
 

@@ -19,6 +19,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 from tqdm import tqdm
 
+import cli
+
 BUFFER = 10_000
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 CAPTIONS = (".txt", ".json")
@@ -220,12 +222,11 @@ class Loader(Iterator):
         turns, of = max(1, workers), {"path": str(dataset.path), "seed": dataset.seed}
         of |= {"rank": dataset.rank, "world": dataset.world, "workers": turns}
         self.position = position or {**of, "turn": 0, "states": [[0, 0]] * turns}
-        for key, value in of.items():
-            if (saved := self.position.get(key)) != value:
-                raise ValueError(
-                    f"what was read of the data was read with {key} {saved}, not {value}: go on "
-                    "with the same, or begin with another --output and --cache"
-                )
+        if differ := cli.difference(self.position, of, free=("turn", "states")):
+            raise ValueError(
+                f"what was read of the data was read with {differ}: go on with the same, or begin "
+                "with another --output and --cache"
+            )
         self.dataset, self.workers, self.max_bad = dataset, workers, max_bad
         self.batches, self.problems, self.bad = None, {}, 0
 

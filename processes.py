@@ -20,15 +20,21 @@ import cli
 # Small things (losses, flags, positions) travel over gloo in main memory, gradients over nccl.
 
 
+def identity(device: str) -> tuple[int, int, str]:
+    """(rank, world size, this process's own device) as torchrun has them; (0, 1, device) without."""
+    rank, world = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if device == "cuda" and world > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
+    return rank, world, device
+
+
 def start(device: str) -> tuple[int, int, str]:
     """(rank, world size, this process's device), with the processes connected if there are many."""
-    rank, world = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    rank, world, device = identity(device)
     cli.check_device(device)
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
     if world > 1:
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
         # gloo beside nccl: what is gathered for checkpoints lies in main memory.
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         # A day: filling a cache, or drawing pictures on rank 0, keeps the others waiting.

@@ -7,7 +7,6 @@
 
 import json
 import math
-import os
 import shlex
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
+import processes
 from clip import encode_prompts
 from load import SDXL, load_controlnet, load_sdxl
 from lora import merge, read_lora
@@ -245,9 +245,7 @@ def save_grid(images: list[Image.Image], path: Path) -> None:
 
 
 def main(args) -> None:
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.device == "cuda" and world > 1:
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
+    rank, world, args.device = processes.identity(args.device)
     check(args)
     prompts = read_prompts(args)
     if world > 1 and (args.save_latents or args.prompts is None):

@@ -1,11 +1,14 @@
 """Target-Driven Distillation of SDXL (Algorithm 1): a LoRA for 4 to 8 steps, on 1 to 8+ GPUs.
 
-python train_sdxl.py --model sdxl/ --data images/ --output runs/tdd
-torchrun --nproc-per-node 8 train_sdxl.py --model sdxl/ --data shards/ --output runs/tdd
+    python train_sdxl.py --model sdxl/ --data images/ --output runs/tdd
+    torchrun --nproc-per-node 8 train_sdxl.py --model sdxl/ --data shards/ --output runs/tdd
+
+The loss is tdd.py's, the networks are distill.py's, the loop is trainer.py's.
 """
 
 import argparse
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -266,8 +269,8 @@ def main(args) -> None:
         model.vae.to("cpu")
     # Each process has draws of its own.
     generator = torch.Generator().manual_seed(args.seed * 10_000 + rank)
-    run = trainer.Run(output, nets.modules, optimizers_of(args, nets), generator, loader, settings)
-    run.export = lambda folder: write_loras(args, nets, folder, run.step)
+    optimizers, export = optimizers_of(args, nets), partial(write_loras, args, nets)
+    run = trainer.Run(output, nets.modules, optimizers, generator, loader, settings, export)
     if folder is not None:
         run.restore(folder, config)
     nets.distribute(processes.parallel)
@@ -288,7 +291,7 @@ def main(args) -> None:
     )  # fmt: skip
     trainer.fit(run, plan, losses, nets.after_step, nets.parallel, pictures)
     if processes.is_main():
-        run.export(output)
+        export(output, run.step)
         print(f"{run.step} steps; lora.safetensors and the rest are in {output}/")
     processes.close()
 

@@ -45,8 +45,8 @@ FREE = {
 class Run:
     """All that training changes, by name, and what a checkpoint holds besides.
 
-    settings: flags that must not change when a run goes on (but for those in FREE). loader: an
-    endless iterator of batches with .position and .bad. export(folder) writes what users load.
+    settings: flags in words, not to be changed when a run goes on (but for those in FREE). loader:
+    an endless iterator of batches with .position and .bad. export(folder, step) writes for users.
     """
 
     output: Path
@@ -55,7 +55,7 @@ class Run:
     generator: torch.Generator
     loader: object
     settings: dict
-    export: Callable[[Path], None] = lambda folder: None
+    export: Callable[[Path, int], None] = lambda folder, step: None
     step: int = 0
     log: list[dict] = field(default_factory=list)
 
@@ -77,7 +77,7 @@ class Run:
             part = _fresh(self.output / f".checkpoint-{self.step}.part")
             tensors = self.tensors() | {f"rng/{i}": state for i, (state, _) in enumerate(parts)}
             save_file(tensors, part / "state.safetensors", {"format": "pt"})
-            self.export(part)
+            self.export(part, self.step)
             positions = [position for _, position in parts]
             content = {"step": self.step, "positions": positions, "settings": self.settings}
             cli.write_json(part / "config.json", content)
@@ -152,12 +152,10 @@ def resume_point(output: Path, resume: bool, settings: dict) -> tuple[Path | Non
             continue
         if (made := len(config["positions"])) != processes.world_size():
             raise ValueError(f"{folder} was made by {made} processes: resume it with as many")
-        now, then = json.loads(json.dumps(settings, default=str)), config["settings"]
-        other = [k for k in {**now, **then} if k not in FREE and now.get(k) != then.get(k)]
-        if other:
-            k = other[0]
-            raise ValueError(f"{folder} was made with --{k.replace('_', '-')} {then.get(k)}, not "
-                             f"{now.get(k)}: give the same, or name another --output")  # fmt: skip
+        if differ := cli.difference(config["settings"], settings, FREE):
+            raise ValueError(
+                f"{folder} was made with --{differ}: give the same, or name another --output"
+            )
         return folder, config
     return None, {}
 
