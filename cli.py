@@ -75,8 +75,8 @@ def check_device(device: str) -> None:
 
 def difference(there: dict, wanted: dict, free=()) -> str:
     """The first setting that differs, as "name there, not wanted"; "" if all are the same."""
-    for key in sorted({**there, **wanted}.keys() - set(free)):
-        if there.get(key) != wanted.get(key):
+    for key in {**wanted, **there}:
+        if key not in free and there.get(key) != wanted.get(key):
             return f"{key.replace('_', '-')} {there.get(key)}, not {wanted.get(key)}"
     return ""
 

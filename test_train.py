@@ -166,6 +166,17 @@ def test_step_is_algorithm_1(method, eta, rho, mu, distance, checkpointing, fold
     assert all(p.grad is None for p in nets.base.parameters())
 
 
+def test_passes_of_a_step(folder):
+    """One of the teacher, with the unconditional one for kept prompts only; target; student."""
+    nets, (x_0, cond), passes = tiny(folder, rho=0.5), example(8), []
+    nets.base.conv_in.register_forward_hook(lambda m, inputs, out: passes.append(len(inputs[0])))
+    for seed in range(3):
+        rows, _ = own_draws("tdd", 50, 8, (8, 1), 0.3, 0.5, torch.Generator().manual_seed(seed))
+        nets.losses(x_0, cond, null_of(cond), drawn(nets, x_0, seed))
+        assert passes[-3:] == [8 + sum(kept for *_, kept in rows), 8, 8]
+    assert len(passes) == 9
+
+
 def test_guidance_range(folder):
     """w' ~ U[2, 14], an example at a time: the mean of each alone at its own w'."""
     nets = tiny(folder, w=(2.0, 14.0))
@@ -418,6 +429,7 @@ def test_accumulation_clipping_and_rate(tmp_path):
             total = total + (reference(x) - 1).square().mean() / 3
         grads = torch.autograd.grad(total, list(reference.parameters()))
         norm = torch.cat([g.flatten() for g in grads]).norm()
+        assert run.log[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
         with torch.no_grad():
             for p, g in zip(reference.parameters(), grads):
                 p -= (step + 1) / 3 * g * min(1.0, 0.01 / norm)
