@@ -21,7 +21,7 @@ import cli
 
 
 def identity(device: str) -> tuple[int, int, str]:
-    """(rank, world size, this process's own device) as torchrun has them; (0, 1, device) without."""
+    """(rank, world size, own device) as torchrun has them; (0, 1, device) without it."""
     rank, world = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))
     if device == "cuda" and world > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
