@@ -1,0 +1,311 @@
+"""CIFAR-10 through the code of SDXL: classifier, teacher, students, evaluation.
+
+    python train_toy.py --data cifar10                  everything, into runs/cifar10
+    python train_toy.py --data cifar10 --preset gpu     a larger teacher, for a large GPU
+
+A student is trained by what train_sdxl.py trains with: LoRA, Distillation and trainer.fit. What is
+finished is used again, what was interrupted goes on, and other settings than before are refused.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import zlib
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import cli
+import processes
+import train_sdxl
+import trainer
+from cifar import (
+    Batches,
+    Classifier,
+    classifier_loss,
+    condition,
+    fold,
+    read_split,
+    shifted,
+    teacher_loss,
+    unet_json,
+)
+from load import assign, load_component, read_json, read_tensors
+from lora import write_peft
+from sample import DTYPES, null_of
+from solvers import sdxl_schedule
+from tdd import ema_update
+from unet import UNet, UNetConfig
+
+# Every student in the flags of train_sdxl.py; what is not named is the same for all.
+STUDENTS = {
+    "lcm": "--method cm", "pcm4": "--method pcm --kmin 4", "tcd": "--method tcd",
+    "tdd_eta0": "--method tdd --eta 0", "tdd": "--method tdd", "tdd_adv": "--method tdd --adv",
+}  # fmt: skip
+
+PRESETS = {
+    "cpu": {
+        "device": "cpu", "dtype": "float32", "compile": False, "channels": [64, 128],
+        "classifier_steps": 2400, "teacher_steps": 5125, "teacher_batch": 32,
+        "steps": 800, "batch_size": 32, "samples": 2000,
+    },
+    "gpu": {
+        "device": "cuda", "dtype": "bf16", "compile": True, "channels": [192, 384],
+        "classifier_steps": 6000, "teacher_steps": 12_000, "teacher_batch": 256,
+        "steps": 2000, "batch_size": 128, "samples": 10_000,
+    },
+}  # fmt: skip
+
+# ------------------------------------------------------------------------------------------ stages
+#
+# Classifier, teacher and each student are a folder each. stage.json is written last: with it the
+# stage is finished, without it there may be a checkpoint to go on from.
+
+
+@dataclass
+class Stage:
+    """One training: a folder, all settings that its result depends on, and its batches."""
+
+    folder: Path
+    settings: dict
+    steps: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self):
+        given = {"steps": self.steps, "batch_size": self.batch_size, "seed": self.seed}
+        # Under another name: trainer.py lets a run be resumed for more steps, but rates end here.
+        given["training_steps"] = given.pop("steps")
+        self.settings = {k: str(v) for k, v in {**given, **self.settings}.items()}
+
+    def finished(self) -> bool:
+        """Whether its result is there; ValueError if that, or what has begun, is another's."""
+        path = self.folder / "stage.json"
+        if not path.exists():
+            return False
+        if differ := cli.difference(read_json(path).get("settings", {}), self.settings):
+            raise ValueError(
+                f"{self.folder} was made with {differ}: give the same, or name another --output"
+            )
+        print(f"{self.folder.name}: finished before, used again")
+        return True
+
+    def train(self, data, modules, optimizers, losses, rate, export, after=lambda: None) -> None:
+        """From the last checkpoint, if any, to the end: losses(batch, generator), export(folder)."""
+        point, config = trainer.resume_point(cli.output_folder(self.folder), True, self.settings)
+        place = config["positions"][0] if point else 0
+        loader = Batches(*data, self.batch_size, self.seed, place)
+        generator = torch.Generator().manual_seed(self.seed)
+        run = trainer.Run(self.folder, modules, optimizers, generator, loader, self.settings)
+        if point:
+            run.restore(point, config)
+        print(f"{self.folder.name}: {self.steps} steps of {self.batch_size} pictures")
+        plan = trainer.Plan(self.steps, rate, save_every=250, keep=1)
+        trainer.fit(run, plan, partial(losses, generator=generator), after)
+        export(self.folder)
+        seconds = sum(self.batch_size / line["images_per_s"] for line in run.log)
+        content = {"settings": self.settings, "seconds": round(seconds, 1)}
+        cli.write_json(self.folder / "stage.json", content)
+        for old in trainer.checkpoints(self.folder):
+            shutil.rmtree(old)
+
+
+def digest(path: Path) -> str:
+    """A file's content in a few letters: whatever is made from it says so in its settings."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def save_network(network: nn.Module, name: str, folder: Path) -> None:
+    tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    with cli.whole(folder / f"{name}.safetensors") as part:
+        save_file(tensors, part, {"format": "pt"})
+
+
+def adam(parameters, lr: float) -> dict[str, torch.optim.Optimizer]:
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=True)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = lr
+    return {"adam": optimizer}
+
+
+# -------------------------------------------------------------------------- classifier and teacher
+
+
+def classifier_of(args, data) -> tuple[Classifier, str]:
+    """The judge, trained if it is not there yet, and its digest."""
+    folder, steps = args.output / "classifier", args.classifier_steps
+    stage = Stage(folder, {"data": data_digest(data)}, steps, 128, args.seed)
+    if not stage.finished():
+        torch.manual_seed(args.seed)
+        classifier = Classifier().to(args.device, memory_format=torch.channels_last)
+
+        def losses(batch: dict, generator) -> dict:
+            by = torch.randint(0, 9, (len(batch["labels"]), 2), generator=generator)
+            images, labels = shifted(batch["images"], by).to(args.device), batch["labels"]
+            batch["timesteps"] = torch.zeros(0)
+            loss = classifier_loss(classifier, images, labels.to(args.device))
+            return {"total": loss, "loss": loss}
+
+        # A fifth of the way up, then down to zero.
+        rate = lambda step: min((step + 1) / (0.2 * steps), (steps - step) / (0.8 * steps))  # noqa: E731
+        optimizers = adam(classifier.parameters(), 3e-3)
+        export = partial(save_network, classifier, "model")
+        stage.train(data, {"classifier": classifier}, optimizers, losses, rate, export)
+    path = folder / "model.safetensors"
+    classifier = assign(Classifier(), read_tensors(path)[0], path).to(args.device)
+    return classifier, digest(path)
+
+
+def data_digest(data: tuple[Tensor, Tensor]) -> str:
+    return f"{zlib.crc32(data[0].numpy()):08x}"
+
+
+def train_teacher(args, data) -> None:
+    """The teacher, saved as a UNet in diffusers' layout: the moving average of what is trained."""
+    steps = args.teacher_steps
+    settings = {
+        "data": data_digest(data), "channels": args.channels, "lr": args.teacher_lr,
+        "drop": args.drop, "teacher_ema": args.teacher_ema, "dtype": args.dtype,
+    }  # fmt: skip
+    stage = Stage(args.output / "teacher", settings, steps, args.teacher_batch, args.seed)
+    if stage.finished():
+        return
+    torch.manual_seed(args.seed)
+    config, schedule = unet_json(args.channels), sdxl_schedule().to(args.device)
+    unet = UNet(UNetConfig.from_json(config)).to(args.device, memory_format=torch.channels_last)
+    ema = deepcopy(unet).requires_grad_(False)
+    if args.compile:
+        train_sdxl.compile_blocks(unet)
+
+    def losses(batch: dict, generator) -> dict:
+        x_0, label = fold(batch["images"]), batch["labels"]
+        b = len(label)
+        t = torch.randint(schedule.T, (b,), generator=generator)
+        eps = torch.randn(x_0.shape, generator=generator)
+        kept = torch.rand(b, generator=generator) >= args.drop
+        batch["timesteps"] = t
+        x_0, label, t, eps, kept = (a.to(args.device) for a in (x_0, label, t, eps, kept))
+        half = args.dtype == "bf16"
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=half):
+            loss = teacher_loss(unet, x_0, condition(label, kept), t, eps, schedule)
+        return {"total": loss, "loss": loss}
+
+    def export(folder: Path) -> None:
+        save_network(ema, "diffusion_pytorch_model", folder)
+        cli.write_json(folder / "config.json", config)
+
+    # Up within 100 steps, constant, and down to zero over the last two fifths.
+    rate = lambda step: min(1, (step + 1) / 100, (steps - step) / (0.4 * steps))  # noqa: E731
+    after = partial(ema_update, list(ema.parameters()), list(unet.parameters()), args.teacher_ema)
+    optimizers = adam(unet.parameters(), args.teacher_lr)
+    stage.train(data, {"teacher": unet, "ema": ema}, optimizers, losses, rate, export, after)
+
+
+def load_teacher(args) -> UNet:
+    unet = load_component(args.output / "teacher", UNet, UNetConfig, DTYPES[args.dtype])
+    return unet.to(args.device, memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------------- students
+
+
+def student_args(args, name: str):
+    """The flags with which train_sdxl.py would train this student."""
+    common = {
+        "model": args.output / "teacher", "data": args.data_dir, "output": args.output / name,
+        "guidance": args.guidance - 1, "solver-steps": args.solver_steps, "rho": args.rho,
+        "kmin": args.kmin, "kmax": args.kmax, "lr": args.lr, "rank": args.rank,
+        "lora-alpha": args.rank, "adv-lr": args.lr, "dtype": args.dtype, "device": args.device,
+        "seed": args.seed, "steps": args.steps, "batch-size": args.batch_size,
+    }  # fmt: skip
+    flags = [word for k, v in common.items() for word in (f"--{k}", str(v))]
+    flags += [*STUDENTS[name].split(), "--no-checkpointing", *["--compile"] * args.compile]
+    own = train_sdxl.parser().parse_args(flags)
+    train_sdxl.check(own)
+    return own
+
+
+def train_student(args, name: str, data) -> None:
+    """A student's LoRA by Algorithm 1, on the teacher that lies beside it."""
+    own, folder = student_args(args, name), args.output / name
+    algorithm = ("method", "guidance", "solver_steps", "rho", "eta", "kmin", "kmax", "lr", "rank",
+                 "ema", "loss", "solver", "adv", "adv_weight", "adv_lr", "dtype")  # fmt: skip
+    settings = {key: getattr(own, key) for key in algorithm} | {"data": data_digest(data)}
+    settings["teacher"] = digest(args.output / "teacher/diffusion_pytorch_model.safetensors")
+    stage = Stage(folder, settings, args.steps, args.batch_size, args.seed)
+    if stage.finished():
+        return
+    nets = train_sdxl.distillation_of(own, load_teacher(args), args.device)
+
+    def losses(batch: dict, generator) -> dict:
+        x_0, cond = fold(batch["images"]).to(args.device), condition(batch["labels"])
+        cond = {key: tensor.to(args.device) for key, tensor in cond.items()}
+        draws = nets.draw(x_0.shape, generator, args.device)
+        batch["timesteps"] = draws.tdd.t_next
+        return nets.losses(x_0, cond, null_of(cond), draws)
+
+    def export(folder: Path) -> None:
+        told = {k: str(v) for k, v in settings.items()}
+        write_peft(folder / "lora.safetensors", nets.result.lora, **told)
+
+    optimizers = train_sdxl.optimizers_of(own, nets)
+    rate = lambda step: 1.0  # noqa: E731
+    stage.train(data, nets.modules, optimizers, losses, rate, export, nets.after_step)
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def main(args) -> None:
+    processes.start(args.device)
+    train, test = (read_split(args.data_dir, train=t) for t in (True, False))
+    classifier, judged_by = classifier_of(args, train)
+    train_teacher(args, train)
+    for name in args.methods:
+        train_student(args, name, train)
+
+
+def parser(preset: str = "cpu") -> cli.Parser:
+    p = cli.Parser("Trains a CIFAR-10 teacher, distils it with TDD and its rivals, compares them.")
+    flag, number = p.add_argument, cli.number
+    whole, share = number(int, 1), number(float, 0, 1)
+    flag("--data", choices=["cifar10"], default="cifar10", help="the 2-D sets have their own flags")
+    flag("--preset", choices=PRESETS, default=preset, help="decides the defaults below")
+    flag("--data-dir", type=Path, default=Path("data/cifar-10-batches-bin"), help="the binaries")
+    flag("--output", type=Path, default=Path("runs/cifar10"), help="folder for all stages")
+    flag("--methods", nargs="+", choices=STUDENTS, default=list(STUDENTS), metavar="M",
+         help=f"students, of {' '.join(STUDENTS)}")  # fmt: skip
+    flag("--channels", type=whole, nargs="+", metavar="C", help="of the UNet's levels")
+    flag("--classifier-steps", type=whole, help="the judge's, of 128 pictures")
+    flag("--teacher-steps", type=whole, help="the teacher's")
+    flag("--teacher-batch", type=whole, help="pictures a step of the teacher")
+    flag("--teacher-lr", type=number(float, 0), default=1e-3, help="learning rate of the teacher")
+    flag("--teacher-ema", type=share, default=0.998, help="of the teacher's weights")
+    flag("--drop", type=share, default=0.12, help="share of null conditions for the teacher")
+    flag("--steps", type=whole, help="training steps of each student")
+    flag("--batch-size", type=whole, help="pictures a step of a student")
+    flag("--lr", type=number(float, 0), default=2e-4, help="delta, the students' learning rate")
+    flag("--rank", type=whole, default=32, help="r of the LoRA, whose alpha is the same")
+    flag("--kmin", type=whole, default=4, help="K_min, fewest steps to distil for")
+    flag("--kmax", type=whole, default=8, help="K_max, most steps to distil for")
+    flag("--rho", type=share, default=0.2, help="rho, share of null conditions")
+    flag("--guidance", type=number(float, 1, 100), default=3.0, help="g = 1 + w', to distil")
+    flag("--solver-steps", type=whole, default=50, help="N, steps of the teacher's solver")
+    flag("--samples", type=number(int, 16), help="pictures that each figure is taken from")
+    flag("--seed", type=number(int, 0, 2**31), default=0, help="of all random numbers")
+    flag("--dtype", choices=["float32", "bf16"], help="bf16 pays on CPUs with AVX-512 or AMX too")
+    flag("--device", help="cpu or cuda")
+    flag("--compile", action="store_true", help="torch.compile the UNet's blocks")
+    p.set_defaults(**PRESETS[preset])
+    return p
+
+
+if __name__ == "__main__":
+    cli.run(main, parser())
