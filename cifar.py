@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from solvers import Schedule
 
-CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 HELP = (
     "download https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz, unpack it, and name its "
     "folder cifar-10-batches-bin by --data-dir"
@@ -153,7 +153,9 @@ def shifted(x: Tensor, by: Tensor) -> Tensor:
     rows = by[:, 0, None] + torch.arange(h)
     columns = by[:, 1, None] + torch.arange(w)
     b, c = (torch.arange(n) for n in x.shape[:2])
-    return padded[b[:, None, None, None], c[:, None, None], rows[:, None, :, None], columns[:, None, None]]
+    return padded[
+        b[:, None, None, None], c[:, None, None], rows[:, None, :, None], columns[:, None, None]
+    ]
 
 
 def classifier_loss(classifier: Classifier, images: Tensor, label: Tensor) -> Tensor:
@@ -162,7 +164,9 @@ def classifier_loss(classifier: Classifier, images: Tensor, label: Tensor) -> Te
 
 
 @torch.no_grad()
-def judge(classifier: Classifier, images: Tensor, device, batch: int = 500) -> tuple[Tensor, Tensor]:
+def judge(
+    classifier: Classifier, images: Tensor, device, batch: int = 500
+) -> tuple[Tensor, Tensor]:
     """Features (n, 256) in float64 and answers (n,) for pictures (n, 3, 32, 32) in uint8."""
     found = [classifier(fold(part.to(device))) for part in images.split(batch)]
     features, logits = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))

@@ -8,11 +8,9 @@ finished is used again, what was interrupted goes on, and other settings than be
 """
 
 import hashlib
-import json
 import shutil
-import sys
+import time
 import zlib
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import cifar_figures
 import cli
 import processes
 import train_sdxl
@@ -37,9 +36,11 @@ from cifar import (
     teacher_loss,
     unet_json,
 )
-from load import assign, load_component, read_json, read_tensors
+from cifar_eval import HIGH, Evaluation
+from cifar_sample import load_teacher
+from load import assign, read_json, read_tensors
 from lora import write_peft
-from sample import DTYPES, null_of
+from sample import null_of
 from solvers import sdxl_schedule
 from tdd import ema_update
 from unet import UNet, UNetConfig
@@ -48,6 +49,8 @@ from unet import UNet, UNetConfig
 STUDENTS = {
     "lcm": "--method cm", "pcm4": "--method pcm --kmin 4", "tcd": "--method tcd",
     "tdd_eta0": "--method tdd --eta 0", "tdd": "--method tdd", "tdd_adv": "--method tdd --adv",
+    # The guidance study: no null conditions, and a w' that Eq. 13 is to tune down.
+    "tdd_rho0": "--method tdd --rho 0", "tdd_high": f"--method tdd --guidance {HIGH}",
 }  # fmt: skip
 
 PRESETS = {
@@ -117,6 +120,12 @@ class Stage:
             shutil.rmtree(old)
 
 
+def result_of(folder: Path) -> Path:
+    """The weights of a finished teacher or student."""
+    teacher = folder / "diffusion_pytorch_model.safetensors"
+    return teacher if teacher.exists() else folder / "lora.safetensors"
+
+
 def digest(path: Path) -> str:
     """A file's content in a few letters: whatever is made from it says so in its settings."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
@@ -138,8 +147,8 @@ def adam(parameters, lr: float) -> dict[str, torch.optim.Optimizer]:
 # -------------------------------------------------------------------------- classifier and teacher
 
 
-def classifier_of(args, data) -> tuple[Classifier, str]:
-    """The judge, trained if it is not there yet, and its digest."""
+def classifier_of(args, data) -> Classifier:
+    """The judge, trained if it is not there yet."""
     folder, steps = args.output / "classifier", args.classifier_steps
     stage = Stage(folder, {"data": data_digest(data)}, steps, 128, args.seed)
     if not stage.finished():
@@ -159,8 +168,7 @@ def classifier_of(args, data) -> tuple[Classifier, str]:
         export = partial(save_network, classifier, "model")
         stage.train(data, {"classifier": classifier}, optimizers, losses, rate, export)
     path = folder / "model.safetensors"
-    classifier = assign(Classifier(), read_tensors(path)[0], path).to(args.device)
-    return classifier, digest(path)
+    return assign(Classifier(), read_tensors(path)[0], path).to(args.device)
 
 
 def data_digest(data: tuple[Tensor, Tensor]) -> str:
@@ -208,11 +216,6 @@ def train_teacher(args, data) -> None:
     stage.train(data, {"teacher": unet, "ema": ema}, optimizers, losses, rate, export, after)
 
 
-def load_teacher(args) -> UNet:
-    unet = load_component(args.output / "teacher", UNet, UNetConfig, DTYPES[args.dtype])
-    return unet.to(args.device, memory_format=torch.channels_last)
-
-
 # ---------------------------------------------------------------------------------------- students
 
 
@@ -238,11 +241,13 @@ def train_student(args, name: str, data) -> None:
     algorithm = ("method", "guidance", "solver_steps", "rho", "eta", "kmin", "kmax", "lr", "rank",
                  "ema", "loss", "solver", "adv", "adv_weight", "adv_lr", "dtype")  # fmt: skip
     settings = {key: getattr(own, key) for key in algorithm} | {"data": data_digest(data)}
-    settings["teacher"] = digest(args.output / "teacher/diffusion_pytorch_model.safetensors")
+    settings["teacher"] = digest(result_of(args.output / "teacher"))
     stage = Stage(folder, settings, args.steps, args.batch_size, args.seed)
     if stage.finished():
         return
-    nets = train_sdxl.distillation_of(own, load_teacher(args), args.device)
+    nets = train_sdxl.distillation_of(
+        own, load_teacher(args.output, args.dtype, args.device), args.device
+    )
 
     def losses(batch: dict, generator) -> dict:
         x_0, cond = fold(batch["images"]).to(args.device), condition(batch["labels"])
@@ -264,15 +269,42 @@ def train_student(args, name: str, data) -> None:
 
 
 def main(args) -> None:
+    start = time.time()
     processes.start(args.device)
     train, test = (read_split(args.data_dir, train=t) for t in (True, False))
-    classifier, judged_by = classifier_of(args, train)
+    for name in args.methods:
+        # Flags that no student can be trained with are refused before an hour has gone by.
+        student_args(args, name)
+    classifier, made_of = classifier_of(args, train), {}
     train_teacher(args, train)
     for name in args.methods:
         train_student(args, name, train)
+    for name in ("teacher", *args.methods):
+        made_of[name] = digest(result_of(args.output / name))
+    ev = Evaluation(args, classifier, made_of, train, test)
+    try:
+        ev.run(args.methods)
+        cifar_figures.draw_all(args.output, ev)
+    finally:
+        # After Ctrl-C too: the rows that are there cost a minute each.
+        write_metrics(args, ev)
+    print("\n\n".join(ev.tables()))
+    print(f"{time.time() - start:.0f} s; metrics.json and the pictures are in {args.output}/")
 
 
-def parser(preset: str = "cpu") -> cli.Parser:
+def write_metrics(args, ev: Evaluation) -> None:
+    """metrics.json: settings, every stage's seconds, the judge's accuracy, and all rows."""
+    settings = {key: str(value) for key, value in vars(args).items()}
+    stages = ["classifier", "teacher", *args.methods]
+    seconds = {name: read_json(args.output / name / "stage.json")["seconds"] for name in stages}
+    content = {"settings": settings | {"torch": torch.__version__}, "training_seconds": seconds}
+    content |= {"classifier_accuracy": ev.accuracy, "rows": ev.rows}
+    cli.write_json(args.output / "metrics.json", content)
+
+
+def parser(preset: str | None = None) -> cli.Parser:
+    """With a preset's numbers as defaults; an unknown one is for the flag itself to refuse."""
+    preset = preset if preset in PRESETS else "cpu"
     p = cli.Parser("Trains a CIFAR-10 teacher, distils it with TDD and its rivals, compares them.")
     flag, number = p.add_argument, cli.number
     whole, share = number(int, 1), number(float, 0, 1)
@@ -305,7 +337,3 @@ def parser(preset: str = "cpu") -> cli.Parser:
     flag("--compile", action="store_true", help="torch.compile the UNet's blocks")
     p.set_defaults(**PRESETS[preset])
     return p
-
-
-if __name__ == "__main__":
-    cli.run(main, parser())

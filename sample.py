@@ -228,9 +228,9 @@ def is_made(path: Path, args, prompt: str, seed: int) -> bool:
     return True
 
 
-def save_grid(images: list[Image.Image], path: Path) -> None:
-    # As near to a square as whole rows allow.
-    columns = round(len(images) ** 0.5 + 0.49)
+def save_grid(images: list[Image.Image], path: Path, columns: int = 0) -> None:
+    # As near to a square as whole rows allow, unless told otherwise.
+    columns = columns or round(len(images) ** 0.5 + 0.49)
     width, height = images[0].size
     grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
     for i, image in enumerate(images):

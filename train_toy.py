@@ -1,20 +1,25 @@
 """TDD on 2-D data in about two minutes on a CPU: teacher, students, evaluation, pictures.
 
-    python train_toy.py            the whole experiment, into runs/toy
-    python train_toy.py --quick    a first look in under 20 seconds
+    python train_toy.py                     the whole experiment, into runs/toy
+    python train_toy.py --quick             a first look in under 20 seconds
+    python train_toy.py --data cifar10      real images, and SDXL's code: see cifar_train.py
 
 A teacher is trained from data, then every consistency-distillation method from that same teacher at
 the same budget. All seeds and methods train together, as one batched network.
 """
 
+import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from einops import rearrange, repeat
 from tqdm import tqdm, trange
 
+import cifar_sample
+import cifar_train
 import cli
 import toy_figures
 from solvers import SOLVERS, Schedule, sdxl_schedule
@@ -215,7 +220,12 @@ def parser() -> cli.Parser:
     whole, share, above = number(int, 1), number(float, 0, 1), number(float, 1, 100)
     some = f"students, of {' '.join(STUDENTS)}; the last brings the guidance study"
     # The defaults are the results' settings; the paper's own (N = 250, w' = 3.5) are SDXL's.
-    flag("--data", choices=DATA, default="spirals", help="the 2-D distribution")
+    flag(
+        "--data",
+        choices=DATA,
+        default="spirals",
+        help="the 2-D distribution; or cifar10, which has flags of its own: --data cifar10 --help",
+    )
     flag("--methods", nargs="+", choices=STUDENTS, default=STUDENTS, metavar="M", help=some)
     flag("--steps", type=whole, default=3000, help="training steps, teacher and students")
     flag("--seeds", type=whole, default=3, help="independent teachers, each distilled")
@@ -236,5 +246,19 @@ def parser() -> cli.Parser:
     return p
 
 
+# CIFAR-10 has flags of its own, and so has sampling from what was trained on it.
+
+
+def asked(name: str) -> str | None:
+    """What a flag was given, said before it is known which parser is to read it."""
+    words = [part for word in sys.argv[1:] for part in word.split("=", 1)]
+    return dict(pairwise(words)).get(name)
+
+
 if __name__ == "__main__":
-    cli.run(main, parser())
+    if asked("--data") != "cifar10":
+        cli.run(main, parser())
+    elif asked("--sample") is not None:
+        cli.run(cifar_sample.main, cifar_sample.parser())
+    else:
+        cli.run(cifar_train.main, cifar_train.parser(asked("--preset")))

@@ -1,0 +1,112 @@
+"""Samples the CIFAR-10 teacher, or a student that train_toy.py has made of it.
+
+python train_toy.py --data cifar10 --sample tdd --steps 4 --labels cat ship
+"""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import cli
+from cifar import CLASSES, condition, unfold
+from load import load_component
+from lora import merge, read_lora
+from sample import DTYPES, null_of, save_grid, timesteps_of
+from solvers import sdxl_schedule
+from tdd import clip_x0, gamma_sample, guided, noise_stream, tuned
+from unet import UNet, UNetConfig
+
+# ------------------------------------------------------------------------------------- networks
+
+
+def load_teacher(runs: Path, dtype: str, device) -> UNet:
+    """The teacher of a folder of stages; ValueError if there is none."""
+    if not (runs / "teacher/stage.json").exists():
+        raise ValueError(f"{runs} holds no finished teacher: python train_toy.py --data cifar10")
+    unet = load_component(runs / "teacher", UNet, UNetConfig, DTYPES[dtype])
+    return unet.to(device, memory_format=torch.channels_last)
+
+
+def load_student(runs: Path, name: str, teacher: UNet) -> UNet:
+    """A student of this teacher, its LoRA merged into a copy; ValueError if there is none."""
+    if not (runs / name / "stage.json").exists():
+        there = " ".join(sorted(path.parent.name for path in runs.glob("*/lora.safetensors")))
+        raise ValueError(f"{runs} holds no finished student {name!r}; there: {there or 'none'}")
+    student, encoder = deepcopy(teacher), nn.Module()
+    lora, *_ = read_lora(runs / name / "lora.safetensors", teacher, encoder, encoder)
+    merge(student, lora.to(teacher.conv_in.weight.device))
+    return student
+
+
+# ------------------------------------------------------------------------------------- sampling
+
+
+@torch.no_grad()
+def pictures(network, label: Tensor, seeds, timesteps, w: float, gamma: float, clip_steps: int,
+             batch: int = 200) -> Iterator[Tensor]:  # fmt: skip
+    """Batches of pictures (b, 3, 32, 32) in uint8 for labels (n,), picture i from seeds[i].
+
+    w of Eq. 12, gamma of Eq. 18; C of Eq. 17, which clips x_0 to [-1, 1], in the first clip_steps.
+    """
+    device, schedule = network.conv_in.weight.device, sdxl_schedule()
+    for start in range(0, len(label), batch):
+        part = slice(start, start + batch)
+        cond = condition(label[part].to(device))
+        noise = noise_stream(seeds[part], (12, 16, 16), device)
+        eps = guided(network, cond, null_of(cond), w)
+        x_T = next(noise).to(memory_format=torch.channels_last)
+        x_0 = gamma_sample(
+            eps, x_T, timesteps, schedule, gamma, noise, clip_x0, clip_steps
+        )  # (b, 12, 16, 16)
+        yield unfold(x_0).cpu()
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def main(args) -> None:
+    cli.check_device(args.device)
+    timesteps = timesteps_of(args)
+    network = load_teacher(args.runs, args.dtype, args.device)
+    if args.sample != "teacher":
+        network = load_student(args.runs, args.sample, network)
+    w = args.cfg - 1
+    if args.tune_guidance is not None:
+        w = tuned(w, args.tune_guidance)
+    clip_steps = args.steps if args.clip_steps is None else args.clip_steps
+    label = torch.tensor([CLASSES.index(name) for name in args.labels] * args.num_images)
+    seeds = range(args.seed, args.seed + len(label))
+    drawn = torch.cat([*pictures(network, label, seeds, timesteps, w, args.gamma, clip_steps)])
+    grid = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in drawn]
+    cli.output_folder(args.output.parent)
+    save_grid(grid, args.output, len(args.labels))
+    print(f"{len(label)} pictures of {args.sample} in {args.steps} steps: {args.output}")
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser("Samples the CIFAR-10 teacher or a student of it, a column a class.")
+    flag, number, gpu = p.add_argument, cli.number, torch.cuda.is_available()
+    whole, share = number(int, 1), number(float, 0, 1)
+    flag("--data", choices=["cifar10"], default="cifar10", help="what was trained on")
+    flag("--sample", required=True, metavar="NAME", help="teacher, or a student, such as tdd")
+    flag("--runs", type=Path, default=Path("runs/cifar10"), help="the folder it was trained into")
+    flag("--labels", nargs="+", choices=CLASSES, default=CLASSES, metavar="CLASS", help="to draw")
+    flag("--num-images", type=whole, default=8, help="pictures of each class")
+    flag("--steps", type=whole, default=4, help="k, the number of steps")
+    flag("--cfg", type=number(float, 0), default=1.0, help="g = 1 + w of Eq. 12; a teacher wants 3")
+    flag("--tune-guidance", type=number(float, 0), metavar="W'",
+         help="w' that the student was distilled with: --cfg then acts as the teacher's (Eq. 13)")  # fmt: skip
+    flag("--gamma", type=share, default=0.2, help="gamma of Eq. 18")
+    flag("--schedule", choices=["equidistant", "nonequidistant"], default="equidistant",
+         help="the k timesteps; the latter for 4 to 8 steps")  # fmt: skip
+    flag("--solver-steps", type=whole, default=50, help="N, the grid of the schedules")
+    flag("--clip-steps", type=number(int, 0), help="first steps with C (Eq. 17); all unless given")
+    flag("--seed", type=number(int, 0, 2**62), default=0, help="of the first picture")
+    flag("--output", type=Path, default=Path("cifar.png"), help="PNG, pictures in a grid")
+    flag("--dtype", choices=["float32", "bf16"], default="float32", help="of the network")
+    flag("--device", default="cuda" if gpu else "cpu", help="cpu or cuda")
+    return p
