@@ -3,18 +3,17 @@
 from pathlib import Path
 
 import numpy as np
-from einops import rearrange
 
 from cifar import CLASSES
-from cifar_eval import GAMMAS, HIGH, Evaluation, case, steps_of
+from cifar_eval import GUIDED, HIGH, Evaluation, case, steps_of
 from plots import GREY, INK, Axes, Figure
-from toy_eval import Case
+from toy_eval import GAMMAS, Case
 from toy_figures import COLOURS as TOY_COLOURS
 from toy_figures import NAMES as TOY_NAMES
 
 COLOURS = TOY_COLOURS | {"lcm": TOY_COLOURS["cm"], "tdd_adv": (225, 130, 170)}
 NAMES = TOY_NAMES | {"lcm": "CM / LCM", "tdd_adv": "TDD (adv)", "tdd_high": f"TDD, w' = {HIGH:g}"}
-SIDE = 44  # of a picture that is 32 pixels wide
+SIDE = 46  # of a picture that is 32 pixels wide, and of the gap after it
 
 
 def draw_all(output: Path, ev: Evaluation) -> None:
@@ -38,11 +37,11 @@ Column = tuple[str, str, Case]  # its heading, method and case
 
 
 def sheet(path: Path, title: str, panels: list[tuple[str, list[Column]]], across: int, ev) -> None:
-    """Panels of ten classes, the class agreement and Fréchet distance to the data over each column.
+    """Panels of ten classes, the class agreement and distance to the data over each column.
 
     Columns that this run has no samples for are left out, and so are panels without columns.
     """
-    rows, note = len(CLASSES), "over each column: class agreement; Fréchet distance to the data"
+    rows, note = len(CLASSES), "over each column: class agreement; Frechet distance to the data"
     panels = [(name, [c for c in columns if c[1:] in ev.samples]) for name, columns in panels]
     panels = [(name, columns) for name, columns in panels if columns]
     wide = max(len(columns) for _, columns in panels) * SIDE + 30
@@ -63,8 +62,9 @@ def sheet(path: Path, title: str, panels: list[tuple[str, list[Column]]], across
             )
             for line, word in enumerate(words):
                 figure.text(x + SIDE / 2, top + 24 + 16 * line, word, 13, GREY, "mm")
-            column = rearrange(ev.samples[tuple(key)][:rows], "n c h w -> (n h) w c").numpy()
-            figure.paste(column, x, top + 66, SIDE, rows * SIDE)
+            for y, x_0 in enumerate(ev.samples[tuple(key)][:rows]):
+                picture = x_0.permute(1, 2, 0).numpy()
+                figure.paste(picture, x, top + 66 + y * SIDE, SIDE - 2, SIDE - 2)
     figure.save(path)
 
 
@@ -83,9 +83,9 @@ def samples(path: Path, ev: Evaluation) -> None:
 def guidance(path: Path, ev: Evaluation) -> None:
     """Guidance on top of what was distilled, and Eq. 13's way back: after Fig. 6."""
     k, w = ev.args.kmin, ev.args.guidance - 1
-    added = [0.0, 1.0, 2.0, 3.0]
+    added = (0.0, *GUIDED)
     panels = [
-        (f"{NAMES[m]}: guided further", [(f"g={1 + w:g}", m, case(k, w=w)) for w in added])
+        (f"{NAMES[m]}, guided", [(f"g={1 + w:g}", m, case(k, w=w)) for w in added])
         for m in ("tdd_rho0", "tdd")
     ]
     tuned = [(f"as g={1 + w:g}", "tdd_high", case(k, w=w, tune=HIGH)) for w in added[1:]]
@@ -101,7 +101,7 @@ def clipping(path: Path, ev: Evaluation) -> None:
     k, steps = ev.args.kmin, {"no C": 0, "first": 1, "all": ev.args.kmin}
     panels = [
         (f"TDD at g = {1 + w:g}", [(name, "tdd", case(k, n, w=w)) for name, n in steps.items()])
-        for w in (0.0, 1.0, 2.0)
+        for w in (0.0, *GUIDED[:2])
     ]
     sheet(path, f"x_0 clipped in no step, the first, all: {k} steps, gamma = 0", panels, 3, ev)
 
@@ -118,7 +118,7 @@ def schedules(path: Path, ev: Evaluation) -> None:
     sheet(path, "Which timesteps, from the same noise: gamma = 0", panels, 3, ev)
 
 
-# ------------------------------------------------------------------------------ curves, after Fig. 5
+# ------------------------------------------------------------------------------ after Fig. 5
 
 
 def curves(path: Path, ev: Evaluation) -> None:
@@ -129,7 +129,7 @@ def curves(path: Path, ev: Evaluation) -> None:
     figure.text(30, 30, title, 24)
     plots = [("rmse", 0.0), *(("frechet_teacher", gamma) for gamma in GAMMAS)]
     for i, (metric, gamma) in enumerate(plots):
-        name = "rmse" if metric == "rmse" else "Fréchet"
+        name = "rmse" if metric == "rmse" else "Frechet"
         _curve(figure, 90 + i * 450, f"{name}, gamma = {gamma:g}", metric, gamma, ev)
     for i, method in enumerate(ev.methods):
         y = 130 + 34 * i
@@ -143,7 +143,10 @@ def curves(path: Path, ev: Evaluation) -> None:
 def _curve(figure: Figure, left: float, title: str, metric: str, gamma: float, ev) -> None:
     ks = steps_of(ev.args)
     rows = {(m, k): ev.find(m, case(k, gamma=gamma)) for m in ev.methods for k in ks}
-    found = {key: row[metric] for key, row in rows.items() if row}
+    # Of zero, which only the teacher's own samples have, there is no logarithm.
+    found = {key: row[metric] for key, row in rows.items() if row and row[metric]["value"] > 0}
+    if not found:
+        return
     low = min(f["value"] for f in found.values()) * 0.8
     high = max(f["value"] for f in found.values()) * 1.2
     ticks = [m * 10.0**d for d in range(-3, 3) for m in (1, 2, 5) if low < m * 10.0**d < high]

@@ -3,6 +3,7 @@
 python train_toy.py --data cifar10 --sample tdd --steps 4 --labels cat ship
 """
 
+import hashlib
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import cli
 from cifar import CLASSES, condition, unfold
-from load import load_component
+from load import load_component, read_tensors
 from lora import merge, read_lora
 from sample import DTYPES, null_of, save_grid, timesteps_of
 from solvers import sdxl_schedule
@@ -23,7 +24,14 @@ from unet import UNet, UNetConfig
 # ------------------------------------------------------------------------------------- networks
 
 
-def load_teacher(runs: Path, dtype: str, device) -> UNet:
+def digest(folder: Path) -> str:
+    """A finished teacher's or student's weights in a few letters, for what is made from them."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    path = path if path.exists() else folder / "lora.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def load_teacher(runs: Path, device, dtype: str = "float32") -> UNet:
     """The teacher of a folder of stages; ValueError if there is none."""
     if not (runs / "teacher/stage.json").exists():
         raise ValueError(f"{runs} holds no finished teacher: python train_toy.py --data cifar10")
@@ -32,12 +40,18 @@ def load_teacher(runs: Path, dtype: str, device) -> UNet:
 
 
 def load_student(runs: Path, name: str, teacher: UNet) -> UNet:
-    """A student of this teacher, its LoRA merged into a copy; ValueError if there is none."""
-    if not (runs / name / "stage.json").exists():
+    """A student of this float32 teacher, its LoRA merged into a copy; ValueError if there is none.
+
+    In float32 only: in half precision merging would round small updates away.
+    """
+    path = runs / name / "lora.safetensors"
+    if not path.exists() or not path.with_name("stage.json").exists():
         there = " ".join(sorted(path.parent.name for path in runs.glob("*/lora.safetensors")))
         raise ValueError(f"{runs} holds no finished student {name!r}; there: {there or 'none'}")
+    if read_tensors(path)[1].get("teacher") != digest(runs / "teacher"):
+        raise ValueError(f"{path} is the student of another teacher than {runs / 'teacher'}")
     student, encoder = deepcopy(teacher), nn.Module()
-    lora, *_ = read_lora(runs / name / "lora.safetensors", teacher, encoder, encoder)
+    lora, *_ = read_lora(path, teacher, encoder, encoder)
     merge(student, lora.to(teacher.conv_in.weight.device))
     return student
 
@@ -71,7 +85,7 @@ def pictures(network, label: Tensor, seeds, timesteps, w: float, gamma: float, c
 def main(args) -> None:
     cli.check_device(args.device)
     timesteps = timesteps_of(args)
-    network = load_teacher(args.runs, args.dtype, args.device)
+    network = load_teacher(args.runs, args.device)
     if args.sample != "teacher":
         network = load_student(args.runs, args.sample, network)
     w = args.cfg - 1
@@ -99,7 +113,7 @@ def parser() -> cli.Parser:
     flag("--steps", type=whole, default=4, help="k, the number of steps")
     flag("--cfg", type=number(float, 0), default=1.0, help="g = 1 + w of Eq. 12; a teacher wants 3")
     flag("--tune-guidance", type=number(float, 0), metavar="W'",
-         help="w' that the student was distilled with: --cfg then acts as the teacher's (Eq. 13)")  # fmt: skip
+         help="w' of the student's training: --cfg then acts as the teacher's, Eq. 13")  # fmt: skip
     flag("--gamma", type=share, default=0.2, help="gamma of Eq. 18")
     flag("--schedule", choices=["equidistant", "nonequidistant"], default="equidistant",
          help="the k timesteps; the latter for 4 to 8 steps")  # fmt: skip
@@ -107,6 +121,5 @@ def parser() -> cli.Parser:
     flag("--clip-steps", type=number(int, 0), help="first steps with C (Eq. 17); all unless given")
     flag("--seed", type=number(int, 0, 2**62), default=0, help="of the first picture")
     flag("--output", type=Path, default=Path("cifar.png"), help="PNG, pictures in a grid")
-    flag("--dtype", choices=["float32", "bf16"], default="float32", help="of the network")
     flag("--device", default="cuda" if gpu else "cpu", help="cpu or cuda")
     return p

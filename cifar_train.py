@@ -7,7 +7,7 @@ A student is trained by what train_sdxl.py trains with: LoRA, Distillation and t
 finished is used again, what was interrupted goes on, and other settings than before are refused.
 """
 
-import hashlib
+import argparse
 import shutil
 import time
 import zlib
@@ -37,7 +37,7 @@ from cifar import (
     unet_json,
 )
 from cifar_eval import HIGH, Evaluation
-from cifar_sample import load_teacher
+from cifar_sample import digest, load_teacher
 from load import assign, read_json, read_tensors
 from lora import write_peft
 from sample import null_of
@@ -74,24 +74,26 @@ PRESETS = {
 
 @dataclass
 class Stage:
-    """One training: a folder, all settings that its result depends on, and its batches."""
+    """One training: its folder, and all that its result depends on."""
 
     folder: Path
     settings: dict
+    data: tuple[Tensor, Tensor]
     steps: int
     batch_size: int
     seed: int
 
     def __post_init__(self):
-        given = {"steps": self.steps, "batch_size": self.batch_size, "seed": self.seed}
-        # Under another name: trainer.py lets a run be resumed for more steps, but rates end here.
-        given["training_steps"] = given.pop("steps")
-        self.settings = {k: str(v) for k, v in {**given, **self.settings}.items()}
+        crc = zlib.crc32(self.data[1].numpy(), zlib.crc32(self.data[0].numpy()))
+        own = {"steps": self.steps, "batch_size": self.batch_size, "seed": self.seed}
+        self.settings = own | self.settings | {"data": f"{crc:08x}"}
+        self.settings = {name: str(value) for name, value in self.settings.items()}
 
     def finished(self) -> bool:
-        """Whether its result is there; ValueError if that, or what has begun, is another's."""
+        """Whether its result is there; ValueError if it, or what has begun, has other settings."""
         path = self.folder / "stage.json"
         if not path.exists():
+            self._resume_point()
             return False
         if differ := cli.difference(read_json(path).get("settings", {}), self.settings):
             raise ValueError(
@@ -100,17 +102,27 @@ class Stage:
         print(f"{self.folder.name}: finished before, used again")
         return True
 
-    def train(self, data, modules, optimizers, losses, rate, export, after=lambda: None) -> None:
-        """From the last checkpoint, if any, to the end: losses(batch, generator), export(folder)."""
-        point, config = trainer.resume_point(cli.output_folder(self.folder), True, self.settings)
+    def _resume_point(self) -> tuple[Path | None, dict]:
+        # Not even the steps are free: the learning rate is a function of them.
+        return trainer.resume_point(self.folder, True, self.settings, free=())
+
+    def train(self, modules, optimizers, losses, export, rate=lambda s: 1, after=lambda: None):
+        """From the last checkpoint, if any, to the end: losses(batch, generator), export(folder).
+
+        rate(s) is the share of the learning rate after the share s of all steps.
+        """
+        cli.output_folder(self.folder)
+        point, config = self._resume_point()
         place = config["positions"][0] if point else 0
-        loader = Batches(*data, self.batch_size, self.seed, place)
+        loader = Batches(*self.data, self.batch_size, self.seed, place)
         generator = torch.Generator().manual_seed(self.seed)
         run = trainer.Run(self.folder, modules, optimizers, generator, loader, self.settings)
         if point:
             run.restore(point, config)
         print(f"{self.folder.name}: {self.steps} steps of {self.batch_size} pictures")
-        plan = trainer.Plan(self.steps, rate, save_every=250, keep=1)
+        plan = trainer.Plan(
+            self.steps, lambda step: rate(step / self.steps), save_every=250, keep=1
+        )
         trainer.fit(run, plan, partial(losses, generator=generator), after)
         export(self.folder)
         seconds = sum(self.batch_size / line["images_per_s"] for line in run.log)
@@ -120,71 +132,53 @@ class Stage:
             shutil.rmtree(old)
 
 
-def result_of(folder: Path) -> Path:
-    """The weights of a finished teacher or student."""
-    teacher = folder / "diffusion_pytorch_model.safetensors"
-    return teacher if teacher.exists() else folder / "lora.safetensors"
-
-
-def digest(path: Path) -> str:
-    """A file's content in a few letters: whatever is made from it says so in its settings."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-
-
 def save_network(network: nn.Module, name: str, folder: Path) -> None:
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     with cli.whole(folder / f"{name}.safetensors") as part:
         save_file(tensors, part, {"format": "pt"})
 
 
-def adam(parameters, lr: float) -> dict[str, torch.optim.Optimizer]:
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0, fused=True)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = lr
-    return {"adam": optimizer}
-
-
 # -------------------------------------------------------------------------- classifier and teacher
 
 
-def classifier_of(args, data) -> Classifier:
-    """The judge, trained if it is not there yet."""
-    folder, steps = args.output / "classifier", args.classifier_steps
-    stage = Stage(folder, {"data": data_digest(data)}, steps, 128, args.seed)
-    if not stage.finished():
-        torch.manual_seed(args.seed)
-        classifier = Classifier().to(args.device, memory_format=torch.channels_last)
+def classifier_stage(args, data) -> Stage:
+    return Stage(args.output / "classifier", {}, data, args.classifier_steps, 128, args.seed)
 
-        def losses(batch: dict, generator) -> dict:
-            by = torch.randint(0, 9, (len(batch["labels"]), 2), generator=generator)
-            images, labels = shifted(batch["images"], by).to(args.device), batch["labels"]
-            batch["timesteps"] = torch.zeros(0)
-            loss = classifier_loss(classifier, images, labels.to(args.device))
-            return {"total": loss, "loss": loss}
 
-        # A fifth of the way up, then down to zero.
-        rate = lambda step: min((step + 1) / (0.2 * steps), (steps - step) / (0.8 * steps))  # noqa: E731
-        optimizers = adam(classifier.parameters(), 3e-3)
-        export = partial(save_network, classifier, "model")
-        stage.train(data, {"classifier": classifier}, optimizers, losses, rate, export)
-    path = folder / "model.safetensors"
+def train_classifier(args, stage: Stage) -> None:
+    """The judge."""
+    torch.manual_seed(args.seed)
+    classifier = Classifier().to(args.device, memory_format=torch.channels_last)
+
+    def losses(batch: dict, generator) -> dict:
+        by = torch.randint(0, 9, (len(batch["labels"]), 2), generator=generator)
+        images = shifted(batch["images"], by).to(args.device)
+        batch["timesteps"] = torch.zeros(0)
+        loss = classifier_loss(classifier, images, batch["labels"].to(args.device))
+        return {"total": loss, "loss": loss}
+
+    # A fifth of the way up, then down to zero.
+    optimizers = {"adam": trainer.adamw(classifier.parameters(), 3e-3, weight_decay=0.0)}
+    stage.train(
+        {"classifier": classifier}, optimizers, losses, partial(save_network, classifier, "model"),
+        rate=lambda s: min((s + 0.001) / 0.2, (1 - s) / 0.8),
+    )  # fmt: skip
+
+
+def load_classifier(args) -> Classifier:
+    path = args.output / "classifier/model.safetensors"
     return assign(Classifier(), read_tensors(path)[0], path).to(args.device)
 
 
-def data_digest(data: tuple[Tensor, Tensor]) -> str:
-    return f"{zlib.crc32(data[0].numpy()):08x}"
+def teacher_stage(args, data) -> Stage:
+    kept = ("channels", "teacher_lr", "teacher_ema", "drop", "dtype")
+    settings = {name: getattr(args, name) for name in kept}
+    folder = args.output / "teacher"
+    return Stage(folder, settings, data, args.teacher_steps, args.teacher_batch, args.seed)
 
 
-def train_teacher(args, data) -> None:
+def train_teacher(args, stage: Stage) -> None:
     """The teacher, saved as a UNet in diffusers' layout: the moving average of what is trained."""
-    steps = args.teacher_steps
-    settings = {
-        "data": data_digest(data), "channels": args.channels, "lr": args.teacher_lr,
-        "drop": args.drop, "teacher_ema": args.teacher_ema, "dtype": args.dtype,
-    }  # fmt: skip
-    stage = Stage(args.output / "teacher", settings, steps, args.teacher_batch, args.seed)
-    if stage.finished():
-        return
     torch.manual_seed(args.seed)
     config, schedule = unet_json(args.channels), sdxl_schedule().to(args.device)
     unet = UNet(UNetConfig.from_json(config)).to(args.device, memory_format=torch.channels_last)
@@ -194,10 +188,9 @@ def train_teacher(args, data) -> None:
 
     def losses(batch: dict, generator) -> dict:
         x_0, label = fold(batch["images"]), batch["labels"]
-        b = len(label)
-        t = torch.randint(schedule.T, (b,), generator=generator)
+        t = torch.randint(schedule.T, (len(label),), generator=generator)
         eps = torch.randn(x_0.shape, generator=generator)
-        kept = torch.rand(b, generator=generator) >= args.drop
+        kept = torch.rand(len(label), generator=generator) >= args.drop
         batch["timesteps"] = t
         x_0, label, t, eps, kept = (a.to(args.device) for a in (x_0, label, t, eps, kept))
         half = args.dtype == "bf16"
@@ -209,11 +202,13 @@ def train_teacher(args, data) -> None:
         save_network(ema, "diffusion_pytorch_model", folder)
         cli.write_json(folder / "config.json", config)
 
-    # Up within 100 steps, constant, and down to zero over the last two fifths.
-    rate = lambda step: min(1, (step + 1) / 100, (steps - step) / (0.4 * steps))  # noqa: E731
-    after = partial(ema_update, list(ema.parameters()), list(unet.parameters()), args.teacher_ema)
-    optimizers = adam(unet.parameters(), args.teacher_lr)
-    stage.train(data, {"teacher": unet, "ema": ema}, optimizers, losses, rate, export, after)
+    # Constant, after a start of a fiftieth, and down to zero over the last two fifths.
+    stage.train(
+        {"teacher": unet, "ema": ema},
+        {"adam": trainer.adamw(unet.parameters(), args.teacher_lr, weight_decay=0.0)},
+        losses, export, lambda s: min(1, (s + 0.001) / 0.02, (1 - s) / 0.4),
+        partial(ema_update, list(ema.parameters()), list(unet.parameters()), args.teacher_ema),
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------- students
@@ -235,19 +230,22 @@ def student_args(args, name: str):
     return own
 
 
-def train_student(args, name: str, data) -> None:
+def student_stage(args, name: str, data) -> Stage:
+    own = student_args(args, name)
+    kept = ("method", "guidance", "solver_steps", "rho", "eta", "kmin", "kmax", "lr", "rank",
+            "ema", "loss", "solver", "adv", "adv_weight", "adv_lr", "dtype")  # fmt: skip
+    settings = {key: getattr(own, key) for key in kept}
+    settings["teacher"] = digest(args.output / "teacher")
+    return Stage(args.output / name, settings, data, args.steps, args.batch_size, args.seed)
+
+
+def train_student(args, stage: Stage) -> None:
     """A student's LoRA by Algorithm 1, on the teacher that lies beside it."""
-    own, folder = student_args(args, name), args.output / name
-    algorithm = ("method", "guidance", "solver_steps", "rho", "eta", "kmin", "kmax", "lr", "rank",
-                 "ema", "loss", "solver", "adv", "adv_weight", "adv_lr", "dtype")  # fmt: skip
-    settings = {key: getattr(own, key) for key in algorithm} | {"data": data_digest(data)}
-    settings["teacher"] = digest(result_of(args.output / "teacher"))
-    stage = Stage(folder, settings, args.steps, args.batch_size, args.seed)
-    if stage.finished():
-        return
-    nets = train_sdxl.distillation_of(
-        own, load_teacher(args.output, args.dtype, args.device), args.device
-    )
+    own = student_args(args, stage.folder.name)
+    # Each student's graphs are its own; those of the last one only count against the limit.
+    torch._dynamo.reset()
+    teacher = load_teacher(args.output, args.device, args.dtype)
+    nets = train_sdxl.distillation_of(own, teacher, args.device)
 
     def losses(batch: dict, generator) -> dict:
         x_0, cond = fold(batch["images"]).to(args.device), condition(batch["labels"])
@@ -257,38 +255,52 @@ def train_student(args, name: str, data) -> None:
         return nets.losses(x_0, cond, null_of(cond), draws)
 
     def export(folder: Path) -> None:
-        told = {k: str(v) for k, v in settings.items()}
-        write_peft(folder / "lora.safetensors", nets.result.lora, **told)
+        write_peft(folder / "lora.safetensors", nets.result.lora, **stage.settings)
 
     optimizers = train_sdxl.optimizers_of(own, nets)
-    rate = lambda step: 1.0  # noqa: E731
-    stage.train(data, nets.modules, optimizers, losses, rate, export, nets.after_step)
+    stage.train(nets.modules, optimizers, losses, export, after=nets.after_step)
 
 
 # -------------------------------------------------------------------------------------------- main
+#
+# What is refused is refused before the first hour of training: flags, data, and whatever lies in
+# the folder with other settings.
+
+
+def check(args) -> None:
+    """Flags that no flag's own type can refuse; ValueError in one line."""
+    cli.check_device(args.device)
+    if processes.identity(args.device)[1] > 1:
+        raise ValueError("CIFAR-10 takes one process: start it without torchrun")
+    if any(c % 32 for c in args.channels) or len(args.channels) > 4:
+        raise ValueError(f"--channels {args.channels}: up to 4 levels, of a multiple of 32 each")
+    args.methods = list(dict.fromkeys(args.methods))
+    for name in args.methods:
+        student_args(args, name)
+
+
+def train_all(args, data) -> None:
+    """Whatever is not finished, each stage from the one before."""
+    first = [(classifier_stage, train_classifier), (teacher_stage, train_teacher)]
+    stages = [(make(args, data), train) for make, train in first]
+    for stage, train in [pair for pair in stages if not pair[0].finished()]:
+        train(args, stage)
+    students = [student_stage(args, name, data) for name in args.methods]
+    for stage in [stage for stage in students if not stage.finished()]:
+        train_student(args, stage)
 
 
 def main(args) -> None:
     start = time.time()
-    processes.start(args.device)
+    check(args)
     train, test = (read_split(args.data_dir, train=t) for t in (True, False))
-    for name in args.methods:
-        # Flags that no student can be trained with are refused before an hour has gone by.
-        student_args(args, name)
-    classifier, made_of = classifier_of(args, train), {}
-    train_teacher(args, train)
-    for name in args.methods:
-        train_student(args, name, train)
-    for name in ("teacher", *args.methods):
-        made_of[name] = digest(result_of(args.output / name))
-    ev = Evaluation(args, classifier, made_of, train, test)
-    try:
-        ev.run(args.methods)
-        cifar_figures.draw_all(args.output, ev)
-    finally:
-        # After Ctrl-C too: the rows that are there cost a minute each.
-        write_metrics(args, ev)
+    train_all(args, train)
+    ev = Evaluation(args, load_classifier(args), train, test)
+    ev.run(args.methods)
+    write_metrics(args, ev)
+    cifar_figures.draw_all(args.output, ev)
     print("\n\n".join(ev.tables()))
+    print(f"The classifier is right about {ev.accuracy:.1%} of the test pictures.")
     print(f"{time.time() - start:.0f} s; metrics.json and the pictures are in {args.output}/")
 
 
@@ -334,6 +346,6 @@ def parser(preset: str | None = None) -> cli.Parser:
     flag("--seed", type=number(int, 0, 2**31), default=0, help="of all random numbers")
     flag("--dtype", choices=["float32", "bf16"], help="bf16 pays on CPUs with AVX-512 or AMX too")
     flag("--device", help="cpu or cuda")
-    flag("--compile", action="store_true", help="torch.compile the UNet's blocks")
+    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile UNet blocks")
     p.set_defaults(**PRESETS[preset])
     return p

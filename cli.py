@@ -19,7 +19,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         super().__init__(
-            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
         )
 
     def error(self, message: str):

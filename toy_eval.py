@@ -33,6 +33,13 @@ class Case:
     clip_steps: int = 0
 
 
+def timesteps_of(args, case: Case) -> list[int]:
+    """A case's schedule, for what has been trained with N, K_min and K_max as in args."""
+    if case.schedule == "nonequidistant":
+        return nonequidistant(case.k, args.solver_steps, args.kmin, args.kmax)
+    return equidistant(case.k, args.solver_steps)
+
+
 class Evaluation:
     """Samples students and teacher from the same noise, and holds them against the reference.
 
@@ -66,12 +73,6 @@ class Evaluation:
     def cond(self, members: int) -> Tensor:
         return repeat(one_hot(self.label), "n c -> (n r) c", r=members * self.args.seeds)
 
-    def timesteps(self, case: Case) -> list[int]:
-        N = self.args.solver_steps
-        if case.schedule == "nonequidistant":
-            return nonequidistant(case.k, N, self.args.kmin, self.args.kmax)
-        return equidistant(case.k, N)
-
     # -------------------------------------------------------------------------------- sampling
 
     def sample(self, network, members: int, case: Case, w: float, callback=None, **options):
@@ -79,8 +80,8 @@ class Evaluation:
         # C clips to [-1, 1], where pixels live; this data reaches to `bound` instead.
         eps = guided(network, self.cond(members), torch.zeros(1, CLASSES), w)
         noise, clip = self.noise(members), lambda x: self.data.bound * clip_x0(x / self.data.bound)
-        x = gamma_sample(eps, next(noise), self.timesteps(case), self.schedule, case.gamma, noise,
-                         clip, case.clip_steps, callback=callback, **options)  # fmt: skip
+        given = timesteps_of(self.args, case), self.schedule, case.gamma, noise, clip
+        x = gamma_sample(eps, next(noise), *given, case.clip_steps, callback=callback, **options)
         return rearrange(x, "(n m s) d -> m s n d", m=members, s=self.args.seeds)
 
     def reference(self, case: Case, w: float, w_distilled: float) -> Tensor:

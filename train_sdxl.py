@@ -207,14 +207,11 @@ def compile_blocks(unet: UNet, **how) -> None:
 
 
 def optimizers_of(args, nets: Distillation) -> dict[str, torch.optim.Optimizer]:
-    decay = {"weight_decay": args.weight_decay, "fused": True}
-    made = {"adam": torch.optim.AdamW(nets.student.parameters(), args.lr, **decay)}
+    decay = {"weight_decay": args.weight_decay}
+    made = {"adam": trainer.adamw(nets.student.parameters(), args.lr, **decay)}
     if nets.adversary is not None:
         heads = nets.adversary.heads.parameters()
-        made["adam_heads"] = torch.optim.AdamW(heads, args.adv_lr, (0.0, 0.999), **decay)
-    for optimizer in made.values():
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
+        made["adam_heads"] = trainer.adamw(heads, args.adv_lr, betas=(0.0, 0.999), **decay)
     return made
 
 

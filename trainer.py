@@ -101,13 +101,27 @@ class Run:
             own = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if _of(k, name)}
             module.load_state_dict(own)
         for name, optimizer in self.optimizers.items():
-            state = {}
+            own, state = _parameters(optimizer), {}
             for key in (k for k in tensors if _of(k, name)):
                 _, i, part = key.split("/")
-                state.setdefault(int(i), {})[part] = tensors[key]
+                # Laid out in memory like the weight: a fused optimizer takes that for granted.
+                like = own[int(i)] if tensors[key].ndim else tensors[key]
+                state.setdefault(int(i), {})[part] = torch.empty_like(like).copy_(tensors[key])
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         self.generator.set_state(tensors[f"rng/{processes.rank()}"])
         self.step = config["step"]
+
+
+def adamw(parameters, lr: float, **options) -> torch.optim.AdamW:
+    """AdamW in its fastest form, with what `fit` needs to change the learning rate."""
+    optimizer = torch.optim.AdamW(parameters, lr, fused=True, **options)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = lr
+    return optimizer
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _of(key: str, name: str) -> bool:
@@ -134,7 +148,7 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[11:]))
 
 
-def resume_point(output: Path, resume: bool, settings: dict) -> tuple[Path | None, dict]:
+def resume_point(output: Path, resume: bool, settings: dict, free=FREE) -> tuple[Path | None, dict]:
     """The newest whole checkpoint and its config, or (None, {}) to begin at step 0.
 
     Raises ValueError if there are checkpoints but no --resume, or if they have other settings.
@@ -152,7 +166,7 @@ def resume_point(output: Path, resume: bool, settings: dict) -> tuple[Path | Non
             continue
         if (made := len(config["positions"])) != processes.world_size():
             raise ValueError(f"{folder} was made by {made} processes: resume it with as many")
-        if differ := cli.difference(config["settings"], settings, FREE):
+        if differ := cli.difference(config["settings"], settings, free):
             raise ValueError(
                 f"{folder} was made with --{differ}: give the same, or name another --output"
             )
@@ -247,7 +261,7 @@ def fit(run: Run, plan: Plan, losses, after=lambda: None, ddp=(), picture=None) 
                 run.save(plan.keep)
             if stopping:
                 bar.close()
-                processes.say(f"stopped after step {run.step}; --resume goes on from there")
+                processes.say(f"stopped after step {run.step}; resumed, it goes on from there")
                 processes.close()
                 raise SystemExit(128 + (stop.signal or signal.SIGTERM))
             if main and plan.sample_every and run.step % plan.sample_every == 0:
@@ -315,8 +329,7 @@ def _next(loader) -> dict:
 
 def _clip(optimizer: torch.optim.Optimizer, limit: float) -> float:
     """Scale the gradient down to a norm of `limit` (0: as it is); the norm it had."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return nn.utils.clip_grad_norm_(parameters, limit or math.inf).item()
+    return nn.utils.clip_grad_norm_(_parameters(optimizer), limit or math.inf).item()
 
 
 def _give_up(step: int, about: tuple) -> None:

@@ -1,0 +1,479 @@
+"""CIFAR-10: the whole path at a tiny size, its parts against diffusers, closed forms and numpy."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+import cifar
+import cifar_eval
+import cifar_sample
+import cifar_train
+import plots
+import trainer
+from solvers import sdxl_schedule
+from test_solvers import ALPHA, SIGMA, randn, run
+
+HERE = Path(__file__).parent
+TINY = {
+    "channels": "32 32", "classifier-steps": 12, "teacher-steps": 30, "teacher-batch": 8,
+    "steps": 3, "batch-size": 4, "samples": 20, "solver-steps": 10, "kmax": 6, "rank": 4,
+}  # fmt: skip
+W = 2.0
+
+
+def flags(output, data, **more):
+    given = {"data": "cifar10", "data-dir": data, "output": output, **TINY, **more}
+    return [word for key, value in given.items() for word in (f"--{key}", *str(value).split())]
+
+
+def slice_of_cifar(folder, seed=0):
+    """Six files of 30 records: a colour for each class, and noise."""
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]:
+        records = b""
+        for label in range(30):
+            colour = np.array([label % 3, label % 5 / 2, label % 7 / 3])[:, None, None] * 80
+            pixels = colour + rng.integers(0, 90, (3, 32, 32))
+            records += bytes([label % 10]) + pixels.astype(np.uint8).tobytes()
+        (folder / name).write_bytes(records)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return slice_of_cifar(tmp_path_factory.mktemp("cifar") / "cifar-10-batches-bin")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, data):
+    """The whole experiment, from the command line: where it lies, and what was printed."""
+    output = tmp_path_factory.mktemp("runs") / "cifar10"
+    command = [sys.executable, HERE / "train_toy.py", *flags(output, data)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return output, done.stdout
+
+
+def arguments(output, data, **more):
+    return cifar_train.parser().parse_args(flags(output, data, **more))
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+def test_records_are_read_as_they_lie_in_the_file(data):
+    images, labels = cifar.read_split(data, train=False)
+    content = (data / "test_batch.bin").read_bytes()
+    # Record 17, green, row 5, column 9, straight from the format's description.
+    assert images[17, 1, 5, 9].item() == content[17 * 3073 + 1 + 1024 + 5 * 32 + 9]
+    assert labels.tolist() == [content[i * 3073] for i in range(30)]
+    assert len(cifar.read_split(data, train=True)[0]) == 150
+
+
+def test_folding_is_pixel_unshuffle_and_loses_nothing(data):
+    images, _ = cifar.read_split(data, train=False)
+    x_0 = cifar.fold(images)
+    want = nn.PixelUnshuffle(2)(images.double() / 255 * 2 - 1)
+    torch.testing.assert_close(x_0.double(), want, rtol=0, atol=1e-6)
+    assert torch.equal(cifar.unfold(x_0), images)
+    # Beyond [-1, 1] there is no colour.
+    assert cifar.unfold(3 * torch.ones(1, 12, 16, 16)).eq(255).all()
+
+
+def test_a_batch_depends_on_seed_and_position_alone(data):
+    split = cifar.read_split(data, train=True)
+    straight = cifar.Batches(*split, 16, seed=3)
+    first, second = next(straight), next(straight)
+    resumed = next(cifar.Batches(*split, 16, seed=3, position=1))
+    assert torch.equal(second["images"], resumed["images"])
+    assert not torch.equal(first["images"], second["images"])
+    flipped = 0
+    for i, name in enumerate(second["names"]):
+        source = split[0][int(name.split()[1])]
+        assert second["labels"][i] == split[1][int(name.split()[1])]
+        flipped += torch.equal(second["images"][i], source.flip(2))
+        assert torch.equal(second["images"][i], source) ^ torch.equal(
+            second["images"][i], source.flip(2)
+        )
+    assert 0 < flipped < 16
+
+
+def test_pictures_are_shifted_as_one_by_one(data):
+    images, _ = cifar.read_split(data, train=False)
+    by = torch.randint(0, 9, (30, 2), generator=torch.Generator().manual_seed(0))
+    for x, (down, right), moved in zip(images, by.tolist(), cifar.shifted(images, by), strict=True):
+        padded = np.pad(x.numpy(), ((0, 0), (4, 4), (4, 4)))
+        assert np.array_equal(moved.numpy(), padded[:, down : down + 32, right : right + 32])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda folder: (folder / "data_batch_3.bin").unlink(), "data_batch_3.bin is missing"),
+        (lambda folder: (folder / "test_batch.bin").write_bytes(b"1" * 5000), "no whole CIFAR-10"),
+        (lambda folder: (folder / "test_batch.bin").write_bytes(b""), "no whole CIFAR-10"),
+        (lambda folder: (folder / "test_batch.bin").write_bytes(b"\x0b" * 3073), "no whole"),
+    ],
+)
+def test_data_that_is_not_there_says_where_to_get_it(spoil, said, tmp_path, monkeypatch, capsys):
+    folder = slice_of_cifar(tmp_path / "data")
+    spoil(folder)
+    code, _, err = run(cifar_train, monkeypatch, capsys, *flags(tmp_path / "out", folder))
+    assert code == 2 and err.count("\n") == 1
+    assert said in err and "cifar-10-binary.tar.gz" in err and "--data-dir" in err
+
+
+# --------------------------------------------------------------------------------------- teacher
+
+
+def test_teachers_loss_is_min_snr_weighted():
+    """Against its formula in numpy, at timesteps on both sides of SNR = 5."""
+    x_0, eps, t = (
+        randn(4, 12, 16, 16),
+        randn(4, 12, 16, 16, seed=1),
+        torch.tensor([3, 150, 400, 999]),
+    )
+    seen = []
+
+    def network(x_t, t, cond):
+        seen.append(x_t)
+        return 0.5 * x_t
+
+    loss = cifar.teacher_loss(network, x_0, {}, t, eps, sdxl_schedule())
+    total = 0.0
+    for i, time in enumerate(t.tolist()):
+        alpha, sigma = ALPHA[time], SIGMA[time]
+        x_t = alpha * x_0[i].numpy() + sigma * eps[i].numpy()
+        np.testing.assert_allclose(seen[0][i].numpy(), x_t, atol=1e-6)
+        snr = alpha**2 / sigma**2
+        total += min(snr, 5) / snr * np.mean((0.5 * x_t - eps[i].numpy()) ** 2)
+    assert loss.item() == pytest.approx(total / 4, rel=1e-5)
+
+
+def test_labels_give_way_to_the_null_condition():
+    cond = cifar.condition(torch.tensor([3, 9]), torch.tensor([True, False]))
+    assert cond["tokens"].shape == (2, 1, 10) and cond["tokens"][0, 0].argmax() == 3
+    assert cond["pooled"][0].tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
+    assert not cond["tokens"][1].any() and not cond["pooled"][1].any()
+    assert cond["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 2
+
+
+def test_saved_teacher_is_a_diffusers_unet(runs):
+    theirs = UNet2DConditionModel.from_pretrained(runs[0] / "teacher").double()
+    ours = cifar_sample.load_teacher(runs[0], "float32", "cpu").double()
+    x_t, t = randn(3, 12, 16, 16), torch.tensor([0, 500, 999])
+    cond = cifar.condition(torch.tensor([1, 5, 9]), torch.tensor([True, True, False]))
+    cond = {key: value.double() for key, value in cond.items()}
+    added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
+    want = theirs(x_t, t, cond["tokens"], added_cond_kwargs=added).sample
+    torch.testing.assert_close(ours(x_t, t, cond), want, rtol=1e-6, atol=1e-6)
+
+
+def teacher_of(output, data):
+    args = arguments(output, data)
+    stage = cifar_train.teacher_stage(args, cifar.read_split(data, train=True))
+    assert not stage.finished()
+    cifar_train.train_teacher(args, stage)
+    return load_file(output / "teacher/diffusion_pytorch_model.safetensors")
+
+
+def test_an_interrupted_stage_goes_on_bit_by_bit(data, tmp_path, monkeypatch):
+    straight = teacher_of(tmp_path / "straight", data)
+    count = iter(range(1000))
+
+    def interrupted(*given):
+        if next(count) == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return cifar.teacher_loss(*given)
+
+    monkeypatch.setattr(cifar_train, "teacher_loss", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        teacher_of(tmp_path / "cut", data)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert trainer.checkpoints(tmp_path / "cut/teacher")[0].name == "checkpoint-12"
+    resumed = teacher_of(tmp_path / "cut", data)
+    # 30 steps in all: the 12 before were not done again.
+    assert next(count) == 30
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert len((tmp_path / "cut/teacher/log.jsonl").read_text().splitlines()) == 30
+
+
+# ----------------------------------------------------------------------------------- whole path
+
+
+def test_second_run_uses_what_is_there(runs, data, monkeypatch, capsys):
+    output, printed = runs
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
+    pasted, paste = [], plots.Figure.paste
+    monkeypatch.setattr(
+        plots.Figure, "paste", lambda self, x, *box: pasted.append(x.copy()) or paste(self, x, *box)
+    )
+    code, out, _ = run(cifar_train, monkeypatch, capsys, *flags(output, data))
+    assert code == 0
+    # The pictures in the sheets are the samples themselves: the first of TDD, non-equidistant.
+    first = samples_of(output, "tdd", k=5, schedule="nonequidistant")[0].permute(1, 2, 0).numpy()
+    assert any(np.array_equal(x, first) for x in pasted)
+    assert out.count("finished before, used again") == 2 + len(cifar_train.STUDENTS)
+    assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
+    for name in ("samples", "curves", "guidance", "clipping", "schedules"):
+        assert Image.open(output / f"{name}.png").size[0] > 300
+    # The tables are the same figures again.
+    tables = [
+        text[text.index("frechet_teacher") : text.rindex("\n", 0, -1)] for text in (printed, out)
+    ]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"teacher-lr": 2e-3}, "teacher was made with teacher-lr 0.001, not 0.002"),
+        ({"steps": 4}, "lcm was made with steps 3, not 4"),
+        ({"guidance": 4, "methods": "tdd"}, "tdd was made with guidance 2.0, not 3.0"),
+        ({"classifier-steps": 13}, "classifier was made with steps 12, not 13"),
+        ({"channels": "32 48"}, "--channels [32, 48]: up to 4 levels, of a multiple of 32 each"),
+        ({"kmax": 11}, "schedules of kmin 4 to kmax 11 steps do not fit N = 10"),
+    ],
+)
+def test_changed_settings_never_reuse_anothers_weights(
+    runs, data, monkeypatch, capsys, changed, said
+):
+    words = flags(runs[0], data, **changed)
+    code, _, err = run(cifar_train, monkeypatch, capsys, *words)
+    assert code == 2 and err.count("\n") == 1 and said in err
+
+
+def test_changed_data_never_reuse_anothers_weights(runs, tmp_path, monkeypatch, capsys):
+    other = slice_of_cifar(tmp_path / "other", seed=1)
+    code, _, err = run(cifar_train, monkeypatch, capsys, *flags(runs[0], other))
+    assert code == 2 and "classifier was made with data" in err
+
+
+def test_students_of_another_teacher_are_refused(runs, data, tmp_path):
+    args = arguments(tmp_path, data)
+    (tmp_path / "teacher").symlink_to(runs[0] / "teacher")
+    (tmp_path / "tdd").mkdir()
+    stage = json.loads((runs[0] / "tdd/stage.json").read_text())
+    stage["settings"]["teacher"] = "0123456789ab"
+    (tmp_path / "tdd/stage.json").write_text(json.dumps(stage))
+    stage = cifar_train.student_stage(args, "tdd", cifar.read_split(data, train=True))
+    with pytest.raises(ValueError, match="tdd was made with teacher 0123456789ab, not"):
+        stage.finished()
+
+
+# --------------------------------------------------------------------------------------- figures
+
+
+def frechet_by_definition(a, b):
+    """The textbook's formula with the square root of the product itself."""
+    (m, c), (m_, c_) = ((x.mean(0), np.cov(x.T)) for x in (a, b))
+    root = np.sqrt(np.linalg.eigvals(c @ c_).astype(complex)).real.sum()
+    return ((m - m_) ** 2).sum() + np.trace(c) + np.trace(c_) - 2 * root
+
+
+def test_frechet_distance_is_the_textbooks():
+    a, b = randn(200, 6) @ randn(6, 6, seed=2), randn(150, 6, seed=1) + 0.3
+    got = cifar_eval.frechet(cifar_eval.moments(a), cifar_eval.moments(b))
+    assert got == pytest.approx(frechet_by_definition(a.numpy(), b.numpy()), rel=1e-8)
+    # Diagonal Gaussians, in closed form.
+    one = torch.tensor([1.0, 2.0]), torch.diag(torch.tensor([4.0, 9.0]))
+    other = torch.tensor([0.0, 0.0]), torch.diag(torch.tensor([1.0, 1.0]))
+    assert cifar_eval.frechet(one, other) == pytest.approx(1 + 4 + (2 - 1) ** 2 + (3 - 1) ** 2)
+
+
+def test_jackknife_of_a_mean_is_the_standard_error():
+    """With groups of one picture each it is the sample's deviation over the root of n."""
+    x = randn(cifar_eval.GROUPS)
+    value, error = cifar_eval.jackknife(lambda i: x[i].mean().item(), len(x))
+    assert value == pytest.approx(x.mean().item())
+    assert error == pytest.approx(x.std().item() / len(x) ** 0.5)
+    # What depends on the class alone has no error: every group holds each class as often.
+    of_class = torch.arange(200) % 10 < 3
+    value, error = cifar_eval.jackknife(lambda i: of_class[i].double().mean().item(), 200)
+    assert (value, error) == (pytest.approx(0.3), pytest.approx(0, abs=1e-9))
+
+
+def test_png_bits_tell_flat_pictures_from_noise():
+    flat = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    noise = torch.randint(0, 256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    low, high = cifar_eval.png_bits(torch.cat([flat, noise]))
+    # Noise cannot be compressed below its 24 bits a pixel.
+    assert low < 2 and 24 < high < 27
+
+
+def samples_of(output, method, **wanted):
+    """The saved samples of the one case with these settings."""
+    found = []
+    for path in (output / "samples").glob(f"{method}-*.safetensors"):
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["about"])
+            if wanted.items() <= about.items():
+                found.append(file.get_tensor("images"))
+    (images,) = found
+    return images
+
+
+def test_rows_are_what_the_samples_give(runs, data):
+    output, printed = runs
+    metrics = json.loads((output / "metrics.json").read_text())
+    classifier = cifar.Classifier().eval()
+    classifier.load_state_dict(load_file(output / "classifier/model.safetensors"))
+    with torch.no_grad():
+        read = lambda images: [  # noqa: E731
+            x.double().numpy() for x in classifier(nn.PixelUnshuffle(2)(images / 127.5 - 1))
+        ]
+        images, _ = cifar.read_split(data, train=True)
+        train, _ = read(images)
+        few = samples_of(output, "tdd", k=4, gamma=0.0, w=0.0, clip_steps=4)
+        many = samples_of(output, "teacher", k=10)
+        (features, logits), (reference, _) = read(few), read(many)
+    scale = (np.trace(np.cov(train.T)) / 100) ** 0.5
+    wanted = {"method": "tdd", "k": 4, "gamma": 0.0, "w": 0.0, "clip_steps": 4}
+    (row,) = [row for row in metrics["rows"] if wanted.items() <= row.items()]
+    labels = np.arange(20) % 10
+    want = {
+        "frechet_data": frechet_by_definition(features / scale, train / scale),
+        "frechet_teacher": frechet_by_definition(features / scale, reference / scale),
+        "agreement": np.mean(logits.argmax(1) == labels),
+        "rmse": np.sqrt(np.mean(((few.double() - many.double()) / 127.5).numpy() ** 2)),
+    }
+    for name, value in want.items():
+        # 20 pictures leave a covariance of 256 features singular: square roots of rounding errors.
+        assert row[name]["value"] == pytest.approx(value, rel=2e-3, abs=2e-3), name
+    # The table is the rows in print.
+    line = next(line for line in printed.splitlines() if line.startswith("tdd "))
+    assert f"{row['frechet_teacher']['value']:.3f}" in line
+    images, labels = cifar.read_split(data, train=False)
+    with torch.no_grad():
+        right = read(images)[1].argmax(1) == labels.numpy()
+    assert metrics["classifier_accuracy"] == pytest.approx(right.mean())
+
+
+def test_every_case_of_the_issue_is_there(runs):
+    rows = json.loads((runs[0] / "metrics.json").read_text())["rows"]
+    seen = {(r["method"], r["k"], r["gamma"], r["schedule"], r["w"], r["tune"]) for r in rows}
+    plain = [m for m in cifar_train.STUDENTS if m not in ("tdd_rho0", "tdd_high")]
+    for method in plain:
+        assert {(method, k, 0.0, "equidistant", 0.0, None) for k in (1, 2, 4, 5, 6)} <= seen
+        assert {(method, k, 0.2, "equidistant", 0.0, None) for k in (4, 5, 6)} <= seen
+    assert {("teacher", k, 0.0, "equidistant", W, None) for k in (1, 2, 4, 5, 6, 10)} <= seen
+    assert ("tdd", 5, 0.0, "nonequidistant", 0.0, None) in seen and len(seen) < len(rows)
+    clipped = {(r["w"], r["clip_steps"]) for r in rows if r["method"] == "tdd" and r["k"] == 4}
+    assert {(w, n) for w in (0.0, 1.0, 2.0) for n in (0, 1, 4)} <= clipped
+    for method in ("tdd", "tdd_rho0"):
+        assert {(method, 4, 0.0, "equidistant", w, None) for w in (0.0, 1.0, 2.0, 3.0)} <= seen
+    assert {("tdd_high", 4, 0.0, "equidistant", w, 5.0) for w in (1.0, 2.0, 3.0)} <= seen
+
+
+# -------------------------------------------------------------------------------------- sampling
+
+
+def diffusers_student(output, name):
+    unet = UNet2DConditionModel.from_pretrained(output / "teacher")
+    if name != "teacher":
+        unet.load_lora_adapter(load_file(output / name / "lora.safetensors"), prefix="unet")
+    return unet.double()
+
+
+@torch.no_grad()
+def ddim_by_hand(unet, labels, seeds, timesteps, w, clip_steps):
+    """Guided DDIM on diffusers' UNet, x_0 clipped, as bytes (n, 32, 32, 3)."""
+    code = torch.eye(10, dtype=torch.float64)[labels]
+    size = torch.tensor([[32, 32, 0, 0, 32, 32]]).repeat(len(labels), 1)
+
+    def eps(x, t, code):
+        added = {"text_embeds": code, "time_ids": size}
+        return unet(x, t, code[:, None], added_cond_kwargs=added).sample
+
+    draws = [
+        torch.randn((1, 12, 16, 16), generator=torch.Generator().manual_seed(s)) for s in seeds
+    ]
+    x = torch.cat(draws).double()
+    for i, t in enumerate(timesteps):
+        e = (1 + w) * eps(x, t, code) - w * eps(x, t, 0 * code)
+        x_0 = (x - SIGMA[t] * e) / ALPHA[t]
+        if i < clip_steps:
+            x_0 = x_0.clamp(-1, 1)
+            e = (x - ALPHA[t] * x_0) / SIGMA[t]
+        if i + 1 == len(timesteps):
+            break
+        s = timesteps[i + 1]
+        x = ALPHA[s] * x_0 + SIGMA[s] * e
+    pixels = nn.PixelShuffle(2)(x_0).clamp(-1, 1)
+    return ((pixels + 1) * 127.5).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize(
+    ("name", "w", "more", "timesteps", "clip"),
+    [
+        ("tdd", 0.0, [], [999, 799, 499, 299], 4),
+        ("teacher", 2.0, ["--cfg", 3, "--clip-steps", 1], [999, 799, 499, 299], 1),
+        ("tdd_high", -0.5, ["--cfg", 3, "--tune-guidance", 5], [999, 799, 499, 299], 4),
+    ],
+)
+def test_saved_networks_are_sampled_as_diffusers_would(
+    runs, tmp_path, monkeypatch, capsys, name, w, more, timesteps, clip
+):
+    path = tmp_path / "new/grid.png"
+    words = ["--sample", name, "--runs", runs[0], "--labels", "cat", "ship", "--num-images", 2]
+    words += ["--gamma", 0, "--solver-steps", 10, "--seed", 5, "--output", path, *more]
+    code, out, err = run(cifar_sample, monkeypatch, capsys, *words)
+    assert (code, err) == (0, "") and str(path) in out
+    unet = diffusers_student(runs[0], name)
+    want = ddim_by_hand(unet, [3, 8, 3, 8], [5, 6, 7, 8], timesteps, w, clip)
+    grid = np.asarray(Image.open(path)).astype(float)
+    got = [grid[y : y + 32, x : x + 32] for y in (0, 32) for x in (0, 32)]
+    assert np.abs(np.stack(got) - want).max() < 0.6
+
+
+def test_sampling_from_the_command_line_of_the_toy(runs, tmp_path):
+    command = [sys.executable, HERE / "train_toy.py", "--data=cifar10", "--sample", "tdd"]
+    command += ["--runs", runs[0], "--num-images", "1", "--steps", "5", "--schedule"]
+    command += ["nonequidistant", "--solver-steps", "40", "--output", tmp_path / "x.png"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "x.png").size == (320, 32)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sample", "tddd"], "no finished student 'tddd'; there: lcm pcm4 tcd tdd"),
+        (["--sample", "tdd", "--steps", 11], "11 steps: from 1 to 10"),
+        (["--sample", "tdd", "--device", "nowhere"], "--device nowhere cannot be used here"),
+        (["--sample", "tdd", "--labels", "unicorn"], "invalid choice: 'unicorn'"),
+    ],
+)
+def test_sampling_says_what_is_wrong(runs, tmp_path, monkeypatch, capsys, words, said):
+    words = ["--runs", runs[0], "--solver-steps", 10, "--output", tmp_path / "x.png", *words]
+    code, _, err = run(cifar_sample, monkeypatch, capsys, *words)
+    assert code == 2 and err.count("\n") == 1 and said in err
+
+
+def test_sampling_needs_a_teacher(tmp_path, monkeypatch, capsys):
+    code, _, err = run(cifar_sample, monkeypatch, capsys, "--sample", "tdd", "--runs", tmp_path)
+    assert code == 2 and "holds no finished teacher: python train_toy.py --data cifar10" in err
+
+
+def test_presets_fill_the_flags():
+    cpu, gpu = (cifar_train.parser(name).parse_args([]) for name in ("cpu", "gpu"))
+    assert (cpu.dtype, gpu.dtype, gpu.device, gpu.compile) == ("float32", "bf16", "cuda", True)
+    config = cifar.unet_json(gpu.channels)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in UNet2DConditionModel.from_config(config).parameters())
+    # "About 35 million", as asked for.
+    assert 30e6 < size < 40e6
