@@ -35,13 +35,18 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     return features.mean(0), features.T.cov()
 
 
-def frechet(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+def reference(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments to measure distances from, with the root of the covariance, which costs the most."""
+    mean, covariance = moments(features)
+    values, vectors = torch.linalg.eigh(covariance)
+    return mean, covariance, vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+def frechet(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor]) -> float:
     """Squared Fréchet distance of two Gaussians: |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2))."""
-    (m, c), (m_, c_) = one, other
-    # The square root of C C' has the trace of that of the symmetric C^(1/2) C' C^(1/2).
-    values, vectors = torch.linalg.eigh(c)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ c_ @ root).clamp(min=0).sqrt().sum()
+    (m, c), (m_, c_, root) = one, other
+    # The square root of C C' has the trace of that of the symmetric C'^(1/2) C C'^(1/2).
+    cross = torch.linalg.eigvalsh(root @ c @ root).clamp(min=0).sqrt().sum()
     return ((m - m_).square().sum() + c.trace() + c_.trace() - 2 * cross).item()
 
 
@@ -60,14 +65,19 @@ def png_bits(images: Tensor) -> Tensor:
     return torch.tensor(sizes)
 
 
-def jackknife(statistic, n: int) -> tuple[float, float]:
-    """statistic(indices) of all n, and its standard error from leaving out groups of n / GROUPS."""
+def subsets(n: int) -> list[Tensor]:
+    """The indices of all n, then of all but one group, for each group."""
     # Neighbours in a group, so that each holds as many of every class.
     every = torch.arange(n)
     group = every * GROUPS // n
-    left_out = torch.tensor([statistic(every[group != g]) for g in range(GROUPS)])
-    spread = (left_out - left_out.mean()).square().mean() * (GROUPS - 1)
-    return statistic(every), spread.sqrt().item()
+    return [every, *(every[group != g] for g in range(GROUPS))]
+
+
+def jackknife(values: list[float]) -> dict[str, float]:
+    """A figure of all, and its standard error, from its values on `subsets`."""
+    value, *others = values
+    spread = torch.tensor(others, dtype=torch.float64).var(correction=0) * (GROUPS - 1)
+    return {"value": value, "error": spread.sqrt().item()}
 
 
 # -------------------------------------------------------------------------------------------- cases
@@ -117,13 +127,13 @@ class Evaluation:
         self.label = torch.arange(self.n) % len(CLASSES)
         # Not the seeds of training, whose noise came from small numbers too.
         self.seeds = range(args.seed + 1_000_000, args.seed + 1_000_000 + self.n)
-        self.samples, self.rows, self.found = {}, [], {}
+        self.samples, self.rows, self.found, self.subsets = {}, [], {}, subsets(self.n)
         # How large a classifier's features are means nothing: distances are in per cent of their
         # total variance over the training pictures.
         self.scale = 1.0
-        mean, covariance = moments(self._judge(train[0])[0])
-        self.scale = (covariance.trace() / 100).sqrt()
-        self.data = mean / self.scale, covariance / self.scale**2
+        features = self._judge(train[0])[0]
+        self.scale = (moments(features)[1].trace() / 100).sqrt()
+        self.data = reference(features / self.scale)
         self._floor(train, test)
 
     def _judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,8 +147,12 @@ class Evaluation:
         self.accuracy = right.double().mean().item()
         few = slice(self.n)
         # The teacher's samples are as few as a student's: so are the training pictures here.
-        self.reference = None, self._judge(train[0][few])[0]
+        self._refer_to(None, self._judge(train[0][few])[0])
         self._keep("real", case(0), test[0][few], features[few], right[few], w=None)
+
+    def _refer_to(self, images: Tensor | None, features: Tensor) -> None:
+        """What "teacher" figures are distances to."""
+        self.exact, self.known = images, [reference(features[i]) for i in self.subsets]
 
     def run(self, methods: list[str]) -> None:
         """The rows of the teacher and of these students."""
@@ -152,7 +166,7 @@ class Evaluation:
             images = self.draw(method, network, c, w)
             features, answers = self._judge(images)
             if method == "teacher" and c.k == self.args.solver_steps:
-                self.reference = images, features
+                self._refer_to(images, features)
             # Eq. 22: guidance on top of what was distilled multiplies, in terms of g = 1 + w.
             own = {"teacher": 0.0, "tdd_high": HIGH}.get(method, self.args.guidance - 1)
             g = (1 + w) * (1 + own)
@@ -176,25 +190,21 @@ class Evaluation:
 
     def _keep(self, method: str, c: Case, images, features, right, w: float | None) -> None:
         """A row: each figure with its standard error; w is the guidance that it all comes to."""
-        reference, known = self.reference
-        bits = png_bits(images)
-        statistics = {
-            "frechet_data": lambda i: frechet(moments(features[i]), self.data),
-            "agreement": lambda i: right[i].double().mean().item(),
-            "png_bits": lambda i: bits[i].mean().item(),
+        bits, own = png_bits(images), [moments(features[i]) for i in self.subsets]
+        figures = {
+            "frechet_data": [frechet(each, self.data) for each in own],
+            "agreement": [right[i].double().mean().item() for i in self.subsets],
+            "png_bits": [bits[i].mean().item() for i in self.subsets],
         }
         # Otherwise guided samples are other samples than the teacher's, and should be.
         if w is None or abs(w - self.args.guidance + 1) < 1e-9:
-            statistics["frechet_teacher"] = lambda i: frechet(
-                moments(features[i]), moments(known[i])
-            )
+            pairs = zip(own, self.known, strict=True)
+            figures["frechet_teacher"] = [frechet(*pair) for pair in pairs]
             # And so they are with noise between the steps, however good.
-            if reference is not None and c.gamma == 0:
-                statistics["rmse"] = lambda i: rmse(images[i], reference[i])
+            if self.exact is not None and c.gamma == 0:
+                figures["rmse"] = [rmse(images[i], self.exact[i]) for i in self.subsets]
         row = {"method": method, **asdict(c), "n": len(images)}
-        for name, statistic in statistics.items():
-            value, error = jackknife(statistic, len(images))
-            row[name] = {"value": value, "error": error}
+        row |= {name: jackknife(values) for name, values in figures.items()}
         self.rows.append(row)
         # What the pictures show: a sample of each class.
         self.found[method, c], self.samples[method, c] = row, images[: len(CLASSES)]

@@ -294,6 +294,8 @@ def main(args) -> None:
     start = time.time()
     check(args)
     train, test = (read_split(args.data_dir, train=t) for t in (True, False))
+    if args.samples > (most := min(len(train[1]), len(test[1]))):
+        raise ValueError(f"--samples {args.samples}: there are {most} real ones to compare with")
     train_all(args, train)
     ev = Evaluation(args, load_classifier(args), train, test)
     ev.run(args.methods)

@@ -156,7 +156,7 @@ def test_teachers_loss_is_min_snr_weighted():
     loss = cifar.teacher_loss(network, x_0, {}, t, eps, sdxl_schedule())
     total = 0.0
     for i, time in enumerate(t.tolist()):
-        alpha, sigma = ALPHA[time], SIGMA[time]
+        alpha, sigma = ALPHA[time + 1], SIGMA[time + 1]
         x_t = alpha * x_0[i].numpy() + sigma * eps[i].numpy()
         np.testing.assert_allclose(seen[0][i].numpy(), x_t, atol=1e-6)
         snr = alpha**2 / sigma**2
@@ -245,6 +245,7 @@ def test_second_run_uses_what_is_there(runs, data, monkeypatch, capsys):
         ({"steps": 4}, "lcm was made with steps 3, not 4"),
         ({"guidance": 4, "methods": "tdd"}, "tdd was made with guidance 2.0, not 3.0"),
         ({"classifier-steps": 13}, "classifier was made with steps 12, not 13"),
+        ({"samples": 31}, "--samples 31: there are 30 real ones to compare with"),
         ({"channels": "32 48"}, "--channels [32, 48]: up to 4 levels, of a multiple of 32 each"),
         ({"kmax": 11}, "schedules of kmin 4 to kmax 11 steps do not fit N = 10"),
     ],
@@ -287,24 +288,24 @@ def frechet_by_definition(a, b):
 
 def test_frechet_distance_is_the_textbooks():
     a, b = randn(200, 6) @ randn(6, 6, seed=2), randn(150, 6, seed=1) + 0.3
-    got = cifar_eval.frechet(cifar_eval.moments(a), cifar_eval.moments(b))
+    got = cifar_eval.frechet(cifar_eval.moments(a), cifar_eval.reference(b))
     assert got == pytest.approx(frechet_by_definition(a.numpy(), b.numpy()), rel=1e-8)
     # Diagonal Gaussians, in closed form.
     one = torch.tensor([1.0, 2.0]), torch.diag(torch.tensor([4.0, 9.0]))
-    other = torch.tensor([0.0, 0.0]), torch.diag(torch.tensor([1.0, 1.0]))
+    other = torch.tensor([0.0, 0.0]), torch.eye(2), torch.eye(2)
     assert cifar_eval.frechet(one, other) == pytest.approx(1 + 4 + (2 - 1) ** 2 + (3 - 1) ** 2)
 
 
 def test_jackknife_of_a_mean_is_the_standard_error():
     """With groups of one picture each it is the sample's deviation over the root of n."""
     x = randn(cifar_eval.GROUPS)
-    value, error = cifar_eval.jackknife(lambda i: x[i].mean().item(), len(x))
-    assert value == pytest.approx(x.mean().item())
-    assert error == pytest.approx(x.std().item() / len(x) ** 0.5)
+    found = cifar_eval.jackknife([x[i].mean().item() for i in cifar_eval.subsets(len(x))])
+    assert found["value"] == pytest.approx(x.mean().item())
+    assert found["error"] == pytest.approx(x.std().item() / len(x) ** 0.5)
     # What depends on the class alone has no error: every group holds each class as often.
-    of_class = torch.arange(200) % 10 < 3
-    value, error = cifar_eval.jackknife(lambda i: of_class[i].double().mean().item(), 200)
-    assert (value, error) == (pytest.approx(0.3), pytest.approx(0, abs=1e-9))
+    of_class = (torch.arange(200) % 10 < 3).double()
+    shares = [of_class[i].mean().item() for i in cifar_eval.subsets(200)]
+    assert cifar_eval.jackknife(shares)["error"] == pytest.approx(0, abs=1e-9)
 
 
 def test_png_bits_tell_flat_pictures_from_noise():
@@ -405,14 +406,14 @@ def ddim_by_hand(unet, labels, seeds, timesteps, w, clip_steps):
     x = torch.cat(draws).double()
     for i, t in enumerate(timesteps):
         e = (1 + w) * eps(x, t, code) - w * eps(x, t, 0 * code)
-        x_0 = (x - SIGMA[t] * e) / ALPHA[t]
+        x_0 = (x - SIGMA[t + 1] * e) / ALPHA[t + 1]
         if i < clip_steps:
             x_0 = x_0.clamp(-1, 1)
-            e = (x - ALPHA[t] * x_0) / SIGMA[t]
+            e = (x - ALPHA[t + 1] * x_0) / SIGMA[t + 1]
         if i + 1 == len(timesteps):
             break
         s = timesteps[i + 1]
-        x = ALPHA[s] * x_0 + SIGMA[s] * e
+        x = ALPHA[s + 1] * x_0 + SIGMA[s + 1] * e
     pixels = nn.PixelShuffle(2)(x_0).clamp(-1, 1)
     return ((pixels + 1) * 127.5).permute(0, 2, 3, 1).numpy()
 
