@@ -9,6 +9,7 @@ finished is used again, what was interrupted goes on, and other settings than be
 
 import argparse
 import shutil
+import statistics
 import time
 import zlib
 from copy import deepcopy
@@ -125,7 +126,9 @@ class Stage:
         )
         trainer.fit(run, plan, partial(losses, generator=generator), after)
         export(self.folder)
-        seconds = sum(self.batch_size / line["images_per_s"] for line in run.log)
+        # At its median speed: what else ran on the machine meanwhile is not the stage's own.
+        speed = statistics.median(line["images_per_s"] for line in run.log)
+        seconds = self.steps * self.batch_size / speed
         content = {"settings": self.settings, "seconds": round(seconds, 1)}
         cli.write_json(self.folder / "stage.json", content)
         for old in trainer.checkpoints(self.folder):
@@ -221,7 +224,7 @@ def student_args(args, name: str):
         "guidance": args.guidance - 1, "solver-steps": args.solver_steps, "rho": args.rho,
         "kmin": args.kmin, "kmax": args.kmax, "lr": args.lr, "rank": args.rank,
         "lora-alpha": args.rank, "adv-lr": args.lr, "dtype": args.dtype, "device": args.device,
-        "seed": args.seed, "steps": args.steps, "batch-size": args.batch_size,
+        "seed": args.seed, "ema": args.ema, "steps": args.steps, "batch-size": args.batch_size,
     }  # fmt: skip
     flags = [word for k, v in common.items() for word in (f"--{k}", str(v))]
     flags += [*STUDENTS[name].split(), "--no-checkpointing", *["--compile"] * args.compile]
@@ -338,6 +341,7 @@ def parser(preset: str | None = None) -> cli.Parser:
     flag("--steps", type=whole, help="training steps of each student")
     flag("--batch-size", type=whole, help="pictures a step of a student")
     flag("--lr", type=number(float, 0), default=2e-4, help="delta, the students' learning rate")
+    flag("--ema", type=share, default=0.95, help="mu of the target network theta-")
     flag("--rank", type=whole, default=32, help="r of the LoRA, whose alpha is the same")
     flag("--kmin", type=whole, default=4, help="K_min, fewest steps to distil for")
     flag("--kmax", type=whole, default=8, help="K_max, most steps to distil for")
