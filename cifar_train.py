@@ -122,8 +122,9 @@ class Stage:
             run.restore(point, config)
         print(f"{self.folder.name}: {self.steps} steps of {self.batch_size} pictures")
         plan = trainer.Plan(
-            self.steps, lambda step: rate(step / self.steps), save_every=250, keep=1
-        )
+            self.steps, lambda step: rate(step / self.steps), save_every=250, keep=1,
+            again="the same command",
+        )  # fmt: skip
         trainer.fit(run, plan, partial(losses, generator=generator), after)
         export(self.folder)
         # At its median speed: what else ran on the machine meanwhile is not the stage's own.

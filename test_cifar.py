@@ -191,7 +191,7 @@ def teacher_of(output, data):
     return load_file(output / "teacher/diffusion_pytorch_model.safetensors")
 
 
-def test_an_interrupted_stage_goes_on_bit_by_bit(data, tmp_path, monkeypatch):
+def test_an_interrupted_stage_goes_on_bit_by_bit(data, tmp_path, monkeypatch, capsys):
     straight = teacher_of(tmp_path / "straight", data)
     count = iter(range(1000))
 
@@ -204,6 +204,7 @@ def test_an_interrupted_stage_goes_on_bit_by_bit(data, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         teacher_of(tmp_path / "cut", data)
     assert stop.value.code == 128 + signal.SIGTERM
+    assert "stopped after step 12; the same command goes on" in capsys.readouterr().err
     assert trainer.checkpoints(tmp_path / "cut/teacher")[0].name == "checkpoint-12"
     resumed = teacher_of(tmp_path / "cut", data)
     # 30 steps in all: the 12 before were not done again.

@@ -223,7 +223,10 @@ def draw_loss(path: Path, log: list[dict]) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how to train; rate(step) is the share of each optimizer's learning rate."""
+    """How long and how to train; rate(step) is the share of each optimizer's learning rate.
+
+    again: what users are told to give so as to go on after a stop.
+    """
 
     steps: int
     rate: Callable[[int], float]
@@ -232,6 +235,7 @@ class Plan:
     save_every: int = 0
     keep: int = 2
     sample_every: int = 0
+    again: str = "--resume"
 
 
 def fit(run: Run, plan: Plan, losses, after=lambda: None, ddp=(), picture=None) -> None:
@@ -261,7 +265,7 @@ def fit(run: Run, plan: Plan, losses, after=lambda: None, ddp=(), picture=None) 
                 run.save(plan.keep)
             if stopping:
                 bar.close()
-                processes.say(f"stopped after step {run.step}; resumed, it goes on from there")
+                processes.say(f"stopped after step {run.step}; {plan.again} goes on from there")
                 processes.close()
                 raise SystemExit(128 + (stop.signal or signal.SIGTERM))
             if main and plan.sample_every and run.step % plan.sample_every == 0:
