@@ -106,7 +106,7 @@ def condition(label: Tensor, kept: Tensor | None = None) -> dict:
 
 
 def teacher_loss(unet, x_0: Tensor, cond: dict, t: Tensor, eps: Tensor, schedule: Schedule):
-    """Mean squared error of eps(x_t, t, cond), each example with its min-SNR-5 weight."""
+    """Mean squared error of eps(x_t, t, cond), with the weights of min-SNR (Hang et al. 2023)."""
     alpha_t, sigma_t, _ = schedule.at(t, 1)
     # At low noise eps says little about the picture: its weight is min(SNR, 5) / SNR.
     weight = (5 * (sigma_t / alpha_t).square()).clamp(max=1).float()

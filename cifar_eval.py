@@ -28,6 +28,9 @@ GUIDED = (1.0, 2.0, 3.0)  # w of the guidance study
 ASIDE = ("real", "tdd_rho0", "tdd_high")  # rows beside the main comparison
 
 # --------------------------------------------------------------------------------------- distances
+#
+# Fréchet's asks whether the cloud of samples is right (Heusel et al. 2017, here with our own
+# classifier's features), rmse whether each sample is where the teacher would have put it.
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,6 +120,9 @@ def cases_of(args, method: str) -> list[Case]:
 
 
 # -------------------------------------------------------------------------------------- evaluation
+#
+# Sampling is nearly all of the time that this takes, so samples are files, named by what they are
+# made of: an evaluation that was interrupted goes on, and one with other settings finds none.
 
 
 class Evaluation:
@@ -127,7 +133,7 @@ class Evaluation:
         self.label = torch.arange(self.n) % len(CLASSES)
         # Not the seeds of training, whose noise came from small numbers too.
         self.seeds = range(args.seed + 1_000_000, args.seed + 1_000_000 + self.n)
-        self.samples, self.rows, self.found, self.subsets = {}, [], {}, subsets(self.n)
+        self.samples, self.found, self.subsets = {}, {}, subsets(self.n)
         # How large a classifier's features are means nothing: distances are in per cent of their
         # total variance over the training pictures.
         self.scale = 1.0
@@ -205,11 +211,15 @@ class Evaluation:
                 figures["rmse"] = [rmse(images[i], self.exact[i]) for i in self.subsets]
         row = {"method": method, **asdict(c), "n": len(images)}
         row |= {name: jackknife(values) for name, values in figures.items()}
-        self.rows.append(row)
         # What the pictures show: a sample of each class.
         self.found[method, c], self.samples[method, c] = row, images[: len(CLASSES)]
 
     # ---------------------------------------------------------------------------------- tables
+
+    @property
+    def rows(self) -> list[dict]:
+        """The rows of metrics.json, in the order in which they were made."""
+        return list(self.found.values())
 
     def find(self, method: str, c: Case) -> dict | None:
         """The row of a case; the teacher's is guided by the w that students distil."""
@@ -221,7 +231,7 @@ class Evaluation:
     @property
     def methods(self) -> list[str]:
         """The teacher, then every student of the main comparison."""
-        return list(dict.fromkeys(row["method"] for row in self.rows if row["method"] not in ASIDE))
+        return list(dict.fromkeys(method for method, _ in self.found if method not in ASIDE))
 
     def tables(self) -> list[str]:
         """Every table that is worth printing."""

@@ -1,6 +1,8 @@
 """Samples the CIFAR-10 teacher, or a student that train_toy.py has made of it.
 
-python train_toy.py --data cifar10 --sample tdd --steps 4 --labels cat ship
+    python train_toy.py --data cifar10 --sample tdd --steps 4 --labels cat ship
+
+The sampler is tdd.gamma_sample, the flags are those of sample.py.
 """
 
 import hashlib
@@ -22,6 +24,9 @@ from tdd import clip_x0, gamma_sample, guided, noise_stream, tuned
 from unet import UNet, UNetConfig
 
 # ------------------------------------------------------------------------------------- networks
+#
+# A student is its teacher with a LoRA merged in: sampled as often as for the tables, the passes
+# saved are worth a copy of so small a network.
 
 
 def digest(folder: Path) -> str:
@@ -60,8 +65,9 @@ def load_student(runs: Path, name: str, teacher: UNet) -> UNet:
 
 
 @torch.no_grad()
-def pictures(network, label: Tensor, seeds, timesteps, w: float, gamma: float, clip_steps: int,
-             batch: int = 200) -> Iterator[Tensor]:  # fmt: skip
+def pictures(
+    network, label: Tensor, seeds, timesteps, w: float, gamma: float, clip_steps: int, batch=200
+) -> Iterator[Tensor]:
     """Batches of pictures (b, 3, 32, 32) in uint8 for labels (n,), picture i from seeds[i].
 
     w of Eq. 12, gamma of Eq. 18; C of Eq. 17, which clips x_0 to [-1, 1], in the first clip_steps.
@@ -73,10 +79,8 @@ def pictures(network, label: Tensor, seeds, timesteps, w: float, gamma: float, c
         noise = noise_stream(seeds[part], (12, 16, 16), device)
         eps = guided(network, cond, null_of(cond), w)
         x_T = next(noise).to(memory_format=torch.channels_last)
-        x_0 = gamma_sample(
-            eps, x_T, timesteps, schedule, gamma, noise, clip_x0, clip_steps
-        )  # (b, 12, 16, 16)
-        yield unfold(x_0).cpu()
+        x_0 = gamma_sample(eps, x_T, timesteps, schedule, gamma, noise, clip_x0, clip_steps)
+        yield unfold(x_0).cpu()  # (b, 3, 32, 32)
 
 
 # -------------------------------------------------------------------------------------------- main

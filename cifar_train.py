@@ -143,6 +143,9 @@ def save_network(network: nn.Module, name: str, folder: Path) -> None:
 
 
 # -------------------------------------------------------------------------- classifier and teacher
+#
+# Once trained, both are fixed points of the comparison: students are distilled from this teacher's
+# file and judged by this classifier's, and a student's settings hold the digest of the former.
 
 
 def classifier_stage(args, data) -> Stage:
@@ -162,7 +165,7 @@ def train_classifier(args, stage: Stage) -> None:
         return {"total": loss, "loss": loss}
 
     # A fifth of the way up, then down to zero.
-    optimizers = {"adam": trainer.adamw(classifier.parameters(), 3e-3, weight_decay=0.0)}
+    optimizers = {"adam": trainer.adamw(classifier.parameters(), 3e-3)}
     stage.train(
         {"classifier": classifier}, optimizers, losses, partial(save_network, classifier, "model"),
         rate=lambda s: min((s + 0.001) / 0.2, (1 - s) / 0.8),
@@ -209,13 +212,16 @@ def train_teacher(args, stage: Stage) -> None:
     # Constant, after a start of a fiftieth, and down to zero over the last two fifths.
     stage.train(
         {"teacher": unet, "ema": ema},
-        {"adam": trainer.adamw(unet.parameters(), args.teacher_lr, weight_decay=0.0)},
+        {"adam": trainer.adamw(unet.parameters(), args.teacher_lr)},
         losses, export, lambda s: min(1, (s + 0.001) / 0.02, (1 - s) / 0.4),
         partial(ema_update, list(ema.parameters()), list(unet.parameters()), args.teacher_ema),
     )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------- students
+#
+# Nothing of Algorithm 1 is here: targets, draws, loss and networks are those of train_sdxl.py, made
+# from its own flags. What CIFAR-10 brings is x_0 and the condition.
 
 
 def student_args(args, name: str):

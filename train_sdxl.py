@@ -207,11 +207,10 @@ def compile_blocks(unet: UNet, **how) -> None:
 
 
 def optimizers_of(args, nets: Distillation) -> dict[str, torch.optim.Optimizer]:
-    decay = {"weight_decay": args.weight_decay}
-    made = {"adam": trainer.adamw(nets.student.parameters(), args.lr, **decay)}
+    made = {"adam": trainer.adamw(nets.student.parameters(), args.lr, args.weight_decay)}
     if nets.adversary is not None:
         heads = nets.adversary.heads.parameters()
-        made["adam_heads"] = trainer.adamw(heads, args.adv_lr, betas=(0.0, 0.999), **decay)
+        made["adam_heads"] = trainer.adamw(heads, args.adv_lr, args.weight_decay, (0.0, 0.999))
     return made
 
 

@@ -112,9 +112,9 @@ class Run:
         self.step = config["step"]
 
 
-def adamw(parameters, lr: float, **options) -> torch.optim.AdamW:
+def adamw(parameters, lr: float, weight_decay=0.0, betas=(0.9, 0.999)) -> torch.optim.AdamW:
     """AdamW in its fastest form, with what `fit` needs to change the learning rate."""
-    optimizer = torch.optim.AdamW(parameters, lr, fused=True, **options)
+    optimizer = torch.optim.AdamW(parameters, lr, betas, weight_decay=weight_decay, fused=True)
     for group in optimizer.param_groups:
         group["initial_lr"] = lr
     return optimizer
