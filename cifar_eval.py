@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import cli
 from cifar import CLASSES, Classifier, judge
-from cifar_sample import digest, load_student, load_teacher, pictures
+from cifar_sample import Sampled, digest, load_student, load_teacher, pictures
 from load import read_tensors
 from tdd import tuned
 from toy_eval import GAMMAS, Case, timesteps_of
@@ -164,12 +164,12 @@ class Evaluation:
         """The rows of the teacher and of these students."""
         teacher = load_teacher(self.args.output, self.args.device)
         jobs = [(m, c) for m in ("teacher", *methods) for c in cases_of(self.args, m)]
-        network, of = teacher, "teacher"
+        model, of = Sampled(teacher), "teacher"
         for method, c in tqdm(jobs, desc="evaluate", mininterval=0.5, dynamic_ncols=True):
             if method != of:
-                network, of = load_student(self.args.output, method, teacher), method
+                model, of = load_student(self.args.output, method, teacher), method
             w = c.w if c.tune is None else tuned(c.w, c.tune)
-            images = self.draw(method, network, c, w)
+            images = self.draw(method, model, c, w)
             features, answers = self._judge(images)
             if method == "teacher" and c.k == self.args.solver_steps:
                 self._refer_to(images, features)
@@ -178,7 +178,7 @@ class Evaluation:
             g = (1 + w) * (1 + own)
             self._keep(method, c, images, features, answers == self.label, g - 1)
 
-    def draw(self, method: str, network, c: Case, w: float) -> Tensor:
+    def draw(self, method: str, model: Sampled, c: Case, w: float) -> Tensor:
         """The pictures of a case (n, 3, 32, 32), from their file where they lie there."""
         timesteps = timesteps_of(self.args, c)
         about = {"of": digest(self.args.output / method), "n": self.n, "seed": self.args.seed,
@@ -188,7 +188,7 @@ class Evaluation:
         path = cli.output_folder(self.args.output / "samples") / f"{method}-{key}.safetensors"
         if path.exists():
             return read_tensors(path)[0]["images"]
-        parts = pictures(network, self.label, self.seeds, timesteps, w, c.gamma, c.clip_steps)
+        parts = pictures(model, self.label, self.seeds, timesteps, w, c.gamma, c.clip_steps)
         images = torch.cat(list(parts))
         with cli.whole(path) as part:
             save_file({"images": images}, part, {"about": json.dumps(about)})

@@ -8,6 +8,7 @@ The sampler is tdd.gamma_sample, the flags are those of sample.py.
 import hashlib
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 
 import cli
 from cifar import CLASSES, condition, unfold
+from distill import tell
 from load import load_component, read_tensors
-from lora import merge, read_lora
+from lora import LoRA, merge, read_lora
 from sample import DTYPES, null_of, save_grid, timesteps_of
-from solvers import sdxl_schedule
+from solvers import ddim, sdxl_schedule
+from tcd import TCF
 from tdd import clip_x0, gamma_sample, guided, noise_stream, tuned
 from unet import UNet, UNetConfig
 
@@ -44,7 +47,19 @@ def load_teacher(runs: Path, device, dtype: str = "float32") -> UNet:
     return unet.to(device, memory_format=torch.channels_last)
 
 
-def load_student(runs: Path, name: str, teacher: UNet) -> UNet:
+@dataclass(frozen=True)
+class Sampled:
+    """A teacher, or a student with its LoRA merged in: for k steps, its network and its jump."""
+
+    unet: UNet
+    lora: LoRA | None = None
+    jump: object = ddim
+
+    def network(self, k: int):
+        return tell(self.unet, self.lora, k)
+
+
+def load_student(runs: Path, name: str, teacher: UNet) -> Sampled:
     """A student of this float32 teacher, its LoRA merged into a copy; ValueError if there is none.
 
     In float32 only: in half precision merging would round small updates away.
@@ -53,12 +68,13 @@ def load_student(runs: Path, name: str, teacher: UNet) -> UNet:
     if not path.exists() or not path.with_name("stage.json").exists():
         there = " ".join(sorted(path.parent.name for path in runs.glob("*/lora.safetensors")))
         raise ValueError(f"{runs} holds no finished student {name!r}; there: {there or 'none'}")
-    if read_tensors(path)[1].get("teacher") != digest(runs / "teacher"):
+    about = read_tensors(path)[1]
+    if about.get("teacher") != digest(runs / "teacher"):
         raise ValueError(f"{path} is the student of another teacher than {runs / 'teacher'}")
     student, encoder = deepcopy(teacher), nn.Module()
     lora, *_ = read_lora(path, teacher, encoder, encoder)
     merge(student, lora.to(teacher.conv_in.weight.device))
-    return student
+    return Sampled(student, lora, TCF[about.get("tcf", "1")])
 
 
 # ------------------------------------------------------------------------------------- sampling
@@ -66,20 +82,22 @@ def load_student(runs: Path, name: str, teacher: UNet) -> UNet:
 
 @torch.no_grad()
 def pictures(
-    network, label: Tensor, seeds, timesteps, w: float, gamma: float, clip_steps: int, batch=200
-) -> Iterator[Tensor]:
+    model: Sampled, label: Tensor, seeds, timesteps, w: float, gamma: float, clip_steps: int,
+    batch: int = 200,
+) -> Iterator[Tensor]:  # fmt: skip
     """Batches of pictures (b, 3, 32, 32) in uint8 for labels (n,), picture i from seeds[i].
 
     w of Eq. 12, gamma of Eq. 18; C of Eq. 17, which clips x_0 to [-1, 1], in the first clip_steps.
     """
-    device, schedule = network.conv_in.weight.device, sdxl_schedule()
+    device, schedule = model.unet.conv_in.weight.device, sdxl_schedule()
+    network, clip = model.network(len(timesteps)), (clip_x0, clip_steps)
     for start in range(0, len(label), batch):
         part = slice(start, start + batch)
         cond = condition(label[part].to(device))
         noise = noise_stream(seeds[part], (12, 16, 16), device)
         eps = guided(network, cond, null_of(cond), w)
         x_T = next(noise).to(memory_format=torch.channels_last)
-        x_0 = gamma_sample(eps, x_T, timesteps, schedule, gamma, noise, clip_x0, clip_steps)
+        x_0 = gamma_sample(eps, x_T, timesteps, schedule, gamma, noise, *clip, model.jump)
         yield unfold(x_0).cpu()  # (b, 3, 32, 32)
 
 
@@ -89,16 +107,16 @@ def pictures(
 def main(args) -> None:
     cli.check_device(args.device)
     timesteps = timesteps_of(args)
-    network = load_teacher(args.runs, args.device)
+    model = Sampled(load_teacher(args.runs, args.device))
     if args.sample != "teacher":
-        network = load_student(args.runs, args.sample, network)
+        model = load_student(args.runs, args.sample, model.unet)
     w = args.cfg - 1
     if args.tune_guidance is not None:
         w = tuned(w, args.tune_guidance)
     clip_steps = args.steps if args.clip_steps is None else args.clip_steps
     label = torch.tensor([CLASSES.index(name) for name in args.labels] * args.num_images)
     seeds = range(args.seed, args.seed + len(label))
-    drawn = torch.cat([*pictures(network, label, seeds, timesteps, w, args.gamma, clip_steps)])
+    drawn = torch.cat([*pictures(model, label, seeds, timesteps, w, args.gamma, clip_steps)])
     grid = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in drawn]
     cli.output_folder(args.output.parent)
     save_grid(grid, args.output, len(args.labels))

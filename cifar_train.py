@@ -8,6 +8,7 @@ finished is used again, what was interrupted goes on, and other settings than be
 """
 
 import argparse
+import re
 import shutil
 import statistics
 import time
@@ -44,6 +45,8 @@ from lora import write_peft
 from sample import null_of
 from solvers import sdxl_schedule
 from tdd import ema_update
+from toy import PASSES
+from toy_tdm import MATCHED
 from unet import UNet, UNetConfig
 
 # Every student in the flags of train_sdxl.py; what is not named is the same for all.
@@ -52,18 +55,22 @@ STUDENTS = {
     "tdd_eta0": "--method tdd --eta 0", "tdd": "--method tdd", "tdd_adv": "--method tdd --adv",
     # The guidance study: no null conditions, and a w' that Eq. 13 is to tune down.
     "tdd_rho0": "--method tdd --rho 0", "tdd_high": f"--method tdd --guidance {HIGH}",
+    # The other papers: TCD's functions of second order and told of s, TDM for 4 and for 1, 2, 4.
+    "tcd2": "--method tcd --tcf 2", "tcds": "--method tcd --tcf s",
+    "tdds": "--method tdd --tcf s",
+    "tdm4": "--method tdm --ks 4", "tdm_unify": "--method tdm --ks 1 2 4",
 }  # fmt: skip
 
 PRESETS = {
     "cpu": {
         "device": "cpu", "dtype": "float32", "compile": False, "channels": [64, 128],
         "classifier_steps": 2400, "teacher_steps": 5125, "teacher_batch": 32,
-        "steps": 800, "batch_size": 32, "samples": 2000,
+        "steps": 1600, "batch_size": 16, "lr": 6e-4, "samples": 2000,
     },
     "gpu": {
         "device": "cuda", "dtype": "bf16", "compile": True, "channels": [192, 384],
         "classifier_steps": 6000, "teacher_steps": 12_000, "teacher_batch": 256,
-        "steps": 2000, "batch_size": 128, "samples": 10_000,
+        "steps": 2000, "batch_size": 128, "lr": 2e-4, "samples": 10_000,
     },
 }  # fmt: skip
 
@@ -228,11 +235,20 @@ def student_args(args, name: str):
     """The flags with which train_sdxl.py would train this student."""
     common = {
         "model": args.output / "teacher", "data": args.data_dir, "output": args.output / name,
-        "guidance": args.guidance - 1, "solver-steps": args.solver_steps, "rho": args.rho,
-        "kmin": args.kmin, "kmax": args.kmax, "lr": args.lr, "rank": args.rank,
-        "lora-alpha": args.rank, "adv-lr": args.lr, "dtype": args.dtype, "device": args.device,
-        "seed": args.seed, "ema": args.ema, "steps": args.steps, "batch-size": args.batch_size,
+        "guidance": args.guidance - 1, "solver-steps": args.solver_steps, "rank": args.rank,
+        "lora-alpha": args.rank, "dtype": args.dtype, "device": args.device, "seed": args.seed,
+        "batch-size": args.batch_size,
     }  # fmt: skip
+    if name in MATCHED:
+        # The student's rate is lower than the fake score's, as in the paper.
+        common |= {"lr": args.lr / 5, "fake-lr": args.lr}
+    else:
+        common |= {"lr": args.lr, "adv-lr": args.lr, "ema": args.ema, "rho": args.rho,
+                   "kmin": args.kmin, "kmax": args.kmax}  # fmt: skip
+    # A step's network passes differ: none is to have more of them in all than TDD has.
+    tcf = re.search(r"--tcf (\w)", STUDENTS[name])
+    passes = PASSES[name if name in MATCHED else tcf[1] if tcf else "1"]
+    common["steps"] = round(args.steps * PASSES["1"] / passes)
     flags = [word for k, v in common.items() for word in (f"--{k}", str(v))]
     flags += [*STUDENTS[name].split(), "--no-checkpointing", *["--compile"] * args.compile]
     own = train_sdxl.parser().parse_args(flags)
@@ -242,11 +258,12 @@ def student_args(args, name: str):
 
 def student_stage(args, name: str, data) -> Stage:
     own = student_args(args, name)
-    kept = ("method", "guidance", "solver_steps", "rho", "eta", "kmin", "kmax", "lr", "rank",
-            "ema", "loss", "solver", "adv", "adv_weight", "adv_lr", "dtype")  # fmt: skip
+    kept = ("method", "guidance", "solver_steps", "rho", "eta", "kmin", "kmax", "lr", "rank", "tcf",
+            "ema", "loss", "solver", "adv", "adv_weight", "adv_lr", "dtype", "ks", "fake_lr",
+            "fake_weight")  # fmt: skip
     settings = {key: getattr(own, key) for key in kept}
     settings["teacher"] = digest(args.output / "teacher")
-    return Stage(args.output / name, settings, data, args.steps, args.batch_size, args.seed)
+    return Stage(args.output / name, settings, data, own.steps, args.batch_size, args.seed)
 
 
 def train_student(args, stage: Stage) -> None:
@@ -258,11 +275,15 @@ def train_student(args, stage: Stage) -> None:
     nets = train_sdxl.distillation_of(own, teacher, args.device)
 
     def losses(batch: dict, generator) -> dict:
-        x_0, cond = fold(batch["images"]).to(args.device), condition(batch["labels"])
-        cond = {key: tensor.to(args.device) for key, tensor in cond.items()}
+        x_0, cond = (
+            fold(batch["images"]).to(args.device),
+            condition(batch["labels"].to(args.device)),
+        )
         draws = nets.draw(x_0.shape, generator, args.device)
-        batch["timesteps"] = draws.tdd.t_next
-        return nets.losses(x_0, cond, null_of(cond), draws)
+        batch["timesteps"] = draws.timesteps
+        # TDM has no use for pictures, only for their labels.
+        data = () if own.method == "tdm" else (x_0,)
+        return nets.losses(*data, cond, null_of(cond), draws)
 
     def export(folder: Path) -> None:
         write_peft(folder / "lora.safetensors", nets.result.lora, **stage.settings)
@@ -347,7 +368,7 @@ def parser(preset: str | None = None) -> cli.Parser:
     flag("--drop", type=share, default=0.12, help="share of null conditions for the teacher")
     flag("--steps", type=whole, help="training steps of each student")
     flag("--batch-size", type=whole, help="pictures a step of a student")
-    flag("--lr", type=number(float, 0), default=2e-4, help="delta, the students' learning rate")
+    flag("--lr", type=number(float, 0), help="delta, the students' learning rate")
     flag("--ema", type=share, default=0.95, help="mu of the target network theta-")
     flag("--rank", type=whole, default=32, help="r of the LoRA, whose alpha is the same")
     flag("--kmin", type=whole, default=4, help="K_min, fewest steps to distil for")

@@ -9,6 +9,7 @@ import signal
 import sys
 import tarfile
 import threading
+import zlib
 from collections.abc import Iterator
 from itertools import groupby, islice
 from pathlib import Path
@@ -258,3 +259,40 @@ class Loader(Iterator):
             said = f"{self.bad} bad examples or shards in {self.dataset.path}, more than --max-bad"
             first = ": ".join(next(iter(self.problems.items())))
             raise ValueError(f"{said} allows; the first: {first}")
+
+
+class Prompts(Iterator):
+    """Batches of prompts alone, without end, each prompt once an epoch, as a Loader gives them."""
+
+    bad = 0
+
+    def __init__(
+        self, prompts: list[str], batch_size: int, seed: int, rank=0, world=1,
+        position: dict | None = None,
+    ):  # fmt: skip
+        of = {"prompts": len(prompts), "crc": zlib.crc32("\n".join(prompts).encode())}
+        of |= {"seed": seed, "world": world}
+        self.position = position or {**of, "drawn": 0}
+        if differ := cli.difference(self.position, of, free=("drawn",)):
+            raise ValueError(
+                f"the run read a file of {differ}: go on with the same, or name another --output"
+            )
+        self.prompts, self.batch_size, self.seed = prompts, batch_size, seed
+        self.rank, self.world = rank, world
+
+    def __next__(self) -> dict:
+        drawn, rows = self.position["drawn"], []
+        for i in range(drawn, drawn + self.batch_size):
+            # One endless list for all processes, of which each takes every world-th.
+            epoch, place = divmod(i * self.world + self.rank, len(self.prompts))
+            rows.append(self._order(epoch)[place])
+        self.position = {**self.position, "drawn": drawn + self.batch_size}
+        names = [f"prompt {row + 1}" for row in rows]
+        return {"captions": [self.prompts[row] for row in rows], "names": names}
+
+    def _order(self, epoch: int) -> list[int]:
+        if getattr(self, "epoch", None) != epoch:
+            rows = range(len(self.prompts))
+            self.epoch = epoch
+            self.order = random.Random(f"{self.seed}/{epoch}").sample(rows, len(rows))
+        return self.order

@@ -1,7 +1,8 @@
-"""One frozen base as teacher, student and target network, and Algorithm 1's step on it.
+"""One frozen base as all networks of a method, and a training step of TDD or TDM on it.
 
-The teacher is the base with no LoRA on, the student the base with its LoRA, the target network the
-base with that LoRA's moving average: one copy of the weights in memory, whatever the method.
+The teacher is the base with no LoRA on, the student the base with its LoRA; the target network has
+that LoRA's moving average, TDM's fake score a LoRA of its own. One copy of the weights in memory,
+whatever the method.
 """
 
 import copy
@@ -10,15 +11,32 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+import tdm
 from adversarial import Adversary
 from lora import LoRA, attach, using
 from solvers import Schedule, ddim
-from tdd import Draws, TargetSet, draw, ema_update, jumps, squared_l2
+from tdd import Draws, TargetSet, bind, draw, ema_update, guided, jumps, squared_l2
 
 # ----------------------------------------------------------------------------------------- networks
 #
 # Three callables, as tdd.py wants them, over one set of weights. Switching a LoRA on and off costs
 # nothing; merging it in for a pass costs more than it saves, and in bf16 rounds it away.
+
+
+def tell(unet: nn.Module, lora: LoRA | None, k: int | None = None):
+    """The UNet as a network that takes what the LoRA has an embedding of: eps(x_t, t, cond, n).
+
+    k: the number of steps it is to be sampled in; told of that, it takes no more than the UNet.
+    """
+    if lora is None or lora.told is None:
+        return unet
+    bound = k is not None and lora.told.of == "K"
+
+    def network(x_t: Tensor, t: Tensor, cond: dict, *more) -> Tensor:
+        n, *control = (torch.full_like(t, k), *more) if bound else more
+        return unet(x_t, t, {**cond, "told": lora.told(n)}, *control)
+
+    return network
 
 
 class Network(nn.Module):
@@ -34,12 +52,12 @@ class Network(nn.Module):
         if lora is not None:
             attach(base, name, lora)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cond, *told: Tensor) -> Tensor:
         with using(self.base, **self.on):
-            return self.base(x_t, t, cond)
+            return tell(self.base, self.lora)(x_t, t, cond, *told)
 
 
-# ----------------------------------------------------------------------------------------- the step
+# -------------------------------------------------------------------------------------- TDD's step
 #
 # As in tdd.py: `draw` is all of a step's randomness, `losses` all of its arithmetic.
 
@@ -55,6 +73,7 @@ class Algorithm:
     w: tuple[float, float] = (3.5, 3.5)
     mu: float = 0.0
     solver: object = ddim
+    jump: object = ddim
     distance: object = squared_l2
     adv_weight: float = 0.1
 
@@ -67,6 +86,11 @@ class StepDraws:
     w: Tensor | float
     u: Tensor | None = None
     noise: Tensor | None = None
+
+    @property
+    def timesteps(self) -> Tensor:
+        """Where the examples start, for messages."""
+        return self.tdd.t_next
 
 
 @dataclass
@@ -83,7 +107,7 @@ class Distillation:
         self.teacher = Network(self.base)
         self.student = self.call = Network(self.base, "student", self.lora)
         # mu = 0 is the student itself under stop-gradient, the published choice.
-        self.target = self.student
+        self.target, self.schedule = self.student, self.algorithm.schedule
         if self.algorithm.mu:
             ema = copy.deepcopy(self.lora).requires_grad_(False)
             self.target = Network(self.base, "target", ema)
@@ -100,6 +124,10 @@ class Distillation:
         if self.target is not self.student:
             found["target"] = self.target
         return found | ({"heads": self.adversary.heads} if self.adversary else {})
+
+    def sampler(self, k: int):
+        """The result's network eps(x_t, t, cond), and the jump to sample it with in k steps."""
+        return self.result, self.algorithm.jump
 
     def distribute(self, wrap) -> None:
         """Have `wrap` (DDP) average the gradients of all that is trained over the processes."""
@@ -127,7 +155,7 @@ class Distillation:
         """Algorithm 1, lines 10-16: "total" to go backward, and its parts, means over the batch."""
         a = self.algorithm
         nets = self.call, self.target, self.teacher
-        pred, aim, c = jumps(*nets, x_0, cond, null, d.tdd, d.w, a.schedule, a.solver)
+        pred, aim, c = jumps(*nets, x_0, cond, null, d.tdd, d.w, a.schedule, a.solver, a.jump)
         loss = a.distance(pred - aim).mean()
         if self.adversary is None:
             return {"total": loss, "loss": loss}
@@ -139,3 +167,72 @@ class Distillation:
         """Algorithm 1, line 18."""
         if self.target is not self.student:
             ema_update(self.target.parameters(), self.student.parameters(), self.algorithm.mu)
+
+
+# -------------------------------------------------------------------------------------- TDM's step
+#
+# Algorithm 1 has the fake score updated first, and the student against the new one. Here both go
+# backward at once, so that the student's step sees the fake score an update earlier: gradients can
+# then be accumulated and sent between processes once a step, as for every other method.
+
+
+@dataclass
+class Matching:
+    """Student and fake score as two LoRAs on a frozen base, which is the real score.
+
+    Ks: what K is drawn from; if the LoRAs have an embedding, they are told of it. N: the grid of
+    the student's steps. weight, loss: of tdm.fake_loss and tdm.student_loss. w: of the real score.
+    """
+
+    base: nn.Module
+    lora: LoRA
+    fake_lora: LoRA
+    schedule: Schedule
+    Ks: tuple[int, ...] = (4,)
+    N: int = 250
+    w: float = 7.0
+    weight: str = "density"
+    loss: str = "huber"
+    solver: object = ddim
+    parallel: list = field(default_factory=list)
+
+    def __post_init__(self):
+        self.teacher = Network(self.base)
+        self.student = self.result = self.call = Network(self.base, "student", self.lora)
+        self.fake = self.call_fake = Network(self.base, "fake", self.fake_lora)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """All that training changes, by name."""
+        return {"student": self.student, "fake": self.fake}
+
+    def sampler(self, k: int):
+        """The student's network eps(x_t, t, cond), told of k if it is told at all; and its jump."""
+        return self._told(self.student, k), ddim
+
+    def distribute(self, wrap) -> None:
+        """Have `wrap` (DDP) average the gradients of both LoRAs over the processes."""
+        self.call, self.call_fake = self.parallel = [wrap(self.student), wrap(self.fake)]
+
+    def draw(self, shape, generator: torch.Generator, device) -> tdm.Draws:
+        """A step's random numbers for samples of this shape, from a CPU generator."""
+        return tdm.draw(self.Ks, shape, self.N, generator).to(device)
+
+    def losses(self, cond, null, d: tdm.Draws) -> dict[str, Tensor]:
+        """Algorithm 1, lines 4-12: "total" to go backward, and its parts, means over the batch."""
+        p = tdm.generate(bind(self._told(self.call, d.K), cond), d, self.schedule, self.solver)
+        # Neither loss has a gradient for the other's weights.
+        fake = bind(self._told(self.call_fake, d.K), cond)
+        told = tdm.fake_loss(fake, p.detach(), self.schedule, self.weight).mean()
+        real = guided(self.teacher, cond, null, self.w)
+        fake = bind(self._told(self.fake, d.K), cond)
+        loss = tdm.student_loss(real, fake, p, self.schedule, self.loss).mean()
+        return {"total": loss + told, "loss": loss, "fake": told}
+
+    def after_step(self) -> None:
+        """Nothing: there is no moving average."""
+
+    def _told(self, network, K: int):
+        if self.lora.told is None:
+            return network
+        return lambda x_t, t, cond: network(x_t, t, cond, torch.full_like(t, K))

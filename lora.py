@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import cli
 import names
-from load import read_json, read_tensors
-from unet import Block, UNet
+from load import assign, read_json, read_tensors
+from unet import Block, Told, UNet
 
 # The published TDD LoRA's layers: all attention and feed-forward projections and convolutions.
 TARGETS = re.compile(
@@ -60,19 +60,34 @@ class Update(nn.Module):
 
 
 class LoRA(nn.ModuleDict):
-    """Updates by the name of their layer, whose dots stand as slashes in parameter names."""
+    """Updates by the name of their layer, whose dots stand as slashes in parameter names.
+
+    told: the embedding of one more number, for a student that is told of one; it is all that is
+    added to a base besides updates.
+    """
 
     # Names of layers have dots, which torch does not allow in names of parameters.
     def items(self):
-        return [(name.replace("/", "."), update) for name, update in super().items()]
+        own = super().items()
+        return [(name.replace("/", "."), update) for name, update in own if name != "number"]
+
+    @property
+    def told(self) -> Told | None:
+        return self._modules.get("number")
 
     @classmethod
-    def of(cls, updates: dict[str, Update]) -> "LoRA":
-        return cls({name.replace(".", "/"): update for name, update in updates.items()})
+    def of(cls, updates: dict[str, Update], told: Told | None = None) -> "LoRA":
+        own = {name.replace(".", "/"): update for name, update in updates.items()}
+        return cls(own | ({} if told is None else {"number": told}))
 
     @classmethod
-    def fresh(cls, base: nn.Module, rank: int, alpha: float, generator: torch.Generator) -> "LoRA":
-        """A LoRA over the base's TARGETS that changes nothing yet: up is zero."""
+    def fresh(
+        cls, base: nn.Module, rank: int, alpha: float, generator: torch.Generator, told: str = ""
+    ) -> "LoRA":
+        """A LoRA over the base's TARGETS that changes nothing yet: up is zero.
+
+        told: "s" or "K", to have a `Told` of it, which changes nothing yet either.
+        """
         updates = {}
         for name, layer in _layers(base).items():
             if TARGETS.search(name):
@@ -81,7 +96,14 @@ class LoRA(nn.ModuleDict):
                 down = torch.rand((rank, *inner), generator=generator) * 2 - 1
                 up = torch.zeros((out, rank, *(1 for _ in inner[1:])))
                 updates[name] = Update(down / math.prod(inner) ** 0.5, up, alpha)
-        return cls.of(updates)
+        if not told:
+            return cls.of(updates)
+        c = base.config.channels[0]
+        embedding = Told(c, told)
+        for p in embedding.linear_1.parameters():
+            # torch's own start for a linear layer, but from the generator.
+            p.data = (torch.rand(p.shape, generator=generator) * 2 - 1) / c**0.5
+        return cls.of(updates, embedding)
 
 
 def _layers(base: nn.Module) -> dict[str, nn.Module]:
@@ -174,6 +196,7 @@ SUFFIXES = {
 }  # fmt: skip
 DOTTED = ("unet", "text_encoder", "text_encoder_2")
 KOHYA = ("lora_unet", "lora_te1", "lora_te2")
+TOLD = "unet.told."
 
 
 def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module) -> list[LoRA]:
@@ -183,6 +206,7 @@ def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module
     Raises ValueError naming keys that fit no layer, halves without the other, and wrong shapes.
     """
     tensors, metadata = read_tensors(path)
+    own = {k.removeprefix(TOLD): tensors.pop(k) for k in [*tensors] if k.startswith(TOLD)}
     bases = [unet, encoder_1, encoder_2]
     layers, table = [_layers(base) for base in bases], _spellings(bases)
     # (component, layer) -> its down, up and alpha, as the keys come.
@@ -214,7 +238,14 @@ def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module
         if "alpha" not in parts and "down" in parts:
             parts["alpha"] = _header_alpha(header, DOTTED[component], name, len(parts["down"]))
         updates[component][name] = _update(f"{path}: {name}", layers[component][name], **parts)
-    return [LoRA.of(own) for own in updates]
+    told = _told(path, own, metadata.get("told"), unet) if own else None
+    return [LoRA.of(each, None if i else told) for i, each in enumerate(updates)]
+
+
+def _told(path: Path, tensors: dict[str, Tensor], of: str | None, unet: UNet) -> Told:
+    if of not in ("s", "K"):
+        raise ValueError(f"{path} has an embedding, but its header does not say what of")
+    return assign(Told(unet.config.channels[0], of), tensors, path)
 
 
 def _spellings(bases) -> dict[str, tuple[int, str]]:
@@ -281,7 +312,7 @@ def _header_alpha(header: dict, component: str, name: str, rank: int) -> float |
 
 
 def write_peft(path: Path, lora: LoRA, **metadata: str) -> None:
-    """A UNet's LoRA in PEFT/diffusers naming."""
+    """A UNet's LoRA in PEFT/diffusers naming; what it is told, in keys that only we read."""
     # Layers may differ in rank; the header names the largest, and the others one by one.
     tensors, ranks = {}, {}
     for name, update in lora.items():
@@ -294,6 +325,9 @@ def write_peft(path: Path, lora: LoRA, **metadata: str) -> None:
         "unet.rank_pattern": {k: r for k, r in ranks.items() if r != rank},
         "unet.alpha_pattern": {k: r for k, r in ranks.items() if r != rank},
     }  # fmt: skip
+    if lora.told is not None:
+        tensors |= {TOLD + k: v.contiguous() for k, v in lora.told.state_dict().items()}
+        metadata["told"] = lora.told.of
     _write(path, tensors, {**metadata, "lora_adapter_metadata": json.dumps(config)})
 
 

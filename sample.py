@@ -22,10 +22,13 @@ from tqdm import tqdm
 import cli
 import processes
 from clip import encode_prompts
+from distill import tell
 from load import SDXL, load_controlnet, load_sdxl
-from lora import merge, read_lora
+from lora import LoRA, merge, read_lora
 from solvers import CLEAN, SOLVERS, sdxl_schedule, solve
+from tcd import TCF
 from tdd import clip_x0, equidistant, gamma_sample, guided, noise_stream, nonequidistant, tuned
+from unet import UNet
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -56,9 +59,9 @@ def null_of(cond: dict) -> dict:
 def controlled(unet, controlnet, image: Tensor, scale: float):
     """The UNet with a ControlNet's residuals of an image (1, 3, H, W) in [0, 1]."""
 
-    def model(x_t: Tensor, t: Tensor, cond: dict) -> Tensor:
+    def model(x_t: Tensor, t: Tensor, cond: dict, *told: Tensor) -> Tensor:
         images = image.expand(len(x_t), -1, -1, -1)
-        return unet(x_t, t, cond, controlnet(x_t, t, cond, images, scale))
+        return unet(x_t, t, cond, *told, controlnet(x_t, t, cond, images, scale))
 
     return model
 
@@ -85,7 +88,8 @@ def latents_of(args, model: SDXL, network, prompts: list[str], seeds: list[int])
     if args.sampler != "tdd":
         return solve(eps, x_T, [*timesteps, CLEAN], schedule, SOLVERS[args.sampler])
     clip = partial(clip_x0, percentile=args.clip_percentile, max_value=args.clip_max)
-    return gamma_sample(eps, x_T, timesteps, schedule, args.gamma, noise, clip, args.clip_steps)
+    clip = clip, args.clip_steps
+    return gamma_sample(eps, x_T, timesteps, schedule, args.gamma, noise, *clip, TCF[args.tcf])
 
 
 # -------------------------------------------------------------------------------- loading, settings
@@ -102,8 +106,9 @@ def check(args) -> None:
         raise ValueError("give prompts by --prompt TEXT or by --prompts FILE, not both")
     if (args.controlnet is None) != (args.control_image is None):
         raise ValueError("--controlnet and --control-image go together")
-    if args.sampler != "tdd" and args.clip_steps:
-        raise ValueError(f"--clip-steps works with --sampler tdd, not {args.sampler}")
+    if args.sampler != "tdd" and (args.clip_steps or args.tcf != "1"):
+        name = "clip-steps" if args.clip_steps else "tcf"
+        raise ValueError(f"--{name} works with --sampler tdd, not {args.sampler}")
     cli.check_device(args.device)
     if args.save_latents is not None:
         cli.output_folder(args.save_latents.parent)
@@ -118,23 +123,37 @@ def build(args) -> tuple[SDXL, object]:
     # Merged: nothing is left to switch, and sampling then costs what the plain model costs. In the
     # file's own precision, since a LoRA's small updates would be rounded away in half.
     model = load_sdxl(args.model, args.tokenizer, None if args.lora else dtype).to(args.device)
+    network = model.unet
     for entry in args.lora:
         path, scale = split_scale(entry)
         loras = read_lora(Path(path), model.unet, model.encoder_1, model.encoder_2)
         for base, lora in zip((model.unet, model.encoder_1, model.encoder_2), loras, strict=True):
             merge(base, lora, scale)
+        if loras[0].told is not None:
+            network = told_network(args, path, network, loras[0].to(args.device))
+    if args.tcf == "s" and network is model.unet:
+        raise ValueError("--tcf s: no --lora was trained with it")
     for module in (model.unet, model.encoder_1, model.encoder_2):
         module.to(dtype)
     # Pixels as rows of channels: transformers and convolutions then agree on the layout.
     model.unet.to(memory_format=torch.channels_last)
     if args.controlnet is None:
-        return model, model.unet
+        return model, network
     controlnet = load_controlnet(args.controlnet, dtype).to(args.device)
     controlnet.to(memory_format=torch.channels_last)
     image = image.resize((args.width, args.height), Image.Resampling.LANCZOS)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).to(args.device)
     pixels = rearrange(pixels / 255, "(h w c) -> 1 c h w", h=args.height, c=3)
-    return model, controlled(model.unet, controlnet, pixels, args.control_scale)
+    return model, controlled(network, controlnet, pixels, args.control_scale)
+
+
+def told_network(args, path: str, network, lora: LoRA):
+    """The network of a LoRA with an embedding: told of --steps (TDM-unify), or of s by --tcf s."""
+    of = lora.told.of
+    if not isinstance(network, UNet) or (of == "s") != (args.tcf == "s"):
+        hint = "give --tcf s with it, and only with it" if of == "s" else "leave --tcf s away"
+        raise ValueError(f"--lora {path} is told of {of}: {hint}, and no second LoRA of its kind")
+    return tell(network, lora, args.steps)
 
 
 def split_scale(entry: str) -> tuple[str, float]:
@@ -309,6 +328,7 @@ def parser() -> cli.Parser:
         default="equidistant",
         help="the k timesteps; the latter for 4 to 8 steps",
     )
+    p.add_argument("--tcf", choices=TCF, default="1", help="f, as the LoRA was trained with")
     p.add_argument("--clip-steps", type=cli.number(int, 0), default=0, help="steps with C (Eq. 17)")
     p.add_argument("--clip-percentile", type=share, default=0.995, help="percentile of C")
     p.add_argument("--clip-max", type=cli.number(float, 1), default=1.0, help="upper end of C's s")

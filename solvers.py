@@ -143,6 +143,14 @@ def integrate_x0(x_t: Tensor, x_0: Tensor, t, s, schedule: Schedule) -> Tensor:
     return _mix(sigma_s / sigma_t, x_t, -alpha_s * torch.expm1(lam_t - lam_s), x_0)
 
 
+def x0_of_step(x_t: Tensor, x_s: Tensor, t, s, schedule: Schedule) -> Tensor:
+    """The x_0 by which Eq. 16 leads from x_t to x_s: of order 1 the prediction, else its mean."""
+    _, sigma_t, lam_t = schedule.at(t, x_t.ndim)
+    alpha_s, sigma_s, lam_s = schedule.at(s, x_t.ndim)
+    share = -alpha_s * torch.expm1(lam_t - lam_s)
+    return _mix(1 / share, x_s, -sigma_s / sigma_t / share, x_t)
+
+
 def renoise(x_s: Tensor, s, p, z: Tensor, schedule: Schedule) -> Tensor:
     """Eq. 18: x_p = alpha_p/alpha_s x_s + sqrt(1 - alpha_p^2/alpha_s^2) z, forward from s to p."""
     ratio = schedule.at(p, x_s.ndim)[0] / schedule.at(s, x_s.ndim)[0]
@@ -219,7 +227,8 @@ def _over_2r(schedule: Schedule, t, s, later, earlier, ndim: int) -> Tensor:
     step = schedule.lam(s, ndim) - schedule.lam(t, ndim)
     over_2r = step / (2 * (schedule.lam(later, ndim) - schedule.lam(earlier, ndim)))
     # A step to CLEAN is infinitely long in lam, so it has no slope: order 1, as in every sampler.
-    return torch.where(step.isinf(), torch.zeros_like(over_2r), over_2r)
+    # One from t to t itself needs none.
+    return torch.where(step.isinf() | (step == 0), torch.zeros_like(over_2r), over_2r)
 
 
 SOLVERS = {"ddim": ddim, "dpm2s": dpm_2s, "dpm2m": dpm_2m, "dpm++2s": dpmpp_2s, "dpm++2m": dpmpp_2m}

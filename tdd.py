@@ -156,12 +156,14 @@ def pseudo_huber(d: Tensor, c: float = 0.001) -> Tensor:
     return ((d.float().square() + c * c).sqrt() - c).flatten(1).mean(1)
 
 
-def jumps(student, target, teacher, x_0, cond, null, draws: Draws, w, schedule, solver=ddim):
+def jumps(
+    student, target, teacher, x_0, cond, null, draws: Draws, w, schedule, solver=ddim, jump=ddim
+):
     """Algorithm 1, lines 10-16, but for the distance: what is to agree, and under which condition.
 
     Returns f_theta(x_{n+1}, t_{n+1}, tau~), f_theta-(x_n, t_n, tau~), both (b, ..), and c.
     x_0: (b, ..) data. w: the distillation guidance w', a number or (b,); guidance g = 1 + w'.
-    solver: Phi, one step of the teacher's PF-ODE. f is the jump of Eq. 15, which is `ddim`.
+    solver: Phi, one step of the teacher's PF-ODE. jump: f, Eq. 15's `ddim` or another of tcd.TCF.
     """
     t_next, t_n, tau = draws.t_next, draws.t_n, draws.tau
     # Line 10: x_{n+1} ~ N(alpha x, sigma^2 I).
@@ -174,9 +176,9 @@ def jumps(student, target, teacher, x_0, cond, null, draws: Draws, w, schedule, 
         phi = guided(teacher, c, null, w, draws.rows)
         x_n, _ = solver(phi, x_next, t_next, t_n, schedule)
         # Line 16, Eqs. 10 and 11: f_theta-(x_n, t_n, tau~) from the teacher's x_n ...
-        aim, _ = ddim(bind(target, c), x_n, t_n, tau, schedule)
+        aim, _ = jump(bind(target, c), x_n, t_n, tau, schedule)
     # ... and f_theta(x_{n+1}, t_{n+1}, tau~), which is to agree with it.
-    pred, _ = ddim(bind(student, c), x_next, t_next, tau, schedule)
+    pred, _ = jump(bind(student, c), x_next, t_next, tau, schedule)
     return pred, aim, c
 
 
@@ -200,8 +202,11 @@ def ema_update(target, student, mu: float) -> None:
 
 
 def bind(model, cond):
-    """model(x_t, t, cond) as the eps(x_t, t) that solvers take."""
-    return lambda x_t, t: model(x_t, t, cond)
+    """model(x_t, t, cond) as the eps(x_t, t) that solvers take.
+
+    Networks told of one more number, a jump's end or the number of steps, take it last: *told (b,).
+    """
+    return lambda x_t, t, *told: model(x_t, t, cond, *told)
 
 
 def guided(model, cond, null, w, rows: Tensor | None = None):
@@ -215,8 +220,9 @@ def guided(model, cond, null, w, rows: Tensor | None = None):
     rows = slice(None) if rows is None else rows
     both = _map(lambda c, empty: torch.cat([c, empty.expand_as(c)[rows]]), cond, null)
 
-    def eps_hat(x_t: Tensor, t: Tensor) -> Tensor:
-        eps = model(torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), both)
+    def eps_hat(x_t: Tensor, t: Tensor, *told: Tensor) -> Tensor:
+        x_t_, t_, *told_ = (torch.cat([a, a[rows]]) for a in (x_t, t, *told))
+        eps = model(x_t_, t_, both, *told_)
         eps = eps.to(torch.promote_types(eps.dtype, torch.float32))
         eps_c, eps_u = eps[: len(x_t)].clone(), eps[len(x_t) :]
         w_rows = _like(w.to(eps).expand(len(x_t)), eps)[rows] if torch.is_tensor(w) else w
@@ -285,8 +291,8 @@ def clip_x0(x_0: Tensor, percentile: float = 0.995, max_value: float = 1.0) -> T
 def clipped(model, clip, schedule: Schedule):
     """eps(x_t, t) with C on its x_0, which turns every solver's Eq. 16 into Eq. 17."""
 
-    def eps_hat(x_t: Tensor, t: Tensor) -> Tensor:
-        x_0 = x0_from_eps(x_t, model(x_t, t), t, schedule)
+    def eps_hat(x_t: Tensor, t: Tensor, *told: Tensor) -> Tensor:
+        x_0 = x0_from_eps(x_t, model(x_t, t, *told), t, schedule)
         return eps_from_x0(x_t, clip(x_0), t, schedule)
 
     return eps_hat

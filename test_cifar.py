@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import cifar
@@ -392,8 +394,11 @@ def diffusers_student(output, name):
 
 
 @torch.no_grad()
-def ddim_by_hand(unet, labels, seeds, timesteps, w, clip_steps):
-    """Guided DDIM on diffusers' UNet, x_0 clipped, as bytes (n, 32, 32, 3)."""
+def ddim_by_hand(unet, labels, seeds, timesteps, w, clip_steps, told=lambda s: None):
+    """Guided DDIM on diffusers' UNet, x_0 clipped, as bytes (n, 32, 32, 3).
+
+    told(s): called before each step with where it ends.
+    """
     code = torch.eye(10, dtype=torch.float64)[labels]
     size = torch.tensor([[32, 32, 0, 0, 32, 32]]).repeat(len(labels), 1)
 
@@ -406,6 +411,7 @@ def ddim_by_hand(unet, labels, seeds, timesteps, w, clip_steps):
     ]
     x = torch.cat(draws).double()
     for i, t in enumerate(timesteps):
+        told(timesteps[i + 1] if i + 1 < len(timesteps) else 0)
         e = (1 + w) * eps(x, t, code) - w * eps(x, t, 0 * code)
         x_0 = (x - SIGMA[t + 1] * e) / ALPHA[t + 1]
         if i < clip_steps:
@@ -442,6 +448,45 @@ def test_saved_networks_are_sampled_as_diffusers_would(
     assert np.abs(np.stack(got) - want).max() < 0.6
 
 
+@pytest.mark.parametrize("name", ["tcds", "tdds", "tdm_unify"])
+def test_students_that_are_told_are_sampled_as_diffusers_with_a_hook(
+    runs, tmp_path, monkeypatch, capsys, name
+):
+    """What is told (s, or the number of steps) reaches the network, in an embedding made large."""
+    for folder in ("teacher", name):
+        shutil.copytree(runs[0] / folder, tmp_path / folder)
+    path = tmp_path / name / "lora.safetensors"
+    with safe_open(path, "pt") as file:
+        about, weights = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    last = weights["unet.told.linear_2.weight"]
+    weights["unet.told.linear_2.weight"] = 0.3 * randn(*last.shape, seed=3).float()
+    save_file(weights, path, about)
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "teacher")
+    lora = {k: v for k, v in weights.items() if ".told." not in k}
+    unet.load_lora_adapter(lora, prefix="unet")
+    own = {k.removeprefix("unet.told."): v.double() for k, v in weights.items() if ".told." in k}
+    vector = []
+
+    def told(s):
+        number = torch.tensor([3.0 if name == "tdm_unify" else s])
+        waves = get_timestep_embedding(number, 32, True, 0).double()
+        h = waves @ own["linear_1.weight"].T + own["linear_1.bias"]
+        h = h * h.sigmoid() @ own["linear_2.weight"].T + own["linear_2.bias"]
+        vector[:] = [h]
+
+    unet.double().time_embedding.register_forward_hook(lambda m, i, out: out + vector[0])
+    times = [999, 699, 399]
+    want = ddim_by_hand(unet, [3, 8], [5, 6], times, 0.0, 3, told)
+    words = ["--sample", name, "--runs", tmp_path, "--labels", "cat", "ship", "--num-images", 1]
+    words += ["--gamma", 0, "--solver-steps", 10, "--seed", 5, "--steps", 3]
+    code, _, err = run(cifar_sample, monkeypatch, capsys, *words, "--output", tmp_path / "x.png")
+    assert (code, err) == (0, "")
+    grid = np.asarray(Image.open(tmp_path / "x.png")).astype(float)
+    assert np.abs(np.stack([grid[:, :32], grid[:, 32:]]) - want).max() < 0.6
+    plain = ddim_by_hand(unet, [3, 8], [5, 6], times, 0.0, 3, lambda s: vector.__setitem__(0, 0.0))
+    assert np.abs(plain - want).max() > 5
+
+
 def test_sampling_from_the_command_line_of_the_toy(runs, tmp_path):
     command = [sys.executable, HERE / "train_toy.py", "--data=cifar10", "--sample", "tdd"]
     command += ["--runs", runs[0], "--num-images", "1", "--steps", "5", "--schedule"]
@@ -454,7 +499,7 @@ def test_sampling_from_the_command_line_of_the_toy(runs, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--sample", "tddd"], "no finished student 'tddd'; there: lcm pcm4 tcd tdd"),
+        (["--sample", "tddd"], "no finished student 'tddd'; there: lcm pcm4 tcd tcd2"),
         (["--sample", "tdd", "--steps", 11], "11 steps: from 1 to 10"),
         (["--sample", "tdd", "--device", "nowhere"], "--device nowhere cannot be used here"),
         (["--sample", "tdd", "--labels", "unicorn"], "invalid choice: 'unicorn'"),

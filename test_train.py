@@ -12,6 +12,7 @@ from itertools import pairwise
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
 from peft import LoraConfig
 
 import load
@@ -21,6 +22,7 @@ from adversarial import Adversary, noised_times
 from distill import Algorithm, Distillation
 from lora import LoRA
 from sample import null_of
+from tcd import TCF
 from tdd import Draws, jumps, pseudo_huber, squared_l2, targets_of
 from test_lora import ALL
 from test_solvers import ALPHA, SCHEDULE, SIGMA, randn
@@ -62,7 +64,7 @@ class Theirs:
         for name in loras:
             self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=ALL), name)
         self.unet.to(dtype).requires_grad_(False)
-        self.params = {}
+        self.params, self.learns = {}, {"student"}
         for name, lora in loras.items():
             for layer, update in lora.items():
                 module = self.unet.get_submodule(layer)
@@ -71,17 +73,39 @@ class Theirs:
                     own.data = p.detach().clone()
                     self.params[name, layer, part] = own.requires_grad_(name == "student")
 
-    def eps(self, adapter, x, t, c):
+        self.told = {}
+        for name, lora in loras.items():
+            if lora.told is not None:
+                weights = {k: v.detach().clone() for k, v in lora.told.state_dict().items()}
+                weights = {k: v.requires_grad_(name == "student") for k, v in weights.items()}
+                self.told[name] = weights
+                self.params |= {(name, "told", k): v for k, v in weights.items()}
+
+    def eps(self, adapter, x, t, c, n=None):
+        """n: what the adapter is told besides, added to the time embedding's output by a hook."""
         if adapter is None:
             self.unet.disable_adapters()
         else:
             self.unet.enable_adapters()
             self.unet.set_adapter(adapter)
+        # peft has only the adapter in use learn.
+        for key, p in self.params.items():
+            p.requires_grad_(key[0] in self.learns)
         added = {"text_embeds": c["pooled"], "time_ids": c["time_ids"]}
-        return self.unet(x, torch.tensor([t]), c["tokens"], added_cond_kwargs=added).sample
+        hooks = []
+        if adapter in self.told:
+            own = self.told[adapter]
+            waves = get_timestep_embedding(torch.tensor([n]), 64, True, 0).to(x.dtype)
+            h = waves @ own["linear_1.weight"].T + own["linear_1.bias"]
+            told = (h * h.sigmoid()) @ own["linear_2.weight"].T + own["linear_2.bias"]
+            hooks = [self.unet.time_embedding.register_forward_hook(lambda m, i, o: o + told)]
+        out = self.unet(x, torch.tensor([t]), c["tokens"], added_cond_kwargs=added).sample
+        for hook in hooks:
+            hook.remove()
+        return out
 
     def jump(self, adapter, x, t, s, c):
-        e = self.eps(adapter, x, t, c)
+        e = self.eps(adapter, x, t, c, s)
         return ALPHA[s + 1] * (x - SIGMA[t + 1] * e) / ALPHA[t + 1] + SIGMA[s + 1] * e
 
     def loss(self, x_0, cond, rows, noise, w, target, distance):
@@ -116,13 +140,24 @@ def example(b=4, dtype=torch.float64, seed=0):
     return randn(b, 4, 8, 8, seed=seed).to(dtype), cond
 
 
-def tiny(folder, dtype=torch.float64, rank=4, alpha=2.0, adversary=False, seed=1, **settings):
-    """Ours on the tiny SDXL, with a LoRA that already does something."""
-    unet = load.load_sdxl(folder).unet.to(dtype)
-    lora = LoRA.fresh(unet, rank, alpha, torch.Generator().manual_seed(seed))
+def busy(unet, rank=4, alpha=2.0, seed=1, told=""):
+    """A LoRA that already does something, and so does what it is told."""
+    lora = LoRA.fresh(unet, rank, alpha, torch.Generator().manual_seed(seed), told)
     generator = torch.Generator().manual_seed(seed + 1)
     for _, update in lora.items():
         update.up.data = 0.3 * torch.randn(update.up.shape, generator=generator)
+    if told:
+        for p in lora.told.linear_2.parameters():
+            p.data = 0.1 * torch.randn(p.shape, generator=generator)
+    return lora
+
+
+def tiny(
+    folder, dtype=torch.float64, rank=4, alpha=2.0, adversary=False, seed=1, told="", **settings
+):
+    """Ours on the tiny SDXL, with a LoRA that already does something."""
+    unet = load.load_sdxl(folder).unet.to(dtype)
+    lora = busy(unet, rank, alpha, seed, told)
     algorithm = Algorithm(**{"targets": targets_of("tdd", 50), "schedule": SCHEDULE, **settings})
     if adversary:
         adversary = Adversary.fresh(unet, 250, 0)
@@ -130,11 +165,12 @@ def tiny(folder, dtype=torch.float64, rank=4, alpha=2.0, adversary=False, seed=1
 
 
 CASES = [
-    # method, eta, rho, mu, distance, checkpointing
-    ("tdd", 0.3, 0.3, 0.0, squared_l2, True), ("tdd", 0.3, 0.0, 0.9, squared_l2, False),
-    ("tdd", 0.0, 1.0, 0.0, squared_l2, False), ("cm", 0.0, 0.5, 0.9, squared_l2, True),
-    ("pcm", 0.0, 0.5, 0.0, squared_l2, False), ("tcd", 0.0, 0.5, 0.5, squared_l2, True),
-    ("tdd", 0.3, 0.3, 0.9, pseudo_huber, True),
+    # method, tcf, eta, rho, mu, distance, checkpointing
+    ("tdd", "1", 0.3, 0.3, 0.0, squared_l2, True), ("tdd", "1", 0.3, 0.0, 0.9, squared_l2, False),
+    ("tdd", "1", 0.0, 1.0, 0.0, squared_l2, False), ("cm", "1", 0.0, 0.5, 0.9, squared_l2, True),
+    ("pcm", "1", 0.0, 0.5, 0.0, squared_l2, False), ("tcd", "1", 0.0, 0.5, 0.5, squared_l2, True),
+    ("tdd", "1", 0.3, 0.3, 0.9, pseudo_huber, True), ("tcd", "s", 0.0, 0.5, 0.9, squared_l2, True),
+    ("tdd", "s", 0.3, 0.3, 0.0, squared_l2, False),
 ]  # fmt: skip
 DISTANCES = {
     squared_l2: lambda d: (d**2).mean(),
@@ -142,10 +178,11 @@ DISTANCES = {
 }
 
 
-@pytest.mark.parametrize("method, eta, rho, mu, distance, checkpointing", CASES)
-def test_step_is_algorithm_1(method, eta, rho, mu, distance, checkpointing, folder):
-    """Loss to 1e-6 and every LoRA gradient to 1e-5: methods, offsets, drops and EMA."""
-    nets = tiny(folder, targets=targets_of(method, 50), eta=eta, rho=rho, mu=mu, distance=distance)
+@pytest.mark.parametrize("method, tcf, eta, rho, mu, distance, checkpointing", CASES)
+def test_step_is_algorithm_1(method, tcf, eta, rho, mu, distance, checkpointing, folder):
+    """Loss to 1e-6 and every gradient to 1e-5: methods, TCF(S+), offsets, drops and EMA."""
+    settings = {"targets": targets_of(method, 50), "jump": TCF[tcf], "told": tcf.strip("1")}
+    nets = tiny(folder, **settings, eta=eta, rho=rho, mu=mu, distance=distance)
     nets.base.checkpoint_blocks(checkpointing)
     if mu:  # a moving average that has fallen behind the student
         for p in nets.target.parameters():
@@ -159,11 +196,33 @@ def test_step_is_algorithm_1(method, eta, rho, mu, distance, checkpointing, fold
     found = nets.losses(x_0, cond, null_of(cond), drawn(nets, x_0, 7))
     found["total"].backward()
     assert found["loss"].item() == pytest.approx(expected, rel=1e-6)
-    for layer, update in nets.lora.items():
-        for part, p in (("lora_A", update.down), ("lora_B", update.up)):
-            grad = theirs.params["student", layer, part].grad
-            assert (p.grad - grad).abs().max() <= 1e-5 * grad.abs().max(), layer
+    same_gradients(nets.lora, theirs, "student")
     assert all(p.grad is None for p in nets.base.parameters())
+
+
+def same_gradients(lora, theirs, name):
+    """Of a LoRA of ours and of an adapter of theirs, to 1e-5."""
+    own = {(k, part): p for k, u in lora.items()
+           for part, p in (("lora_A", u.down), ("lora_B", u.up))}  # fmt: skip
+    if lora.told is not None:
+        own |= {("told", k): p for k, p in lora.told.named_parameters()}
+    for key, p in own.items():
+        grad = theirs.params[name, *key].grad
+        assert grad is not None, key
+        assert (p.grad - grad).abs().max() <= 1e-5 * grad.abs().max(), key
+    assert len(own) == sum(key[0] == name for key in theirs.params)
+
+
+def test_told_of_nothing_yet_it_is_the_student_without(folder):
+    """TCF(S+) begins as TCF(1): the same bits from a network with a fresh embedding."""
+    (x_0, cond), t = example(), torch.tensor([999, 500, 20, 751])
+    plain, knowing = tiny(folder), tiny(folder, told="s")
+    fresh = LoRA.fresh(knowing.base, 4, 2.0, torch.Generator().manual_seed(0), "s")
+    knowing.lora.told.load_state_dict(fresh.told.state_dict())
+    for s in (torch.zeros(4), torch.tensor([751, 0, 0, 499])):
+        assert torch.equal(knowing.student(x_0, t, cond, s), plain.student(x_0, t, cond))
+    busy_one = tiny(folder, told="s").student
+    assert not torch.allclose(busy_one(x_0, t, cond, s), busy_one(x_0, t, cond, s + 100), rtol=1e-3)
 
 
 def test_passes_of_a_step(folder):

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tarfile
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +25,18 @@ from PIL import Image
 from safetensors.torch import safe_open
 
 import cli
+import data
 import load
+import sdxl_pictures
 import train_sdxl
 import trainer
 from distill import StepDraws
+from lora import read_lora
 from tdd import Draws
 from test_sample import Reference, ours
 from test_solvers import ALPHA, SIGMA
-from test_train import drawn, example, null_of, tiny
+from test_tcd import equation_22
+from test_train import Theirs, drawn, example, null_of, tiny
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -233,9 +236,9 @@ def test_pictures_with_a_full_cache_lie_on_the_unets_device(folder):
     """The text encoders stay on the CPU then; the UNet here is on another device, "meta"."""
     model = load.load_sdxl(folder)
     model.unet.to("meta")
-    args = train_sdxl.parser().parse_args(["--model", "x", "--data", "x", "--resolution", "64"])
-    nets = types.SimpleNamespace(algorithm=types.SimpleNamespace(w=(1.0, 2.0)))
-    pictures = train_sdxl.Pictures(args, model, nets, "meta")
+    words = ["--model", "x", "--data", "x", "--resolution", "64", "--guidance", "1"]
+    args = train_sdxl.parser().parse_args(words)
+    pictures = sdxl_pictures.Pictures(args, model, None, "meta")
     assert {tensor.device.type for tensor in pictures.cond.values()} == {"meta"}
 
 
@@ -251,6 +254,147 @@ def test_sigterm_leaves_a_checkpoint(folder, shards, tmp_path):
     (checkpoint,) = trainer.checkpoints(tmp_path)
     assert child.returncode == 128 + signal.SIGTERM and "--resume" in said
     assert json.loads(log.read_text().splitlines()[-1])["step"] == int(checkpoint.name[11:])
+
+
+# ------------------------------------------------------------------------- TCD's functions, and TDM
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """A file of five prompts, one of them twice, blank lines in between."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("a red fox\n\na street at night\na red fox\n  \nsnow\nan old man")
+    return path
+
+
+@pytest.fixture(scope="module")
+def unified(folder, prompts, tmp_path_factory):
+    """A run of TDM-unify in two processes, without a single picture to learn from."""
+    output = tmp_path_factory.mktemp("unified")
+    words = ["--method", "tdm", "--ks", 1, 2, 4, "--sample-every", 8, "--loss", "fisher"]
+    done = run(command(folder, prompts, output, *words, processes=2))
+    assert done.returncode == 0, told(done)
+    return output
+
+
+def test_tdm_trains_from_prompts_alone(unified):
+    log = [json.loads(line) for line in (unified / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 8 and all(line["fake"] > 0 and not line["skipped"] for line in log)
+    assert (unified / "samples" / "step-000008.png").stat().st_size > 10_000
+    state, _ = load.read_tensors(unified / "checkpoint-8" / "state.safetensors")
+    moved = {k.split("/")[0] for k, v in state.items() if k.endswith(".up") and v.abs().max() > 0}
+    assert moved == {"student", "fake"}
+    # Kohya's naming has no place for what the student is told.
+    assert not (unified / "lora_kohya.safetensors").exists()
+
+
+def test_tdm_killed_and_resumed_ends_the_same(folder, prompts, tmp_path):
+    whole, cut, words = tmp_path / "whole", tmp_path / "cut", ["--method", "tdm"]
+    done = run(command(folder, prompts, whole, *words))
+    assert done.returncode == 0, told(done)
+    call = command(folder, prompts, cut, *words)
+    killed(call, cut / "log.jsonl", 5)
+    done = run([*call, "--resume"])
+    assert done.returncode == 0, told(done)
+    same_end(whole, cut)
+    other = prompts.with_name("other.txt")
+    other.write_text("another prompt")
+    done = run([*command(folder, other, cut, *words), "--steps", "9", "--resume"])
+    assert done.returncode == 2 and "--data" in done.stderr
+
+
+def test_prompts_come_once_an_epoch_and_go_on_where_they_were():
+    lines = [f"prompt {i}" for i in range(5)]
+    ranks = [data.Prompts(lines, 3, 7, rank, 2) for rank in range(2)]
+    batches = [[next(r) for r in ranks] for _ in range(10)]
+    seen = [b["captions"][i] for pair in batches for i in range(3) for b in pair]
+    assert all(sorted(seen[i : i + 5]) == lines for i in range(0, 60, 5))
+    assert len({tuple(seen[i : i + 5]) for i in range(0, 60, 5)}) > 6
+    again = data.Prompts(lines, 3, 7, 1, 2, ranks[1].position)
+    assert next(again) == next(ranks[1])
+    with pytest.raises(ValueError, match="crc"):
+        data.Prompts([*lines[:4], "new"], 3, 7, 1, 2, ranks[1].position)
+
+
+@pytest.mark.parametrize("tcf", ["2", "s"])
+def test_tcd_trains_and_samples_with_each_function(
+    tcf, folder, shards, tmp_path, monkeypatch, capsys
+):
+    """`--method tcd --tcf 2` and `s`; then sample.py's latents over diffusers' UNet and peft."""
+    words = ["--method", "tcd", "--tcf", tcf, "--guidance-range", 2, 14, "--sample-every", 4]
+    done = run(command(folder, shards, tmp_path / "run", *words, "--steps", 4))
+    assert done.returncode == 0, told(done)
+    lora = tmp_path / "run" / "lora.safetensors"
+    assert (tmp_path / "run" / "lora_kohya.safetensors").exists() == (tcf == "2")
+    got = ours(monkeypatch, capsys, folder, tmp_path, "--lora", lora, "--tcf", tcf,
+               "--prompt", "a red fox", "--gamma", 0, "--steps", 2)  # fmt: skip
+    eps, x = their_network(folder, lora), torch.randn((1, 4, 8, 9), generator=seeded(0))
+    for t, s in ((999, 499), (499, -1)):
+        if tcf == "2":
+            x_s, x_0 = equation_22(lambda x, t: eps(x.float(), float(t)), x.double(), t, max(s, 0))
+            x = x_s if s >= 0 else x_0
+        else:
+            e = eps(x, t, max(s, 0))
+            x_0 = (x - SIGMA[t + 1] * e) / ALPHA[t + 1]
+            x = ALPHA[s + 1] * x_0 + SIGMA[s + 1] * e
+    assert (x - got).abs().max() <= 2e-4 * got.abs().max()
+
+
+def test_tdm_unify_samples_as_diffusers_with_an_embedding(
+    unified, folder, tmp_path, monkeypatch, capsys
+):
+    lora = unified / "lora.safetensors"
+    eps, found = their_network(folder, lora), {}
+    for k, times in {1: [999], 2: [999, 499], 4: [999, 751, 499, 251]}.items():
+        words = ["--lora", lora, "--prompt", "a red fox", "--gamma", 0, "--steps", k]
+        got = ours(monkeypatch, capsys, folder, tmp_path, *words, "--cfg", 1)
+        x = torch.randn((1, 4, 8, 9), generator=seeded(0))
+        for t, s in itertools.pairwise([*times, -1]):
+            e = eps(x, t, k, g=1.0)
+            x = ALPHA[s + 1] * (x - SIGMA[t + 1] * e) / ALPHA[t + 1] + SIGMA[s + 1] * e
+        assert (x - got).abs().max() <= 2e-4 * got.abs().max()
+        found[k] = got
+    with pytest.raises(AssertionError, match="told of K: leave --tcf s away"):
+        ours(monkeypatch, capsys, folder, tmp_path, *words, "--tcf", "s")
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def their_network(folder, lora):
+    """eps(x, t, n) of diffusers' UNet under the LoRA by peft, guided to g; n as Theirs has it."""
+    model = load.load_sdxl(folder)
+    own, *_ = read_lora(lora, model.unet, model.encoder_1, model.encoder_2)
+    theirs, reference = Theirs(folder, {"student": own}, 4, 4.0, torch.float32), Reference(folder)
+    tokens, pooled = reference.encode("a red fox")
+    sizes = torch.tensor([[64, 72, 0, 0, 64, 72]])
+
+    @torch.no_grad()
+    def eps(x, t, n=None, g=2.0):
+        t = t.item() if torch.is_tensor(t) else t
+        c, u = (
+            theirs.eps("student", x, t, {"tokens": on * tokens, "pooled": on * pooled,
+                                         "time_ids": sizes}, n) for on in (1, 0)
+        )  # fmt: skip
+        return g * c + (1 - g) * u
+
+    return eps
+
+
+def test_init_goes_on_from_a_lora(two, folder, prompts, tmp_path):
+    """Another method's student as a start: without a learning rate it ends as it began."""
+    start = two[0] / "lora.safetensors"
+    words = ["--method", "tdm", "--ks", 2, 4, "--init", start, "--lr", 0, "--steps", 2]
+    done = run(command(folder, prompts, tmp_path, *words))
+    assert done.returncode == 0, told(done)
+    (one, _), (other, about) = (
+        load.read_tensors(p) for p in (start, tmp_path / "lora.safetensors")
+    )
+    assert all(torch.allclose(tensor, other[k]) for k, tensor in one.items())
+    assert about["told"] == "K" and {k for k in other if k not in one} == {
+        f"unet.told.linear_{i}.{part}" for i in (1, 2) for part in ("weight", "bias")
+    }
 
 
 # -------------------------------------------------------------------------------- files for others
@@ -348,6 +492,14 @@ MISTAKES = [
     (["--model", "nowhere"], "nowhere"),
     (["--max-bad", "0"], "--max-bad"),
     (["--device", "cuda"], "no GPU"),
+    (["--method", "tdm", "--adv"], "--method tdm has no use for --adv"),
+    (["--method", "tdm", "--tcf", "s"], "--method tdm has no use for --tcf"),
+    (["--method", "tdm", "--ks", "300"], "300 steps"),
+    (["--method", "tdm"], "--data"),
+    (["--ks", "4"], "--method tdd has no use for --ks"),
+    (["--loss", "fisher"], "has no use for --loss"),
+    (["--solver", "dpm2m"], "has no use for --solver"),
+    (["--init", "nowhere.safetensors"], "nowhere.safetensors"),
 ]
 
 

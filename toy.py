@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from tqdm import trange
 
 from solvers import Schedule
 from unet import timestep_embedding
@@ -79,9 +80,9 @@ class Ensemble(nn.Module):
     times larger in x_0, and sigma_t x_t alone is already right there.
     """
 
-    def __init__(self, weight: list[Tensor], bias: list[Tensor], schedule: Schedule):
+    def __init__(self, weight: list[Tensor], bias: list[Tensor], schedule: Schedule, told=""):
         super().__init__()
-        self.schedule, self.members = schedule, len(bias[0])
+        self.schedule, self.members, self.told = schedule, len(bias[0]), told
         self.weight = nn.ParameterList(weight)  # (m, in, out) a layer
         self.bias = nn.ParameterList(bias)  # (m, 1, out)
 
@@ -97,15 +98,74 @@ class Ensemble(nn.Module):
     def pick(self, members) -> "Ensemble":
         """A frozen copy of these members alone, in this order and as often as named."""
         weight, bias = ([p.detach()[list(members)] for p in ps] for ps in (self.weight, self.bias))
-        return Ensemble(weight, bias, self.schedule).requires_grad_(False)
+        return Ensemble(weight, bias, self.schedule, self.told).requires_grad_(False)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        h = torch.cat([x_t, timestep_embedding(t, 32), cond], 1)  # (bm, 2 + 32 + 4)
+    def telling(self, of: str) -> "Ensemble":
+        """A frozen copy that is told one more number, "s" or "K", and makes nothing of it yet."""
+        first, *rest = (p.detach().clone() for p in self.weight)
+        first = torch.cat([first, first.new_zeros(self.members, 32, first.shape[2])], 1)
+        bias = [p.detach().clone() for p in self.bias]
+        return Ensemble([first, *rest], bias, self.schedule, of).requires_grad_(False)
+
+    def knowing(self, k: int):
+        """The network for sampling in k steps: with that filled in, if it is what it is told."""
+        if self.told != "K":
+            return self
+        return lambda x_t, t, cond: self(x_t, t, cond, torch.full_like(t, k))
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor, *told: Tensor) -> Tensor:
+        numbers = [timestep_embedding(n, 32) for n in told]
+        h = torch.cat([x_t, timestep_embedding(t, 32), cond, *numbers], 1)  # (bm, 2 + 32 + 4 ..)
         h = rearrange(h, "(b m) i -> m b i", m=self.members)
         for i, (weight, bias) in enumerate(zip(self.weight, self.bias, strict=True)):
             h = torch.baddbmm(bias, nn.functional.silu(h) if i else h, weight)  # (m, b, width)
         sigma_t = self.schedule.at(t, 2)[1].float()
         return sigma_t * x_t + rearrange(h, "m b i -> (b m) i")  # (bm, 2)
+
+
+# ------------------------------------------------------------------------------------ training
+#
+# A method's budget is counted in network passes: its steps are those of the main comparison times
+# PASSES["1"] / PASSES[method].
+
+# Forward passes of the network that a training step takes, a backward pass counted as two. All but
+# TDM: guided teacher 2, target network 1 an evaluation, student 3 an evaluation. TDM: guided
+# teacher 2, student 3, fake score 3 + 1, and 1.5 (K = 4) or 0.67 (K of 1, 2, 4) before the step.
+PASSES = {"1": 6, "2": 10, "s": 6, "tdm4": 10.5, "tdm_unify": 9.67}
+
+
+def fit(
+    network: Ensemble,
+    loss_of_step,
+    steps: int,
+    lr: float,
+    name: str,
+    after=None,
+    betas=(0.9, 0.999),
+):
+    """Adam with a cosine to zero on loss_of_step() -> (b*m,); the mean of each member's loss.
+
+    Members share no weights, so the gradient is each member's own. Raises ValueError for a loss
+    that is no number.
+    """
+    # Fused: 27 networks are few tensors, but Adam's dozen passes over each would still show.
+    optimizer = torch.optim.Adam(network.parameters(), lr=lr, betas=betas, fused=True)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    bar = trange(steps, desc=f"{name:8}", mininterval=0.5, dynamic_ncols=True)
+    for step in bar:
+        loss = loss_of_step().mean()
+        optimizer.zero_grad()
+        (loss * network.members).backward()
+        optimizer.step()
+        cosine.step()
+        if after is not None:
+            after()
+        # Now and then only: looking at the loss waits for it.
+        if step % 100 == 0 or step == steps - 1:
+            if not loss.isfinite():
+                raise ValueError(f"{name}: loss {loss} at step {step}; lower --lr or --guidance")
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+    return network.requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------ distance

@@ -6,7 +6,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from solvers import Schedule, dpmpp_2m, solve
+from solvers import Schedule, ddim, dpmpp_2m, solve
 from tdd import bind, clip_x0, equidistant, gamma_sample, guided, nonequidistant, tuned
 from toy import CLASSES, Data, Ensemble, one_hot, rmse, sliced_wasserstein
 
@@ -77,6 +77,7 @@ class Evaluation:
 
     def sample(self, network, members: int, case: Case, w: float, callback=None, **options):
         """The gamma-sampler's x_0 of an ensemble, (m, s, n, 2)."""
+        network = network.knowing(case.k)
         # C clips to [-1, 1], where pixels live; this data reaches to `bound` instead.
         eps = guided(network, self.cond(members), torch.zeros(1, CLASSES), w)
         noise, clip = self.noise(members), lambda x: self.data.bound * clip_x0(x / self.data.bound)
@@ -116,12 +117,13 @@ class Evaluation:
         x = self.sample(self.teacher, 1, case, w)[0]
         self._keep("teacher", "", case, x, self.reference(case, 0.0, w))
 
-    def student_rows(self, students, network: Ensemble, members: list[int], case: Case) -> None:
-        """The students (methods) numbered `members`; all seeds of each."""
+    def student_rows(self, students, network: Ensemble, members, case: Case, jump=ddim) -> None:
+        """The students (methods) numbered `members`, sampled with a jump; all seeds of each."""
         seeds = self.args.seeds
         picked = network.pick([m * seeds + s for m in members for s in range(seeds)])
         w = case.w if case.tune is None else tuned(case.w, case.tune)
-        for student, x in zip(students, self.sample(picked, len(members), case, w), strict=True):
+        samples = self.sample(picked, len(members), case, w, jump=jump)
+        for student, x in zip(students, samples, strict=True):
             reference = self.reference(case, w, student.w)
             # Eq. 22: guidance on top of distilled guidance multiplies, in terms of g = 1 + w.
             W = (1 + w) * (1 + student.w) - 1
@@ -159,13 +161,15 @@ class Evaluation:
         """The teacher, then every student at the main guidance."""
         return list(dict.fromkeys(row["method"] for row in self.rows if not row["variant"]))
 
-    def table(self, gamma: float) -> str:
-        """The mean rmse of every method over k, with * on the non-equidistant schedule."""
+    def table(self, metric: str, gamma: float) -> str:
+        """A metric's mean for every method over k, with * on the non-equidistant schedule."""
         ks = sorted({row["k"] for row in self.rows})
-        lines = [f"rmse at gamma = {gamma:<6g}" + "".join(f"{'k = ' + str(k):>9}" for k in ks)]
+        lines = [
+            f"{metric + f' at gamma = {gamma:g}':21}" + "".join(f"{'k = ' + str(k):>9}" for k in ks)
+        ]
         for schedule, mark in (("equidistant", ""), ("nonequidistant", " *")):
             for method in self.methods:
-                found = [self.find(method, Case(k, gamma, schedule)) for k in ks]
+                found = [self.find(method, Case(k, gamma, schedule), metric) for k in ks]
                 cells = [f"{row['mean']:9.3f}" if row else " " * 9 for row in found]
                 lines += [f"{method + mark:21}" + "".join(cells)] * any(found)
         return "\n".join(lines)

@@ -17,21 +17,32 @@ from toy_eval import GAMMAS, Case, Evaluation
 COLOURS = {
     "teacher": (130, 134, 144), "cm": (216, 120, 40), "pcm4": (60, 150, 95), "pcm8": (130, 180, 60),
     "tcd": (150, 90, 180), "tdd": (205, 45, 60), "tdd_eta0": (50, 110, 190), "tdd_rho0": (90,) * 3,
+    "tcd2": (100, 60, 130), "tcds": (210, 160, 230), "tdd2": (130, 20, 35), "tdds": (240, 140, 130),
+    "tdm4": (20, 140, 140), "tdm_unify": (210, 160, 20),
 }  # fmt: skip
 NAMES = {
     "teacher": "teacher", "cm": "CM / LCM", "pcm4": "PCM-4", "pcm8": "PCM-8", "tcd": "TCD / CTM",
     "tdd": "TDD", "tdd_eta0": "TDD, eta 0", "tdd_rho0": "TDD, rho 0",
+    "tcd2": "TCD, TCF(2)", "tcds": "TCD, TCF(S+)", "tdd2": "TDD, TCF(2)", "tdds": "TDD, TCF(S+)",
+    "tdm4": "TDM-4", "tdm_unify": "TDM-unify",
 }  # fmt: skip
+# Of the other papers: they have pictures of their own, beside the two that they are compared with.
+FAMILY = ("tcd2", "tcds", "tdd2", "tdds", "tdm4", "tdm_unify")
 
 
-def draw_all(output: Path, ev: Evaluation, students, network) -> None:
-    samples(output / "samples.png", ev)
-    curves(output / "curves.png", ev)
+def draw_all(output: Path, ev: Evaluation, groups) -> None:
+    main = [method for method in ev.methods if method not in FAMILY]
+    samples(output / "samples.png", ev, main)
+    curves(output / "curves.png", ev, main)
     # A picture that this run has nothing for must not stay from the run before.
-    for name in ("trajectories", "guidance"):
+    for name in ("trajectories", "guidance", "family", "family_curves"):
         (output / f"{name}.png").unlink(missing_ok=True)
-    if len(ev.methods) > 1:
-        trajectories(output / "trajectories.png", ev, students, network)
+    if len(main) < len(ev.methods):
+        family = [m for m in ev.methods if m in ("teacher", "tcd", "tdd", *FAMILY)]
+        samples(output / "family.png", ev, family)
+        curves(output / "family_curves.png", ev, family)
+    if plain := [group for group in groups if group.students[0].method in main]:
+        trajectories(output / "trajectories.png", ev, plain[0].students, plain[0].network)
     if any(row["variant"] or row["clip_steps"] for row in ev.rows):
         guidance(output / "guidance.png", ev)
 
@@ -68,18 +79,19 @@ def _cells(ev: Evaluation, method: str, cases, variant="", metric="rmse"):
 # Every panel starts from the same noise, so a good one looks like the last column, point for point.
 
 
-def samples(path: Path, ev: Evaluation) -> None:
+def samples(path: Path, ev: Evaluation, methods: list[str]) -> None:
     """Methods by number of steps at gamma = 0, all from the same noise, seed 0."""
     kmin, kmax, g = ev.args.kmin, ev.args.kmax, ev.args.guidance
     ks = sorted({1, 2, kmin, (kmin + kmax) // 2, kmax})
-    figure = Figure(LEFT + (SIDE + 8) * (len(ks) + 1) + 12, 100 + (SIDE + 30) * len(ev.methods))
+    figure = Figure(LEFT + (SIDE + 8) * (len(ks) + 1) + 12, 100 + (SIDE + 30) * len(methods))
     title = f"From the same noise: {ev.args.data}, gamma = 0, guidance g = {g:g}"
     figure.text(20, 28, title, 24)
     headers = [f"{k} step" + "s" * (k > 1) for k in ks] + ["teacher's ODE"]
     exact = ev.reference(Case(1), 0.0, g - 1)[0], "many steps"
     # The teacher's row is DDIM with guidance, two passes a step; students need one.
     notes, cases = {"teacher": "guided DDIM"}, [Case(k) for k in ks]
-    rows = [(NAMES[m], notes.get(m, ""), m, [*_cells(ev, m, cases), exact]) for m in ev.methods]
+    notes |= dict.fromkeys(("tcd2", "tdd2"), "two passes a step")
+    rows = [(NAMES[m], notes.get(m, ""), m, [*_cells(ev, m, cases), exact]) for m in methods]
     _panels(figure, 60, headers, rows, ev.label)
     figure.save(path)
 
@@ -89,18 +101,21 @@ def samples(path: Path, ev: Evaluation) -> None:
 # Single-target methods dip at their own k; what TDD claims is a curve that stays low over 4..8.
 
 
-def curves(path: Path, ev: Evaluation) -> None:
+def curves(path: Path, ev: Evaluation, methods: list[str]) -> None:
     """Distance to the reference over the number of steps, for each gamma; bands are seeds."""
     figure, ks = Figure(1240, 640), sorted({1, 2, *range(ev.args.kmin, ev.args.kmax + 1)})
     figure.text(30, 30, "Distance to the teacher's exact sampler over the number of steps", 24)
-    means = [row["mean"] for row in ev.rows if row["metric"] == "rmse" and not row["variant"]]
+    means = [
+        row["mean"] for row in ev.rows
+        if row["metric"] == "rmse" and not row["variant"] and row["method"] in methods
+    ]  # fmt: skip
     xlim, ylim = (ks[0] - 0.3, ks[-1] + 0.3), (min(means) * 0.8, max(means) * 1.2)
     ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if ylim[0] < t < ylim[1]]
     for i, gamma in enumerate(GAMMAS):
         axes = Axes(figure, (100 + i * 500, 100, 440, 440), xlim, ylim, log_y=True)
         # The first panel alone names the y axis; both share it.
         axes.frame(f"gamma = {gamma:g}", "steps k", "" if i else "rmse (log scale)", ks, ticks, 16)
-        for method in ev.methods:
+        for method in methods:
             rows = [ev.find(method, Case(k, gamma)) for k in ks]
             mean, std = (np.array([row[name] for row in rows]) for name in ("mean", "std"))
             axes.band(ks, mean - std, mean + std, COLOURS[method])
@@ -108,11 +123,12 @@ def curves(path: Path, ev: Evaluation) -> None:
         for k in ks:
             if row := ev.find("tdd", Case(k, gamma, "nonequidistant")):
                 figure.dot(*axes.place(k, row["mean"]), COLOURS["tdd"], 5, hollow=True)
-    for i, method in enumerate(ev.methods):
+    for i, method in enumerate(methods):
         y = 130 + 34 * i
         figure.line([(1075, y), (1105, y)], COLOURS[method], 3, None if i else 7)
         figure.text(1115, y, NAMES[method], 17, COLOURS[method])
     if any(row["schedule"] == "nonequidistant" and row["method"] == "tdd" for row in ev.rows):
+        y = 130 + 34 * (len(methods) - 1)
         figure.dot(1090, y + 34, COLOURS["tdd"], 5, hollow=True)
         figure.text(1115, y + 34, "TDD, non-eq.", 17, COLOURS["tdd"])
     note = f"{ev.args.data}; mean and deviation over {ev.args.seeds} teachers; same noise for all"
@@ -129,7 +145,9 @@ def targets(path: Path, students) -> None:
     """Which targets tau~ (up) each method trains from each start t (right): 20,000 real draws."""
     # Reversed, so that of a method's variants the main one, which comes first, is kept.
     chosen = {student.method: student for student in reversed(students)}
-    names = [name for name in NAMES if name in chosen and name != "tdd_rho0"]
+    names = [name for name in NAMES if name in chosen and name not in ("tdd_rho0", *FAMILY)]
+    if not names:
+        return
     side, columns, ticks = 300, min(3, len(names)), [0, 250, 500, 750, 1000]
     width, height = 20 + columns * (side + 100), 80 + (side + 95) * -(-len(names) // columns)
     figure = Figure(max(800, width), height)

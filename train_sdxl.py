@@ -2,8 +2,9 @@
 
     python train_sdxl.py --model sdxl/ --data images/ --output runs/tdd
     torchrun --nproc-per-node 8 train_sdxl.py --model sdxl/ --data shards/ --output runs/tdd
+    torchrun --nproc-per-node 8 train_sdxl.py --model sdxl/ --method tdm --data prompts.txt
 
-The loss is tdd.py's, the networks are distill.py's, the loop is trainer.py's.
+The losses are tdd.py's and tdm.py's, the networks are distill.py's, the loop is trainer.py's.
 """
 
 import argparse
@@ -11,7 +12,6 @@ import zlib
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import cache
@@ -20,29 +20,22 @@ import processes
 import trainer
 from adversarial import Adversary
 from clip import encode_prompts
-from data import Images, Loader
-from distill import Algorithm, Distillation
+from data import Images, Loader, Prompts
+from distill import Algorithm, Distillation, Matching
 from load import SDXL, load_sdxl
-from lora import LoRA, write_kohya, write_peft
-from plots import GREY, INK, Figure
-from sample import DTYPES, conditions, null_of, read_lines, to_images
+from lora import LoRA, read_lora, write_kohya, write_peft
+from sample import DTYPES, conditions, null_of, read_lines
+from sdxl_pictures import Pictures, ends_of
 from solvers import SOLVERS, sdxl_schedule
-from tdd import (
-    equidistant,
-    gamma_sample,
-    guided,
-    noise_stream,
-    pseudo_huber,
-    squared_l2,
-    targets_of,
-)
+from tcd import TCF
+from tdd import equidistant, pseudo_huber, squared_l2, targets_of
+from tdm import LOSSES, WEIGHTS
 from unet import Block, UNet
 
-PROMPTS = [
-    "a red fox in the snow, photograph", "an old fisherman mending a net, oil painting",
-    "a glass of water on a wooden table, morning light", "a city street at night in the rain",
-]  # fmt: skip
-TEACHER_STEPS = 25  # of the picture grids' right column
+# What is not given is the papers' own: 512 images a step on 8 GPUs for TDD, 64 for TDM.
+TDD = {"steps": 20_000, "batch_size": 16, "grad_accum": 4, "guidance": 3.5, "loss": "l2"}
+TDM = {"steps": 1000, "batch_size": 8, "grad_accum": 1, "guidance": 7.0, "loss": "huber",
+       "ks": [4], "fake_lr": 5e-6, "fake_weight": "exact"}  # fmt: skip
 
 # --------------------------------------------------------------------------------------------- data
 #
@@ -76,69 +69,6 @@ def fill_cache(args, model: SDXL, rank: int, world: int, device, settings: dict)
     cache.fill(args.cache, loader, encoded, settings, rank, world, processes.barrier)
 
 
-# ----------------------------------------------------------------------------------------- pictures
-#
-# Fixed prompts and seeds, so that grids of one run can be compared. The teacher's do not change.
-
-
-class Pictures:
-    """Grids of the student's samples at K_min and K_max steps beside the teacher's."""
-
-    def __init__(self, args, model: SDXL, nets: Distillation, device):
-        self.args, self.vae, self.nets, self.device = args, model.vae, nets, device
-        self.prompts = PROMPTS
-        if args.sample_prompts is not None:
-            self.prompts = read_lines("--sample-prompts", args.sample_prompts)
-        cond, _ = conditions(model, self.prompts, None, args.resolution, args.resolution)
-        # With a full cache the text encoders never left the CPU.
-        self.cond = {name: tensor.to(device) for name, tensor in cond.items()}
-        self.w, self.ends = sum(nets.algorithm.w) / 2, sorted({args.kmin, args.kmax})
-        self.teacher = None
-
-    def __call__(self, step: int) -> None:
-        """samples/step-STEP.png: a row a prompt, a column a number of steps."""
-        many = [*self.ends, TEACHER_STEPS]
-        if self.teacher is None:
-            self.teacher = [self.column(self.nets.teacher, k, self.w) for k in many]
-        columns = [self.column(self.nets.result, k, 0.0) for k in self.ends] + self.teacher
-        headers = [f"{k} steps" for k in self.ends] + [f"teacher, {k} steps" for k in many]
-        title = f"After {step} steps of training; the teacher at g = {1 + self.w:g}"
-        folder = cli.output_folder(self.args.output / "samples")
-        picture_table(folder / f"step-{step:06}.png", title, headers, self.prompts, columns)
-
-    @torch.no_grad()
-    def column(self, network, k: int, w: float) -> list:
-        """A picture of each prompt in k steps at gamma = 0, prompt i from seed + i."""
-        seeds = range(self.args.seed, self.args.seed + len(self.prompts))
-        side, pictures = self.args.resolution // 8, []
-        # N = 8 is enough to distil for 8 steps; the teacher's many have a grid of their own.
-        timesteps = equidistant(k, self.args.solver_steps if k in self.ends else 250)
-        vae = self.vae.to(self.device)
-        for i, x_T in enumerate(next(noise_stream(seeds, (4, side, side), self.device))):
-            c = {name: tensor[i : i + 1] for name, tensor in self.cond.items()}
-            eps = guided(network, c, null_of(c), w)
-            x_0 = gamma_sample(eps, x_T[None], timesteps, self.nets.algorithm.schedule)
-            pictures += to_images(vae.decode(x_0))
-        if self.args.cache is not None:
-            vae.to("cpu")
-        return pictures
-
-
-def picture_table(path: Path, title: str, headers, prompts, columns) -> None:
-    """Columns of pictures under headers, a prompt below each row."""
-    side, row = 256, 290
-    figure = Figure(20 + len(columns) * (side + 8), 80 + len(prompts) * row)
-    figure.text(20, 24, title, 20)
-    for x, (header, column) in enumerate(zip(headers, columns, strict=True)):
-        left = 20 + x * (side + 8)
-        figure.text(left + side / 2, 56, header, 16, INK, "mm")
-        for y, picture in enumerate(column):
-            figure.paste(np.asarray(picture), left, 72 + y * row, side, side)
-    for y, prompt in enumerate(prompts):
-        figure.text(20, 72 + y * row + side + 14, prompt[:150], 14, GREY)
-    figure.save(path)
-
-
 # -------------------------------------------------------------------------------------------- setup
 #
 # What is refused is refused before the first gigabyte is read, and on every process alike: flags
@@ -146,7 +76,8 @@ def picture_table(path: Path, title: str, headers, prompts, columns) -> None:
 
 
 def check(args) -> None:
-    """Flags that no flag's own type can refuse; ValueError in one line."""
+    """Fill in what was not given, and refuse what cannot be; ValueError in one line."""
+    check_method(args)
     if args.resolution % 8:
         raise ValueError(f"--resolution {args.resolution} is not a multiple of 8")
     if args.guidance_range and args.guidance_range[0] > args.guidance_range[1]:
@@ -155,16 +86,34 @@ def check(args) -> None:
         read_lines("--sample-prompts", args.sample_prompts)
         if not args.sample_every:
             raise ValueError("--sample-prompts needs --sample-every")
-    for k in (args.kmin, args.kmax) if args.sample_every else ():
+    for k in ends_of(args) if args.sample_every or args.ks else ():
         equidistant(k, args.solver_steps)
     # Under whatever name it is given: a cache and a checkpoint know what they were made of.
-    for name in ("model", "data", "cache"):
+    for name in ("model", "data", "cache", "init"):
         path = getattr(args, name)
         setattr(args, name, path and path.resolve())
+    if args.method != "tdm":
+        algorithm_of(args, "cpu")
+
+
+def check_method(args) -> None:
+    """The method's own defaults; ValueError for flags that it has no use for."""
+    tdm = args.method == "tdm"
+    for name, value in (TDM if tdm else TDD).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.eta is None:
         # The offset is TDD's own; the other methods' targets are where their samplers stop.
         args.eta = 0.3 if args.method == "tdd" else 0.0
-    algorithm_of(args, "cpu")
+    if tdm:
+        strange = {name: getattr(args, name) for name in ("adv", "cache", "guidance_range", "ema")}
+        strange |= {"tcf": args.tcf != "1"}
+    else:
+        strange = {name: getattr(args, name) for name in TDM.keys() - TDD.keys()}
+        strange["loss"] = args.loss not in ("l2", "huber")
+        strange["solver"] = args.solver not in ("ddim", "dpm++2s")
+    if given := [name for name, value in strange.items() if value]:
+        raise ValueError(f"--method {args.method} has no use for --{min(given)} as it is given")
 
 
 def algorithm_of(args, device) -> Algorithm:
@@ -177,19 +126,35 @@ def algorithm_of(args, device) -> Algorithm:
         tuple(args.guidance_range or (args.guidance, args.guidance)),
         args.ema,
         SOLVERS[args.solver],
+        TCF[args.tcf],
         {"l2": squared_l2, "huber": pseudo_huber}[args.loss],
         args.adv_weight,
     )
 
 
-def distillation_of(args, unet, device) -> Distillation:
-    """The UNet on its device, frozen, with a fresh LoRA and all that is to be trained."""
+def distillation_of(args, unet, device, init: LoRA | None = None) -> Distillation | Matching:
+    """The UNet on its device, frozen, and all that is trained on it; init: a LoRA to go on from."""
     unet.to(device, memory_format=torch.channels_last)
     unet.checkpoint_blocks(args.checkpointing)
     # From the seed alone: every process starts from the same LoRA.
-    lora = LoRA.fresh(unet, args.rank, args.lora_alpha, torch.Generator().manual_seed(args.seed))
-    adversary = Adversary.fresh(unet, 1000 // args.kmin, args.seed) if args.adv else None
-    nets = Distillation(unet, lora.to(device), algorithm_of(args, device), adversary)
+    generator, tdm = torch.Generator().manual_seed(args.seed), args.method == "tdm"
+    told = "s" if args.tcf == "s" else "K" * (tdm and len(args.ks) > 1)
+    new = LoRA.fresh(unet, args.rank, args.lora_alpha, generator, told).to(device)
+    lora = new
+    if init is not None:
+        if init.told is not None and init.told.of != told:
+            raise ValueError(f"--init {args.init} is told of {init.told.of}, this is to be another")
+        lora = LoRA.of(dict(init.items()), init.told or new.told)
+        lora = lora.to(device, torch.float32).requires_grad_()
+    if tdm:
+        fake = LoRA.fresh(unet, args.rank, args.lora_alpha, generator, told).to(device)
+        nets = Matching(
+            unet, lora, fake, sdxl_schedule().to(device), tuple(args.ks), args.solver_steps,
+            args.guidance, args.fake_weight, args.loss, SOLVERS[args.solver],
+        )  # fmt: skip
+    else:
+        adversary = Adversary.fresh(unet, 1000 // args.kmin, args.seed) if args.adv else None
+        nets = Distillation(unet, lora, algorithm_of(args, device), adversary)
     if args.compile:
         compile_blocks(unet)
     return nets
@@ -206,24 +171,32 @@ def compile_blocks(unet: UNet, **how) -> None:
             module.compile(**how)
 
 
-def optimizers_of(args, nets: Distillation) -> dict[str, torch.optim.Optimizer]:
-    made = {"adam": trainer.adamw(nets.student.parameters(), args.lr, args.weight_decay)}
+def optimizers_of(args, nets: Distillation | Matching) -> dict[str, torch.optim.Optimizer]:
+    student = nets.student.parameters()
+    if args.method == "tdm":
+        rates = {"adam": (student, args.lr), "adam_fake": (nets.fake.parameters(), args.fake_lr)}
+        betas = args.weight_decay, (0.0, 0.999)
+        return {name: trainer.adamw(*given, *betas) for name, given in rates.items()}
+    made = {"adam": trainer.adamw(student, args.lr, args.weight_decay)}
     if nets.adversary is not None:
         heads = nets.adversary.heads.parameters()
         made["adam_heads"] = trainer.adamw(heads, args.adv_lr, args.weight_decay, (0.0, 0.999))
     return made
 
 
-def write_loras(args, nets: Distillation, folder: Path, step: int) -> None:
+def write_loras(args, nets: Distillation | Matching, folder: Path, step: int) -> None:
     """lora.safetensors and lora_kohya.safetensors, with how they came about in the metadata."""
     told = {
         "method": args.method, "w": args.guidance_range or args.guidance, "eta": args.eta,
-        "K": f"{args.kmin}-{args.kmax}", "rho": args.rho, "solver_steps": args.solver_steps,
+        "tcf": args.tcf, "K": args.ks or f"{args.kmin}-{args.kmax}", "rho": args.rho,
+        "solver_steps": args.solver_steps,
         "steps": step, "base": args.model.name, "adversarial": args.adv, "ema": args.ema,
     }  # fmt: skip
     told = {f"tdd_{name}": str(value) for name, value in told.items()}
     write_peft(folder / "lora.safetensors", nets.result.lora, **told)
-    write_kohya(folder / "lora_kohya.safetensors", nets.result.lora, **told)
+    # Kohya's naming has no place for an embedding, without which the LoRA would be another model.
+    if nets.result.lora.told is None:
+        write_kohya(folder / "lora_kohya.safetensors", nets.result.lora, **told)
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -232,13 +205,16 @@ def write_loras(args, nets: Distillation, folder: Path, step: int) -> None:
 
 
 def batches_of(args, model: SDXL, rank: int, world: int, device, position) -> Loader:
-    """Images with captions, or --cache's latents and embeddings, from where the run stands."""
+    """Prompts, images with captions, or --cache's latents, from where the run stands."""
     kept = ("model", "data", "resolution", "dtype", "seed")
     settings = {k: str(getattr(args, k)) for k in kept}
     full = args.cache is not None and cache.is_full(args.cache, settings)
     if not full:
         for module in (model.vae, model.encoder_1, model.encoder_2):
             module.to(device)
+    if args.method == "tdm":
+        prompts = read_lines("--data", args.data)
+        return Prompts(prompts, args.batch_size, args.seed, rank, world, position)
     if args.cache is None:
         images = Images(args.data, args.resolution, args.batch_size, args.seed, rank, world)
         return Loader(images, args.workers, args.max_bad, position)
@@ -254,7 +230,10 @@ def main(args) -> None:
     output, settings = cli.output_folder(args.output), {k: str(v) for k, v in vars(args).items()}
     folder, config = trainer.resume_point(output, args.resume, settings)
     model = load_sdxl(args.model, args.tokenizer, DTYPES[args.dtype])
-    nets = distillation_of(args, model.unet, device)
+    init = None
+    if args.init is not None:
+        init = read_lora(args.init, model.unet, model.encoder_1, model.encoder_2)[0]
+    nets = distillation_of(args, model.unet, device, init)
     position = config["positions"][rank] if folder else None
     loader = batches_of(args, model, rank, world, device, position)
     draws_pictures = args.sample_every and processes.is_main()
@@ -272,13 +251,19 @@ def main(args) -> None:
     nets.distribute(processes.parallel)
 
     def losses(batch: dict) -> dict:
+        if args.method == "tdm":
+            cond, _ = conditions(model, batch["captions"], None, *[args.resolution] * 2)
+            shape = len(batch["names"]), 4, *[args.resolution // model.vae.factor] * 2
+            draws = nets.draw(shape, generator, device)
+            batch["timesteps"] = draws.timesteps
+            return nets.losses(cond, null_of(cond), draws)
         if args.cache is None:
             x_0, cond = encode(model, batch, generator, device)
         else:
             move = {k: batch[k].to(device, non_blocking=True) for k in cache.TENSORS}
             x_0, cond = move.pop("latents"), move
         draws = nets.draw(x_0.shape, generator, device)
-        batch["timesteps"] = draws.tdd.t_next
+        batch["timesteps"] = draws.timesteps
         return nets.losses(x_0, cond, null_of(cond), draws)
 
     plan = trainer.Plan(
@@ -299,28 +284,37 @@ def parser() -> cli.Parser:
     share, positive = cli.number(float, 0, 1), cli.number(float, 0)
     add("--model", type=Path, required=True, help="SDXL: a folder or one .safetensors (phi)")
     add("--tokenizer", type=Path, help="its folder, where the model is a single file")
-    add("--data", type=Path, required=True, help="D: a folder of images, or of .tar shards")
+    add("--data", type=Path, required=True,
+        help="D: a folder of images, or of .tar shards; for tdm a prompt a line")  # fmt: skip
+    add("--init", type=Path, metavar="LORA", help="a LoRA to go on from, instead of a fresh one")
     add("--output", type=Path, default=Path("runs/sdxl"), help="LoRAs, checkpoints, log, pictures")
     add("--resolution", type=cli.number(int, 64), default=1024, help="side of the square crops")
-    add("--batch-size", type=whole, default=16, help="images a step and process")
-    add("--grad-accum", type=whole, default=4, help="batches a step; 8 x 16 x 4 is the paper's 512")
-    add("--steps", type=whole, default=20_000, help="optimizer steps")
+    add("--batch-size", type=whole, help="images a step and process: 16, for tdm 8")
+    add("--grad-accum", type=whole, help="batches a step: 4, for tdm 1; 8 x 16 x 4 are TDD's 512")
+    add("--steps", type=whole, help="optimizer steps: 20000, for tdm 1000")
     add("--lr", type=positive, default=1e-6, help="delta, the learning rate (2e-6 with --adv)")
     add("--warmup", type=count, default=0, help="steps over which delta rises from 0")
     add("--rank", type=whole, default=64, help="r of the LoRA")
     add("--lora-alpha", type=positive, default=8.0, help="alpha of the LoRA, scaled by alpha / r")
-    add("--method", choices=["tdd", "cm", "pcm", "tcd"], default="tdd", help="which targets T")
+    add("--method", choices=["tdd", "cm", "pcm", "tcd", "tdm"], default="tdd",
+        help="which targets T; or tdm, distribution matching")  # fmt: skip
+    add("--tcf", choices=TCF, default="1",
+        help="f: of order 1, order 2, or told of its end s: TCF(1), (2), (S+)")  # fmt: skip
     add("--kmin", type=whole, default=4, help="K_min, fewest steps to distil for; PCM's segments")
     add("--kmax", type=whole, default=8, help="K_max, most steps to distil for (tdd)")
     add("--eta", type=share, help="eta of Eq. 8; 0.3 for tdd, else 0, unless given")
     add("--rho", type=share, default=0.2, help="rho, share of null conditions")
-    add("--guidance", type=positive, default=3.5, help="w' to distil, without a range; g = 1 + w'")
+    add("--guidance", type=positive,
+        help="w' to distil, without a range; g = 1 + w': 3.5, for tdm 7")  # fmt: skip
     add("--guidance-range", type=positive, nargs=2, metavar=("LO", "HI"),
         help="w' ~ U[LO, HI], as TCD does (2 14)")  # fmt: skip
     add("--solver-steps", type=whole, default=250, help="N, steps of the teacher's solver")
-    add("--solver", choices=["ddim", "dpm++2s"], default="ddim", help="Phi")
+    add("--solver", choices=SOLVERS, default="ddim", help="Phi; of tdm, the student's steps")
     add("--ema", type=share, default=0.0, help="mu of theta-; 0: the student, stop-gradient")
-    add("--loss", choices=["l2", "huber"], default="l2", help="d of Eq. 10, or pseudo-Huber")
+    add("--loss", choices=LOSSES, help="d of Eq. 10: l2, or huber; of TDM: Eq. 11 (huber), 6, ..")
+    add("--ks", type=whole, nargs="+", metavar="K", help="tdm: K, 4; several make TDM-unify")
+    add("--fake-lr", type=positive, help="tdm: the fake score's learning rate, 5e-6")
+    add("--fake-weight", choices=WEIGHTS, help="tdm: of the fake score's loss, exact; see tdm.py")
     add("--adv", action="store_true", help="adversarial TDD, the paper's Ours (adv)")
     add("--adv-weight", type=positive, default=0.1, help="of the adversarial loss, with --adv")
     add("--adv-lr", type=positive, default=1e-5, help="the discriminator's delta, with --adv")

@@ -10,22 +10,25 @@ the same budget. All seeds and methods train together, as one batched network.
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from einops import rearrange, repeat
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 import cifar_sample
 import cifar_train
 import cli
 import toy_figures
-from solvers import SOLVERS, Schedule, sdxl_schedule
+import toy_tdm
+from solvers import SOLVERS, Schedule, ddim, sdxl_schedule
+from tcd import TCF, tcf_1
 from tdd import Draws, TargetSet, draw, ema_update, targets_of, tdd_loss
-from toy import CLASSES, DATA, Data, Ensemble, one_hot
+from toy import CLASSES, DATA, PASSES, Data, Ensemble, fit, one_hot
 from toy_eval import GAMMAS, Case, Evaluation
+from toy_tdm import MATCHED, Matched, matched_of, train_matched
 
 # Guidance needs the unconditional branch as well; 0.1 to 0.2 is what teachers are trained with.
 LABEL_DROP = 0.15  # share of the teacher's examples trained under the null condition
@@ -41,21 +44,37 @@ class Student:
     rho: float
     w: float
     variant: str = ""
+    tcf: str = "1"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Students that were trained together, rows "(b student seed)", and the jump to sample with."""
+
+    students: list[Student | Matched]
+    network: Ensemble
+    jump: object = ddim
+    seconds: float = 0.0
+
+    @property
+    def names(self) -> list[str]:
+        return [" ".join(filter(None, (s.method, s.variant))) for s in self.students]
 
 
 # -------------------------------------------------------------------------------------- students
 #
 # The main comparison holds everything but the targets equal: teacher, w', rho, steps, batch, noise.
-# eta belongs to TDD alone. PCM-4 and PCM-8 stand at the two ends of what TDD trains for.
+# eta belongs to TDD alone. PCM-4 and PCM-8 stand at the two ends of what TDD trains for. TCF(2) and
+# TCF(S+) change what is made of the network (tcd.py), for TCD's targets and for TDD's.
 
 
-STUDENTS = ["cm", "pcm4", "pcm8", "tcd", "tdd", "tdd_eta0", "tdd_rho0"]
+STUDENTS = ["cm", "pcm4", "pcm8", "tcd", "tdd", "tdd_eta0", "tdd_rho0", *MATCHED]
 
 
 def students_of(args) -> list[Student]:
-    """The students to train; tdd_rho0 stands for the three that the guidance study compares."""
+    """The students of tdd_loss; tdd_rho0 stands for the three that the guidance study compares."""
     students, w = [], args.guidance - 1
-    for name in dict.fromkeys(args.methods):
+    for name in (name for name in dict.fromkeys(args.methods) if name not in MATCHED):
         # PCM's number of segments stands in the place of kmin.
         kmin = int(name[3]) if name.startswith("pcm") else args.kmin
         targets = targets_of(name[:3], args.solver_steps, kmin, args.kmax)
@@ -65,36 +84,15 @@ def students_of(args) -> list[Student]:
             students += [Student(m, targets, args.eta, rho, w, f"w'={w:g}") for m, rho, w in study]
         else:
             eta = args.eta if name == "tdd" else 0.0
-            students.append(Student(name, targets, eta, args.rho, w))
+            for tcf in dict.fromkeys(args.tcf if name in ("tcd", "tdd") else "1"):
+                method = name if tcf == "1" else name + tcf
+                students.append(Student(method, targets, eta, args.rho, w, tcf=tcf))
     return students
 
 
 # -------------------------------------------------------------------------------------- training
 #
-# Both trainings are the same loop, `fit`; they differ in the loss and in what follows a step. A
-# loss has an entry a row "(b m)"; members share no weights, so its gradient is each member's own.
-
-
-def fit(network: Ensemble, loss_of_step, steps: int, lr: float, name: str, after=None) -> Ensemble:
-    """Adam with a cosine to zero on loss_of_step() -> (b*m,); the mean of each member's loss."""
-    # Fused: 27 networks are few tensors, but Adam's dozen passes over each would still show.
-    optimizer = torch.optim.Adam(network.parameters(), lr=lr, fused=True)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    bar = trange(steps, desc=f"{name:8}", mininterval=0.5, dynamic_ncols=True)
-    for step in bar:
-        loss = loss_of_step().mean()
-        optimizer.zero_grad()
-        (loss * network.members).backward()
-        optimizer.step()
-        cosine.step()
-        if after is not None:
-            after()
-        # Now and then only: looking at the loss waits for it.
-        if step % 100 == 0 or step == steps - 1:
-            if not loss.isfinite():
-                raise ValueError(f"{name}: loss {loss} at step {step}; lower --lr or --guidance")
-            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-    return network.requires_grad_(False)
+# All trainings are the same loop, toy.fit; they differ in the loss and in what follows a step.
 
 
 def train_teacher(args, data: Data, schedule: Schedule, generator) -> Ensemble:
@@ -113,11 +111,15 @@ def train_teacher(args, data: Data, schedule: Schedule, generator) -> Ensemble:
     return fit(teacher, loss, args.steps, 2 * args.lr, "teacher")
 
 
-def train_students(args, students, teacher, data: Data, schedule: Schedule, generator) -> Ensemble:
-    """Every student of every seed by Algorithm 1, as one ensemble with rows "(b method seed)"."""
-    b, m, s = args.batch_size, len(students), args.seeds
+def train_students(args, students, teacher, data: Data, schedule: Schedule, generator) -> Group:
+    """Every student of every seed by Algorithm 1, as one ensemble with rows "(b method seed)".
+
+    All students of a call have the same trajectory consistency function.
+    """
+    b, m, s, tcf = args.batch_size, len(students), args.seeds, students[0].tcf
     # Algorithm 1's input: theta <- phi, and theta- <- theta.
-    student = teacher.pick(list(range(s)) * m).requires_grad_()
+    student = teacher.pick(list(range(s)) * m)
+    student = (student.telling("s") if tcf == "s" else student).requires_grad_()
     target = student.pick(range(s * m))
     w = repeat(torch.tensor([x.w for x in students]), "m -> (b m s)", b=b, s=s)
     null, phi = torch.zeros(1, CLASSES), SOLVERS[args.solver]
@@ -131,11 +133,30 @@ def train_students(args, students, teacher, data: Data, schedule: Schedule, gene
             generator.set_state(state)
             draws.append(draw(x.targets, (b * s, 2), x.eta, x.rho, generator))
         own = join(draws, s)
-        return tdd_loss(student, target, teacher, x_0, cond, null, own, w, schedule, phi)
+        return tdd_loss(*networks, x_0, cond, null, own, w, schedule, phi, jump=TCF[tcf])
 
     theta = list(target.parameters()), list(student.parameters())
+    networks, steps = (student, target, teacher), round(args.steps * PASSES["1"] / PASSES[tcf])
+    name = "students" if tcf == "1" else f"TCF({tcf})"
     # Line 18 follows every step.
-    return fit(student, loss, args.steps, args.lr, "students", lambda: ema_update(*theta, args.ema))
+    fit(student, loss, steps, args.lr, name, lambda: ema_update(*theta, args.ema))
+    return Group(students, student, TCF[tcf])
+
+
+def train_groups(args, teacher, data: Data, schedule: Schedule, generator) -> list[Group]:
+    """All students: an ensemble for each trajectory consistency function, and for each TDM."""
+    groups, state, students = [], generator.get_state(), students_of(args)
+    jobs = [[student for student in students if student.tcf == tcf] for tcf in TCF]
+    for own in [*filter(None, jobs), *([m] for m in matched_of(args))]:
+        # The same data and noise for every function.
+        generator.set_state(state)
+        start = time.time()
+        if isinstance(own[0], Matched):
+            group = Group(own, train_matched(args, own[0], teacher, schedule))
+        else:
+            group = train_students(args, own, teacher, data, schedule, generator)
+        groups.append(replace(group, seconds=round(time.time() - start, 1)))
+    return groups
 
 
 def join(draws: list[Draws], seeds: int) -> Draws:
@@ -171,16 +192,24 @@ def guidance_cases(args, students: list[Student]) -> list[tuple[list[int], Case]
     return [(members, case) for members, case in jobs if members]
 
 
-def evaluate(args, students: list[Student], network: Ensemble, ev: Evaluation) -> None:
+def evaluate(args, groups: list[Group], ev: Evaluation) -> None:
     """Every row of metrics.json: the main cases for teacher and students, then guided students."""
-    plain = [i for i, student in enumerate(students) if not student.variant]
-    jobs = [(who, case) for who in ("teacher", plain) if who for case in main_cases(args)]
-    jobs += guidance_cases(args, students)
-    for members, case in tqdm(jobs, desc="evaluate", mininterval=0.5, dynamic_ncols=True):
-        if members == "teacher":
+    jobs = [(None, None, case) for case in main_cases(args)]
+    for group in groups:
+        plain = [i for i, student in enumerate(group.students) if not student.variant]
+        # Between kmin and kmax the other schedule is TDD's own question.
+        jobs += [
+            (group, plain, case) for case in main_cases(args)
+            if plain and (group.jump is tcf_1 or case.schedule == "equidistant")
+        ]  # fmt: skip
+        if group.jump is tcf_1:
+            jobs += [(group, *job) for job in guidance_cases(args, group.students)]
+    for group, members, case in tqdm(jobs, desc="evaluate", mininterval=0.5, dynamic_ncols=True):
+        if group is None:
             ev.teacher_row(case)
         else:
-            ev.student_rows([students[i] for i in members], network, members, case)
+            students = [group.students[i] for i in members]
+            ev.student_rows(students, group.network, members, case, group.jump)
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -197,20 +226,26 @@ def main(args) -> None:
     # The picture that needs no training comes first: something to look at meanwhile.
     toy_figures.targets(output / "targets.png", students)
     teacher = train_teacher(args, data, schedule, generator)
-    network = train_students(args, students, teacher, data, schedule, generator)
-    ev = Evaluation(args, teacher, schedule, data)
+    groups = train_groups(args, teacher, data, schedule, generator)
+    ev, ablations = Evaluation(args, teacher, schedule, data), []
     try:
-        evaluate(args, students, network, ev)
-        toy_figures.draw_all(output, ev, students, network)
+        evaluate(args, groups, ev)
+        toy_figures.draw_all(output, ev, groups)
+        if args.ablations:
+            toy_tdm.ablate(args, teacher, groups, schedule, ev, ablations)
     finally:
         # After Ctrl-C too: the rows that are there cost a minute or two.
         if ev.rows:
             settings = {**vars(args), "output": str(output), "torch": torch.__version__}
             whole = {"settings": settings, "rows": ev.rows, "noise_floor": ev.noise_floor()}
+            seconds = {" ".join(g.names): g.seconds for g in groups}
+            whole |= {"ablations": ablations, "training_seconds": seconds}
             whole["seconds"] = round(time.time() - start, 1)
             cli.write_json(output / "metrics.json", whole)
-    print("\n\n".join(ev.table(gamma) for gamma in GAMMAS))
-    print("* non-equidistant. Mean distance to the teacher's exact sampler from the same noise.")
+    tables = [ev.table("rmse", gamma) for gamma in GAMMAS] + [ev.table("sw", 0.0)]
+    print("\n\n".join([*tables, *([toy_tdm.table(ablations)] if ablations else [])]))
+    print("* non-equidistant. rmse: to the teacher's exact sampler from the same noise; sw: sliced")
+    print("Wasserstein distance to it. TCF(2) (tcd2, tdd2) evaluates the network twice a step.")
     print(f"{time.time() - start:.0f} s; metrics.json and the pictures are in {output}/")
 
 
@@ -218,7 +253,7 @@ def parser() -> cli.Parser:
     p = cli.Parser("Trains a 2-D teacher, distils it with TDD and its rivals, and compares them.")
     flag, number = p.add_argument, cli.number
     whole, share, above = number(int, 1), number(float, 0, 1), number(float, 1, 100)
-    some = f"students, of {' '.join(STUDENTS)}; the last brings the guidance study"
+    some = f"students, of {' '.join(STUDENTS)}; tdd_rho0 brings the guidance study"
     # The defaults are the results' settings; the paper's own (N = 250, w' = 3.5) are SDXL's.
     flag(
         "--data",
@@ -227,6 +262,9 @@ def parser() -> cli.Parser:
         help="the 2-D distribution; or cifar10, which has flags of its own: --data cifar10 --help",
     )
     flag("--methods", nargs="+", choices=STUDENTS, default=STUDENTS, metavar="M", help=some)
+    flag("--tcf", nargs="+", choices=TCF, default=list(TCF), metavar="F",
+         help="f of tcd and tdd: of order 1, order 2, told of its end s")  # fmt: skip
+    flag("--ablations", action="store_true", help="of TDM (its Tables 5-8, Fig. 8): 3 minutes more")
     flag("--steps", type=whole, default=3000, help="training steps, teacher and students")
     flag("--seeds", type=whole, default=3, help="independent teachers, each distilled")
     flag("--seed", type=number(int, 0, 2**31), default=0, help="of all random numbers")

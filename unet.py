@@ -6,6 +6,7 @@ for CIFAR-10; all that differs is the config. A condition is a dict of three ten
     tokens (b, n, 2048)   both text encoders' hidden states, attended to
     pooled (b, 1280)      the second encoder's projected end token
     time_ids (b, 6)       original height, width; crop top, left; target height, width
+    told (b, 4 c)         from a `Told`, for a network that is told of one more number
 """
 
 import math
@@ -101,6 +102,23 @@ class Embedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.weight.dtype))))
+
+
+class Told(Embedding):
+    """One more number n (b,) for the network, as a vector beside t's own: (b, 4 c).
+
+    of: what it is, "s" for the end of a jump (TCD, Eq. 24), "K" for the number of steps (TDM,
+    Eq. 8). The last layer is zero at first, so that being told begins by changing nothing.
+    """
+
+    def __init__(self, c: int, of: str):
+        super().__init__(c, 4 * c)
+        nn.init.zeros_(self.linear_2.weight)
+        nn.init.zeros_(self.linear_2.bias)
+        self.of = of
+
+    def forward(self, n: Tensor) -> Tensor:
+        return super().forward(timestep_embedding(n, self.linear_1.in_features))
 
 
 # ----------------------------------------------------------------------------------------- blocks
@@ -298,13 +316,16 @@ class Encoder(nn.Module):
         return [widths[0], *(c for level in levels for c in level)]
 
     def embed(self, t: Tensor, cond: dict) -> Tensor:
-        """Time, sizes and pooled prompt as one vector an example, (b, 4 c)."""
+        """Time, sizes, pooled prompt and what else is told as one vector an example, (b, 4 c)."""
         sizes = timestep_embedding(cond["time_ids"].flatten(), self.config.time_ids_width)
         # Six sizes of 256 sinusoids each, behind the pooled prompt.
         added = torch.cat([cond["pooled"], sizes.view(len(t), -1).to(cond["pooled"].dtype)], 1)
         temb = self.time_embedding(timestep_embedding(t, self.config.channels[0]))
+        temb = temb + self.add_embedding(added)
+        if "told" in cond:
+            temb = temb + cond["told"].to(temb.dtype)
         # Every residual block takes silu of it: once here, instead of once in each.
-        return F.silu(temb + self.add_embedding(added))
+        return F.silu(temb)
 
     def encode(self, h: Tensor, temb: Tensor, tokens: Tensor) -> list[Tensor]:
         """Every skip connection from the finest down, and last what leaves the middle."""

@@ -1,0 +1,199 @@
+"""Trajectory Distribution Matching (arXiv 2503.06674), section 3 and Algorithm 1.
+
+Three eps-networks: the student f_theta, which takes K deterministic steps from noise; the teacher
+f_phi, whose score is the "real" one; and f_psi, whose "fake" score is that of the student's own
+samples. All three come as eps(x_t, t), their condition bound. There is no data: prompts will do.
+
+The paper writes x_t = x + sigma_t eps, so that its samples are ours divided by alpha_t. What it
+does to x_{t_i} is done here to x_{t_i} / alpha_{t_i}, and where its scores -(x_t - f) / sigma_t^2
+are weighted by lambda_tau = sigma_tau^2, here are x_0 predictions.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from solvers import CLEAN, Schedule, ddim, eps_theta, renoise, x0_from_eps, x0_of_step
+from tdd import equidistant
+
+# -------------------------------------------------------------------------- 3.1 the trajectory
+#
+# The student's K steps end at t_{K-1} > .. > t_0; a training step looks at the one that ends at
+# t_m. tau, up to which its sample is diffused, does not pass t_{m+1}: no two m have a time in
+# common, so that one fake score can hold all of their distributions apart.
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What Algorithm 1 draws for a batch: how many steps of how many, how far back, and noise."""
+
+    K: int
+    stops: list[int]  # from T - 1 down to t_{m+1} and t_m
+    x_T: Tensor  # (b, ..)
+    tau: Tensor  # (b,), t_m < tau <= t_{m+1}
+    noise: Tensor  # (b, ..)
+
+    @property
+    def timesteps(self) -> Tensor:
+        """Where the examples are looked at, for messages."""
+        return self.tau
+
+    def to(self, device) -> "Draws":
+        moved = {k: getattr(self, k).to(device) for k in ("x_T", "tau", "noise")}
+        return replace(self, **moved)
+
+
+def draw(Ks: tuple[int, ...], shape, N: int, generator: torch.Generator) -> Draws:
+    """Algorithm 1, lines 3, 5 and 6, for samples of shape (b, ..), from a CPU generator.
+
+    Ks: what K is drawn from, several for TDM-unify (Eq. 8). N: the grid that t_i = i T / K lie on.
+    """
+    # One K and one m for the batch: the steps after t_m, which nobody looks at, can be left out.
+    u_K, u_m = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+    K = Ks[int(u_K * len(Ks))]
+    stops = [*equidistant(K, N), CLEAN][: 2 + int(u_m * K)]
+    t_next, t_m = stops[-2:]
+    tau = torch.randint(t_m + 1, t_next + 1, shape[:1], generator=generator)
+    x_T, noise = (torch.randn(shape, generator=generator) for _ in range(2))
+    return Draws(K, stops, x_T, tau, noise)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample of the student's, x_{t_m}, and the same diffused to tau."""
+
+    x_m: Tensor
+    t_m: int
+    x_hat: Tensor  # the clean sample that belongs to x_m
+    x_tau: Tensor
+    tau: Tensor  # (b,)
+    noise: Tensor
+
+    def detach(self) -> "Sample":
+        own = {k: getattr(self, k).detach() for k in ("x_m", "x_hat", "x_tau")}
+        return replace(self, **own)
+
+    def bridge(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        """q(x_tau | x_{t_m}) = N(ratio x_{t_m}, spread^2 I): both, to broadcast over a batch."""
+        ndim = self.x_m.ndim
+        ratio = schedule.at(self.tau, ndim)[0] / schedule.at(self.t_m, ndim)[0]
+        return ratio.to(self.x_m), (1 - ratio**2).sqrt().to(self.x_m)
+
+
+def generate(student, draws: Draws, schedule: Schedule, solver=ddim, clean=False) -> Sample:
+    """Algorithm 1, lines 4-7, with a gradient through the last step alone.
+
+    solver: any of solvers.SOLVERS (Table 6). clean: of the step that ends at t_m look at the clean
+    prediction instead of x_{t_m} (Table 7).
+    """
+    x, past = draws.x_T, None
+    with torch.no_grad():
+        for t, s in pairwise(draws.stops[:-1]):
+            x, past = solver(student, x, t, s, schedule, past)
+    t, t_m = draws.stops[-2:]
+    x_m, _ = solver(student, x, t, t_m, schedule, past)
+    x_hat = x0_of_step(x, x_m, t, t_m, schedule)
+    if clean:
+        x_m, t_m = x_hat, CLEAN
+    x_tau = renoise(x_m, t_m, draws.tau, draws.noise, schedule)
+    return Sample(x_m, t_m, x_hat, x_tau, draws.tau, draws.noise)
+
+
+# -------------------------------------------------------------------------- 3.1 the fake score
+#
+# Eq. 7 wants x_tau from q(x_tau | x^), but the score is needed around x_{t_m}: hence the importance
+# weight q(x_tau | x^) / q(x_tau | x_{t_m}). What minimises the weighted loss is the score of x^
+# diffused to tau; in Eq. 5 stands that of x_{t_m} diffused to tau. These are two distributions, for
+# a deterministic step leaves its x^ and the noise beside it dependent. Denoising to x_{t_m}, with
+# no weight, has the latter score for its minimum: "exact" below, which is ours.
+
+WEIGHTS = ("density", "mean", "none", "exact")
+
+
+def fake_loss(fake, p: Sample, schedule: Schedule, weight: str = "density") -> Tensor:
+    """Eq. 7's loss of each example, on eps, (b,).
+
+    weight: "density", the paper's ratio; "mean", of the densities to the power of 1/d, as in the
+    published code; "none"; or "exact", denoising to x_{t_m} instead of x^.
+    """
+    eps = eps_theta(fake, p.x_tau, p.tau, schedule)
+    alpha, sigma, _ = (a.to(p.x_m) for a in schedule.at(p.tau, p.x_m.ndim))
+    if weight == "exact":
+        # -sigma times the score of q(x_tau | x_{t_m}) is (sigma / spread) noise, which has no bound
+        # near t_m. A factor that depends on tau alone may stand before both.
+        _, spread = p.bridge(schedule)
+        return _mean(spread / sigma * eps - p.noise)
+    loss = _mean(eps - (p.x_tau - alpha * p.x_hat) / sigma)
+    if weight == "none":
+        return loss
+    power = 1 / p.x_m[0].numel() if weight == "mean" else 1.0
+    return (power * log_weight(p, schedule)).exp() * loss
+
+
+def log_weight(p: Sample, schedule: Schedule) -> Tensor:
+    """log q(x_tau | x^) - log q(x_tau | x_{t_m}), densities of all dimensions, (b,)."""
+    d = p.x_m[0].numel()
+    alpha, sigma, _ = (a.to(p.x_m) for a in schedule.at(p.tau, p.x_m.ndim))
+    _, spread = p.bridge(schedule)
+    squares = _mean(p.noise) - _mean((p.x_tau - alpha * p.x_hat) / sigma)
+    return d * (squares / 2 + (spread / sigma).flatten().log())
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.float().square().flatten(1).mean(1)
+
+
+# --------------------------------------------------------------------- 3.1 and 3.3 the student
+
+LOSSES = ("huber", "l2", "dmd", "fisher")
+
+
+def student_loss(real, fake, p: Sample, schedule: Schedule, loss: str = "huber") -> Tensor:
+    """The student's loss of each example, (b,).
+
+    real: the teacher, guided as wished. loss: "huber", the surrogate of Eq. 11; "l2", Eq. 6; "dmd",
+    Eq. 6 under DMD's normaliser, as in the paper's ablation; "fisher", another divergence.
+    """
+    if loss == "fisher":
+        return fisher_loss(real, fake, p, schedule)
+    alpha_m = schedule.at(p.t_m)[0].to(p.x_m)
+    with torch.no_grad():
+        x_real, x_fake = (
+            x0_from_eps(p.x_tau, eps_theta(f, p.x_tau, p.tau, schedule), p.tau, schedule)
+            for f in (real, fake)
+        )
+        # x~ of Eq. 6: a step down the KL divergence.
+        revision = alpha_m * (x_real - x_fake)
+        if loss == "dmd":
+            size = (p.x_hat - x_real).abs().flatten(1).mean(1).clamp(min=1e-6)
+            revision = revision / size.reshape(-1, *[1] * (revision.ndim - 1))
+        revised = p.x_m + revision
+    square = (p.x_m - revised).float().square().flatten(1).sum(1)
+    if loss != "huber":
+        return square
+    c = 0.00054 * math.sqrt(p.x_m[0].numel())
+    return (square + c * c).sqrt() - c
+
+
+def fisher_loss(real, fake, p: Sample, schedule: Schedule) -> Tensor:
+    """Fisher's divergence E |s_phi - s_theta|^2 instead of the reverse KL (Table 8), (b,).
+
+    The student's score depends on theta in two ways, by x_tau and in itself. For any fixed u(x),
+    E <u, s_theta> = E <u, score of q(x_tau | x_{t_m})> (Zhou et al. 2024) tells the second: with
+    u = s_phi - s_psi the gradient is that of 2 <u, s_phi - score of q> - |u|^2.
+    """
+    _, spread = p.bridge(schedule)
+    tame = spread / schedule.at(p.tau, p.x_m.ndim)[1].to(p.x_m)
+    # By way of x_tau alone: neither network's weights are to have a gradient from this.
+    with torch.enable_grad():
+        x_tau = p.x_tau.detach().requires_grad_()
+        eps_real, eps_fake = (eps_theta(f, x_tau, p.tau, schedule) for f in (real, fake))
+        # All scores times -sigma, as eps; that of q is noise / tame, so all is multiplied by tame.
+        u = eps_fake - eps_real
+        each = 2 * u * (p.noise - tame * eps_real) - tame * u.square()
+        each = each.float().flatten(1).sum(1)
+        (slope,) = torch.autograd.grad(each.sum(), x_tau)
+    return each.detach() + (slope * (p.x_tau - x_tau.detach())).flatten(1).sum(1)

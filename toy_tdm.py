@@ -1,0 +1,157 @@
+"""Trajectory Distribution Matching on the 2-D toy: TDM-4, TDM-unify, and the paper's ablations."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+import tdm
+from solvers import CLEAN, SOLVERS, Schedule, solve
+from tdd import bind, equidistant, guided
+from toy import CLASSES, PASSES, Ensemble, fit, one_hot
+from toy_eval import Case, Evaluation
+
+BETAS = (0.0, 0.999)
+STUDENT_LR, FAKE_LR = 0.2, 2.0  # of --lr; a tenth, as in the paper's 2e-6 against 2e-5
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A TDM student as it is trained, in the terms of tdm.py; w is the teacher's guidance."""
+
+    method: str
+    Ks: tuple[int, ...] = (4,)
+    told: bool = False
+    weight: str = "exact"
+    loss: str = "huber"
+    clean: bool = False
+    solver: str = "ddim"
+    w: float = 0.0
+    variant: str = ""
+
+
+MATCHED = {"tdm4": Matched("tdm4"), "tdm_unify": Matched("tdm_unify", (1, 2, 4), told=True)}
+
+
+def matched_of(args) -> list[Matched]:
+    """The TDM students among --methods."""
+    names = [name for name in MATCHED if name in args.methods]
+    return [replace(MATCHED[name], w=args.guidance - 1) for name in names]
+
+
+def train_matched(
+    args, m: Matched, teacher: Ensemble, schedule: Schedule, start: Ensemble | None = None,
+    steps: int | None = None,
+) -> Ensemble:  # fmt: skip
+    """TDM's Algorithm 1 for every seed's teacher, from the teacher itself unless from `start`."""
+    steps = steps or round(args.steps * PASSES["1"] / PASSES[m.method])
+    members, rows = range(args.seeds), args.seeds * args.batch_size
+    student, fake = (net.pick(members) for net in (start or teacher, teacher))
+    if m.told:
+        student, fake = student.telling("K"), fake.telling("K")
+    student.requires_grad_()
+    optimizer = torch.optim.Adam(fake.parameters(), FAKE_LR * args.lr, BETAS, fused=True)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    # Not the other students' seed, and the same one for all variants.
+    generator, null = torch.Generator().manual_seed(args.seed + 2), torch.zeros(1, CLASSES)
+
+    def loss():
+        label = torch.randint(CLASSES, (rows,), generator=generator)
+        # Lines 3-7; no data is drawn.
+        d, cond = tdm.draw(m.Ks, (rows, 2), args.solver_steps, generator), one_hot(label)
+        K = [torch.full((rows,), d.K)] * m.told
+
+        def known(network):
+            return lambda x_t, t: network(x_t, t, cond, *K)
+
+        p = tdm.generate(known(student), d, schedule, SOLVERS[m.solver], m.clean)
+        # Lines 9 and 10: the fake score first ...
+        fake.requires_grad_()
+        of_fake = tdm.fake_loss(known(fake), p.detach(), schedule, m.weight).mean()
+        optimizer.zero_grad()
+        (of_fake * fake.members).backward()
+        optimizer.step()
+        cosine.step()
+        # ... and lines 12 and 13, by what it says then.
+        fake.requires_grad_(False)
+        real = guided(teacher, cond, null, m.w) if m.w else bind(teacher, cond)
+        return tdm.student_loss(real, known(fake), p, schedule, m.loss)
+
+    return fit(student, loss, steps, STUDENT_LR * args.lr, m.method, betas=BETAS)
+
+
+# ------------------------------------------------------------------------------------ ablations
+#
+# What is taken away, and the numbers of steps that it is looked at in. Distances are to the
+# teacher's distribution: TDM does not promise to send noise where the teacher would.
+
+ABLATIONS = {
+    "TDM-unify": (MATCHED["tdm_unify"], (1, 2, 4)),
+    "not told K": (replace(MATCHED["tdm_unify"], told=False), (1, 2, 4)),
+    "no surrogate (Eq. 6, DMD's normaliser)": (
+        replace(MATCHED["tdm_unify"], loss="dmd"), (1, 2, 4)),
+    "not unified: TDM-4": (MATCHED["tdm4"], (1, 2, 4)),
+    "weight: the paper's density ratio": (replace(MATCHED["tdm4"], weight="density"), (4,)),
+    "weight: its 1/d-th power": (replace(MATCHED["tdm4"], weight="mean"), (4,)),
+    "weight: none": (replace(MATCHED["tdm4"], weight="none"), (4,)),
+    "matching clean samples": (replace(MATCHED["tdm4"], clean=True), (4,)),
+    "Fisher's divergence": (replace(MATCHED["tdm4"], loss="fisher"), (4,)),
+}  # fmt: skip
+
+
+def ablate(args, teacher, groups, schedule: Schedule, ev: Evaluation, rows: list[dict]) -> None:
+    """Adds rows of TDM's Tables 5 to 8 and Fig. 8: sliced Wasserstein distances of all seeds."""
+    w = args.guidance - 1
+
+    def keep(name: str, network: Ensemble, ks, w: float, solver: str = "ddim") -> None:
+        for k in ks:
+            each = distance(ev, network, k, w, solver)
+            row = {"name": name, "k": k, "per_seed": each.tolist(), "mean": each.mean().item()}
+            rows.append({**row, "std": each.std().item() if len(each) > 1 else 0.0})
+
+    for name, (m, ks) in ABLATIONS.items():
+        keep(name, train_matched(args, replace(m, w=w), teacher, schedule), ks, w)
+    # Without guidance what the teacher says is the score of a distribution, and of one alone.
+    for weight in ("exact", "none", "density"):
+        plain = replace(MATCHED["tdm4"], weight=weight)
+        keep(f"unguided, weight {weight}", train_matched(args, plain, teacher, schedule), (4,), 0.0)
+    for train in ("ddim", "dpm++2m"):
+        network = train_matched(
+            args, replace(MATCHED["tdm4"], w=w, solver=train), teacher, schedule
+        )
+        for test in ("ddim", "dpm++2m"):
+            keep(f"trained with {train}, sampled with {test}", network, (4,), w, test)
+    lcm = next((g for g in groups if g.students[0].method == "cm"), None)
+    if lcm is not None:
+        start = lcm.network.pick(range(args.seeds))
+        keep("LCM", start, (4,), w)
+        for steps in (100, 400):
+            m = replace(MATCHED["tdm4"], w=w)
+            fixed = train_matched(args, m, teacher, schedule, start, steps)
+            keep(f"LCM and {steps} steps of TDM", fixed, (4,), w)
+
+
+def distance(ev: Evaluation, network: Ensemble, k: int, w: float, solver: str) -> torch.Tensor:
+    """Of k deterministic steps to the teacher's distribution at w; sliced Wasserstein, (s,)."""
+    timesteps = equidistant(k, ev.args.solver_steps)
+
+    def whole(model, x_t, t, s, schedule, past=None):
+        # One jump that is the whole solution: solvers that look back do not fit the gamma-sampler.
+        return solve(model, x_t, [*timesteps, CLEAN], schedule, SOLVERS[solver]), past
+
+    case = Case(k) if solver == "ddim" else Case(1)
+    more = {} if solver == "ddim" else {"jump": whole}
+    x = ev.sample(network, 1, case, 0.0, **more)[0]
+    return ev._sw(x, ev.reference(Case(k), 0.0, w))
+
+
+def table(rows: list[dict]) -> str:
+    """The ablations over the number of steps."""
+    ks = sorted({row["k"] for row in rows})
+    lines = [f"{'TDM: sw, deterministic':42}" + "".join(f"{'k = ' + str(k):>16}" for k in ks)]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        found = {row["k"]: row for row in rows if row["name"] == name}
+        cells = [
+            f"{found[k]['mean']:.3f} ({found[k]['std']:.3f})" if k in found else "" for k in ks
+        ]
+        lines.append(f"{name:42}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
