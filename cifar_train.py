@@ -8,6 +8,7 @@ finished is used again, what was interrupted goes on, and other settings than be
 """
 
 import argparse
+import math
 import re
 import shutil
 import statistics
@@ -288,8 +289,12 @@ def train_student(args, stage: Stage) -> None:
     def export(folder: Path) -> None:
         write_peft(folder / "lora.safetensors", nets.result.lora, **stage.settings)
 
-    optimizers = train_sdxl.optimizers_of(own, nets)
-    stage.train(nets.modules, optimizers, losses, export, after=nets.after_step)
+    # A cosine down to zero, as on the 2-D data: at one rate throughout, what a student has learned
+    # in the first half of its steps it loses in the second.
+    stage.train(
+        nets.modules, train_sdxl.optimizers_of(own, nets), losses, export,
+        lambda s: (1 + math.cos(math.pi * s)) / 2, nets.after_step,
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------- main
