@@ -9,7 +9,6 @@ finished is used again, what was interrupted goes on, and other settings than be
 
 import argparse
 import math
-import re
 import shutil
 import statistics
 import time
@@ -246,14 +245,13 @@ def student_args(args, name: str):
     else:
         common |= {"lr": args.lr, "adv-lr": args.lr, "ema": args.ema, "rho": args.rho,
                    "kmin": args.kmin, "kmax": args.kmax}  # fmt: skip
-    # A step's network passes differ: none is to have more of them in all than TDD has.
-    tcf = re.search(r"--tcf (\w)", STUDENTS[name])
-    passes = PASSES[name if name in MATCHED else tcf[1] if tcf else "1"]
-    common["steps"] = round(args.steps * PASSES["1"] / passes)
     flags = [word for k, v in common.items() for word in (f"--{k}", str(v))]
     flags += [*STUDENTS[name].split(), "--no-checkpointing", *["--compile"] * args.compile]
     own = train_sdxl.parser().parse_args(flags)
     train_sdxl.check(own)
+    # A step's network passes differ: none is to have more of them in all than TDD has.
+    passes = PASSES[name if name in MATCHED else own.tcf]
+    own.steps = round(args.steps * PASSES["1"] / passes)
     return own
 
 

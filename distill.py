@@ -15,7 +15,7 @@ import tdm
 from adversarial import Adversary
 from lora import LoRA, attach, using
 from solvers import Schedule, ddim
-from tdd import Draws, TargetSet, bind, draw, ema_update, guided, jumps, squared_l2
+from tdd import Draws, TargetSet, bind, draw, ema_update, guided, jumps, squared_l2, told
 
 # ----------------------------------------------------------------------------------------- networks
 #
@@ -30,13 +30,11 @@ def tell(unet: nn.Module, lora: LoRA | None, k: int | None = None):
     """
     if lora is None or lora.told is None:
         return unet
-    bound = k is not None and lora.told.of == "K"
 
-    def network(x_t: Tensor, t: Tensor, cond: dict, *more) -> Tensor:
-        n, *control = (torch.full_like(t, k), *more) if bound else more
+    def network(x_t: Tensor, t: Tensor, cond: dict, n: Tensor, *control) -> Tensor:
         return unet(x_t, t, {**cond, "told": lora.told(n)}, *control)
 
-    return network
+    return network if k is None or lora.told.of != "K" else told(network, k)
 
 
 class Network(nn.Module):
@@ -52,9 +50,9 @@ class Network(nn.Module):
         if lora is not None:
             attach(base, name, lora)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond, *told: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cond, *n: Tensor) -> Tensor:
         with using(self.base, **self.on):
-            return tell(self.base, self.lora)(x_t, t, cond, *told)
+            return tell(self.base, self.lora)(x_t, t, cond, *n)
 
 
 # -------------------------------------------------------------------------------------- TDD's step
@@ -159,9 +157,9 @@ class Distillation:
         loss = a.distance(pred - aim).mean()
         if self.adversary is None:
             return {"total": loss, "loss": loss}
-        fooled, told = self.adversary.losses(pred, aim, c, d.tdd.tau, d.u, d.noise, a.schedule)
-        total = loss + a.adv_weight * fooled + told
-        return {"total": total, "loss": loss, "adv_student": fooled, "adv_heads": told}
+        fooled, found = self.adversary.losses(pred, aim, c, d.tdd.tau, d.u, d.noise, a.schedule)
+        total = loss + a.adv_weight * fooled + found
+        return {"total": total, "loss": loss, "adv_student": fooled, "adv_heads": found}
 
     def after_step(self) -> None:
         """Algorithm 1, line 18."""
@@ -171,9 +169,10 @@ class Distillation:
 
 # -------------------------------------------------------------------------------------- TDM's step
 #
-# Algorithm 1 has the fake score updated first, and the student against the new one. Here both go
-# backward at once, so that the student's step sees the fake score an update earlier: gradients can
-# then be accumulated and sent between processes once a step, as for every other method.
+# Algorithm 1 has the fake score updated first, and the student against the new one (as on the toy,
+# toy_tdm.py). Here both go backward at once, so that the student's step sees the fake score an
+# update earlier: gradients can then be accumulated and sent between processes once a step, as for
+# every other method.
 
 
 @dataclass
@@ -223,16 +222,14 @@ class Matching:
         p = tdm.generate(bind(self._told(self.call, d.K), cond), d, self.schedule, self.solver)
         # Neither loss has a gradient for the other's weights.
         fake = bind(self._told(self.call_fake, d.K), cond)
-        told = tdm.fake_loss(fake, p.detach(), self.schedule, self.weight).mean()
+        denoised = tdm.fake_loss(fake, p.detach(), self.schedule, self.weight).mean()
         real = guided(self.teacher, cond, null, self.w)
         fake = bind(self._told(self.fake, d.K), cond)
         loss = tdm.student_loss(real, fake, p, self.schedule, self.loss).mean()
-        return {"total": loss + told, "loss": loss, "fake": told}
+        return {"total": loss + denoised, "loss": loss, "fake": denoised}
 
     def after_step(self) -> None:
         """Nothing: there is no moving average."""
 
     def _told(self, network, K: int):
-        if self.lora.told is None:
-            return network
-        return lambda x_t, t, cond: network(x_t, t, cond, torch.full_like(t, K))
+        return network if self.lora.told is None else told(network, K)

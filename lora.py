@@ -52,6 +52,14 @@ class Update(nn.Module):
             return y.add_(F.conv2d(h, up))
         return y.addmm_(F.linear(x, down), up.T)
 
+    def scaled(self, scale: float) -> "Update":
+        """The same update with this scale, and an up matrix that makes up for it.
+
+        Its gradients, and so what a learning rate means, are those of a LoRA begun with the scale.
+        """
+        up = self.up.detach().float() * (self.scale / scale)
+        return Update(self.down.detach().float(), up, scale * len(self.down))
+
     def delta(self) -> Tensor:
         """The whole update of the layer's weight, in float32."""
         # In float32: in half precision the product would lose what small updates consist of.

@@ -23,7 +23,7 @@ import cli
 import processes
 from clip import encode_prompts
 from distill import tell
-from load import SDXL, load_controlnet, load_sdxl
+from load import SDXL, load_controlnet, load_sdxl, read_tensors
 from lora import LoRA, merge, read_lora
 from solvers import CLEAN, SOLVERS, sdxl_schedule, solve
 from tcd import TCF
@@ -126,11 +126,14 @@ def build(args) -> tuple[SDXL, object]:
     network = model.unet
     for entry in args.lora:
         path, scale = split_scale(entry)
+        made = read_tensors(Path(path))[1].get("tdd_tcf", args.tcf)
+        if made != args.tcf:
+            raise ValueError(f"--lora {entry} was trained with --tcf {made}: sample it with that")
         loras = read_lora(Path(path), model.unet, model.encoder_1, model.encoder_2)
         for base, lora in zip((model.unet, model.encoder_1, model.encoder_2), loras, strict=True):
             merge(base, lora, scale)
         if loras[0].told is not None:
-            network = told_network(args, path, network, loras[0].to(args.device))
+            network = told_network(args, entry, network, loras[0].to(args.device), scale)
     if args.tcf == "s" and network is model.unet:
         raise ValueError("--tcf s: no --lora was trained with it")
     for module in (model.unet, model.encoder_1, model.encoder_2):
@@ -147,12 +150,14 @@ def build(args) -> tuple[SDXL, object]:
     return model, controlled(network, controlnet, pixels, args.control_scale)
 
 
-def told_network(args, path: str, network, lora: LoRA):
+def told_network(args, entry: str, network, lora: LoRA, scale: float):
     """The network of a LoRA with an embedding: told of --steps (TDM-unify), or of s by --tcf s."""
     of = lora.told.of
     if not isinstance(network, UNet) or (of == "s") != (args.tcf == "s"):
         hint = "give --tcf s with it, and only with it" if of == "s" else "leave --tcf s away"
-        raise ValueError(f"--lora {path} is told of {of}: {hint}, and no second LoRA of its kind")
+        raise ValueError(f"--lora {entry} is told of {of}: {hint}, and no second LoRA of its kind")
+    for p in lora.told.linear_2.parameters():
+        p.mul_(scale)
     return tell(network, lora, args.steps)
 
 

@@ -32,7 +32,7 @@ def tcf_2(model, x_t: Tensor, t, s, schedule: Schedule, past=None):
     """TCF(2), Eq. 22: a second evaluation at u, half-way in log-SNR, and x_0 linear between."""
     # Appendix C.2 prints u = t_lambda(lambda_s + lambda_t), which lies outside of [s, t] for most
     # pairs; the middle wants the half of it.
-    if not torch.is_tensor(s) and s == CLEAN:
+    if not torch.is_tensor(s) and s == CLEAN and t > 0:
         # The middle of an endless step is nowhere. Training's last target is 0: what carries x_t
         # there is the prediction that ends the sampling.
         x_0, _ = dpmpp_2s(model, x_t, t, 0, schedule)

@@ -209,6 +209,11 @@ def bind(model, cond):
     return lambda x_t, t, *told: model(x_t, t, cond, *told)
 
 
+def told(model, n: float):
+    """model(x_t, t, cond, n) with n the same number for all examples."""
+    return lambda x_t, t, cond, *more: model(x_t, t, cond, torch.full_like(t, n), *more)
+
+
 def guided(model, cond, null, w, rows: Tensor | None = None):
     """Eq. 12: eps(x_t, t) = (1 + w) eps(x_t, t, c) - w eps(x_t, t), both passes in one batch.
 

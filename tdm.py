@@ -4,9 +4,11 @@ Three eps-networks: the student f_theta, which takes K deterministic steps from 
 f_phi, whose score is the "real" one; and f_psi, whose "fake" score is that of the student's own
 samples. All three come as eps(x_t, t), their condition bound. There is no data: prompts will do.
 
-The paper writes x_t = x + sigma_t eps, so that its samples are ours divided by alpha_t. What it
-does to x_{t_i} is done here to x_{t_i} / alpha_{t_i}, and where its scores -(x_t - f) / sigma_t^2
-are weighted by lambda_tau = sigma_tau^2, here are x_0 predictions.
+The paper writes x_t = x + sigma_t eps, so that its samples are ours divided by alpha_t, and leaves
+lambda_tau open. It is sigma_tau^2 here, in those terms, which makes the step from x_{t_i} to its
+revised sample alpha_{t_i} times a difference of x_0 predictions; the second lambda_tau, in front of
+Eq. 6's norm, is left out. Distances are taken between samples as they are here, not divided by
+alpha_{t_i}: noisy steps weigh less by that than in the paper's terms.
 """
 
 import math
@@ -193,7 +195,8 @@ def fisher_loss(real, fake, p: Sample, schedule: Schedule) -> Tensor:
         eps_real, eps_fake = (eps_theta(f, x_tau, p.tau, schedule) for f in (real, fake))
         # All scores times -sigma, as eps; that of q is noise / tame, so all is multiplied by tame.
         u = eps_fake - eps_real
-        each = 2 * u * (p.noise - tame * eps_real) - tame * u.square()
-        each = each.float().flatten(1).sum(1)
-        (slope,) = torch.autograd.grad(each.sum(), x_tau)
-    return each.detach() + (slope * (p.x_tau - x_tau.detach())).flatten(1).sum(1)
+        square = tame * u.square()
+        (slope,) = torch.autograd.grad((2 * u * (p.noise - tame * eps_real) - square).sum(), x_tau)
+    # Its value is what it is called: a single sample of the other expression may be negative.
+    value = square.detach() + slope * (p.x_tau - x_tau.detach())
+    return value.float().flatten(1).sum(1)

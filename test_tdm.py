@@ -8,14 +8,12 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-import load
 import tdm
-from distill import Matching
 from sample import null_of
 from solvers import CLEAN, SOLVERS
 from tdd import equidistant
 from test_solvers import ALPHA, MU, SCHEDULE, SIGMA, V, gaussian_eps, randn, toy_eps
-from test_train import Theirs, busy, example, same_gradients
+from test_train import Theirs, example, matching, same_gradients
 
 # ------------------------------------------------------------------------- trajectories and draws
 
@@ -234,7 +232,6 @@ def test_students_gradient_is_that_of_the_kl_divergence(t, t_m, tau):
     kl = (var / v + (mean - m) ** 2 / v - 1 - torch.log(var / v)) / 2
     (exact,) = torch.autograd.grad(kl, theta)
     # lambda_tau = sigma^2 on x / alpha; here both x_{t_m} and x_tau carry their own alpha.
-    assert torch.allclose(got, 2 * (a_m * s / a) ** 2 * exact, rtol=1e-2)
     assert torch.allclose(got, 2 * (a_m * s / a) ** 2 * exact, rtol=1e-4)
 
 
@@ -248,7 +245,7 @@ def test_fishers_gradient_is_that_of_fishers_divergence(t, t_m, tau):
     fisher = slope**2 * var + gap**2
     (exact,) = torch.autograd.grad(fisher, theta)
     spread = math.sqrt(1 - (a / ALPHA[t_m + 1]) ** 2)
-    assert torch.allclose(got, spread * s * exact, rtol=1e-2)
+    assert torch.allclose(got, spread * s * exact, rtol=1e-4)
 
 
 def losses_at(loss):
@@ -300,12 +297,11 @@ STEPS = [
 @pytest.mark.parametrize("Ks, told, weight, loss, solver", STEPS)
 def test_step_is_algorithm_1_over_diffusers(Ks, told, weight, loss, solver, folder):
     """Both losses and every gradient of both LoRAs, with peft's adapters in the place of ours."""
-    unet = load.load_sdxl(folder).unet.double()
-    student, fake = (busy(unet, seed=i, told=told).double() for i in (1, 5))
     settings = {"w": 2.5, "weight": weight, "loss": loss, "solver": SOLVERS[solver]}
-    nets = Matching(unet, student, fake, SCHEDULE, Ks, 50, **settings)
-    unet.checkpoint_blocks(loss == "fisher")
-    theirs = Theirs(folder, {"student": student, "fake": fake}, 4, 2.0, torch.float64)
+    nets = matching(folder, told, Ks=Ks, **settings)
+    nets.base.checkpoint_blocks(loss == "fisher")
+    loras = {"student": nets.lora, "fake": nets.fake_lora}
+    theirs = Theirs(folder, loras, 4, 2.0, torch.float64)
     _, cond = example(2)
     null = null_of(cond)
     for seed in range(3):
@@ -315,9 +311,9 @@ def test_step_is_algorithm_1_over_diffusers(Ks, told, weight, loss, solver, fold
         expected = [by_hand(theirs, cond, d, i, weight, loss, solver) for i in range(2)]
         assert found["loss"].item() == pytest.approx(sum(e[0] for e in expected) / 2, rel=1e-5)
         assert found["fake"].item() == pytest.approx(sum(e[1] for e in expected) / 2, rel=1e-5)
-    for name, lora in (("student", student), ("fake", fake)):
+    for name, lora in loras.items():
         same_gradients(lora, theirs, name)
-    assert all(p.grad is None for p in unet.parameters())
+    assert all(p.grad is None for p in nets.base.parameters())
 
 
 def by_hand(theirs, cond, d, i, weight, loss, solver):
@@ -363,7 +359,9 @@ def by_hand(theirs, cond, d, i, weight, loss, solver):
         fake = -theirs.eps("fake", x_tau, tau, c, d.K) / s
     if loss == "fisher":
         u = real - fake
+        value = u.detach().square().sum() * s * spread
         each = (2 * u * (real + z / spread) - u.square()).sum() * s * spread
+        each = each + (value - each.detach())
     else:
         revision = a_m * s**2 / a * (real - fake)
         if loss == "dmd":

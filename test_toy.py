@@ -212,6 +212,9 @@ def test_quick_run_end_to_end(monkeypatch, capsys, tmp_path):
     assert {row["method"] for row in result["rows"]} == {"teacher", *train_toy.STUDENTS, *told}
     assert rmse("tdd") < 0.7 * rmse("cm")
     assert rmse("tdd", [4]) < rmse("teacher", [4])
+    # Even these few steps teach TDM-unify to sample in one, and a TDD that is told s more than TDD.
+    assert rmse("tdm_unify", [1], "sw") < 0.5 * rmse("teacher", [1], "sw")
+    assert rmse("tdds", [8]) < 0.8 * rmse("tdd", [8])
     for floor in result["noise_floor"]["sw"].values():
         assert 0 < floor["mean"] < 0.2
     assert not list(tmp_path.glob("*.part*"))

@@ -19,7 +19,7 @@ import load
 import train_sdxl
 import trainer
 from adversarial import Adversary, noised_times
-from distill import Algorithm, Distillation
+from distill import Algorithm, Distillation, Matching
 from lora import LoRA
 from sample import null_of
 from tcd import TCF
@@ -162,6 +162,13 @@ def tiny(
     if adversary:
         adversary = Adversary.fresh(unet, 250, 0)
     return Distillation(unet, lora.to(dtype), algorithm, adversary or None)
+
+
+def matching(folder, told="", **settings):
+    """TDM's student and fake score on the tiny SDXL, both with something to say."""
+    unet = load.load_sdxl(folder).unet.double()
+    loras = (busy(unet, seed=seed, told=told).double() for seed in (1, 5))
+    return Matching(unet, *loras, SCHEDULE, N=50, **settings)
 
 
 CASES = [

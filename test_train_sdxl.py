@@ -22,7 +22,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
-from safetensors.torch import safe_open
+from safetensors.torch import safe_open, save_file
 
 import cli
 import data
@@ -36,7 +36,7 @@ from tdd import Draws
 from test_sample import Reference, ours
 from test_solvers import ALPHA, SIGMA
 from test_tcd import equation_22
-from test_train import Theirs, drawn, example, null_of, tiny
+from test_train import Theirs, drawn, example, matching, null_of, tiny
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -184,6 +184,10 @@ for step in range(3):
     optimizer.step()
     optimizer.zero_grad()
 torch.save(list(nets.student.parameters()), f"{out}/weights-{{rank}}")
+nets = matching(Path({folder!r}), "K", Ks=(2, 4), weight="exact")
+nets.distribute(processes.parallel)
+nets.losses(c, null_of(c), drawn(nets, x_0[half], rank))["total"].backward()
+torch.save([p.grad for m in nets.modules.values() for p in m.parameters()], f"{out}/tdm-{{rank}}")
 processes.close()
 """
 
@@ -206,6 +210,16 @@ def test_two_processes_are_one_on_the_joined_batch(folder, tmp_path):
         assert (one - p.grad).abs().max() <= 1e-6 * p.grad.abs().max()
     loaded = [torch.load(tmp_path / f"weights-{rank}", weights_only=True) for rank in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*loaded))
+    # TDM: each process has steps of its own; student and fake score have the mean gradient of both.
+    nets = matching(folder, "K", Ks=(2, 4), weight="exact")
+    for rank, half in enumerate((slice(2), slice(2, 4))):
+        c = {k: v[half] for k, v in cond.items()}
+        nets.losses(c, null_of(c), drawn(nets, x_0[half], rank))["total"].backward()
+    loaded = [torch.load(tmp_path / f"tdm-{rank}", weights_only=True) for rank in range(2)]
+    params = [p for module in nets.modules.values() for p in module.parameters()]
+    for one, other, p in zip(*loaded, params, strict=True):
+        assert torch.equal(one, other)
+        assert (one - p.grad / 2).abs().max() <= 1e-6 * p.grad.abs().max()
 
 
 # ------------------------------------------------------------------------------------ one process
@@ -354,18 +368,40 @@ def test_tdm_unify_samples_as_diffusers_with_an_embedding(
             x = ALPHA[s + 1] * (x - SIGMA[t + 1] * e) / ALPHA[t + 1] + SIGMA[s + 1] * e
         assert (x - got).abs().max() <= 2e-4 * got.abs().max()
         found[k] = got
+    # --lora FILE:SCALE scales all that the file adds, what it is told included.
+    words = ["--prompt", "a red fox", "--gamma", 0, "--steps", 2, "--cfg", 1]
+    half = ours(monkeypatch, capsys, folder, tmp_path, "--lora", f"{lora}:0.5", *words)
+    eps, x = their_network(folder, lora, 0.5), torch.randn((1, 4, 8, 9), generator=seeded(0))
+    for t, s in ((999, 499), (499, -1)):
+        e = eps(x, t, 2, g=1.0)
+        x = ALPHA[s + 1] * (x - SIGMA[t + 1] * e) / ALPHA[t + 1] + SIGMA[s + 1] * e
+    assert (x - half).abs().max() <= 2e-4 * half.abs().max()
     with pytest.raises(AssertionError, match="told of K: leave --tcf s away"):
-        ours(monkeypatch, capsys, folder, tmp_path, *words, "--tcf", "s")
+        ours(monkeypatch, capsys, folder, tmp_path, "--lora", twice_told(lora, tmp_path), *words,
+             "--tcf", "s")  # fmt: skip
+    with pytest.raises(AssertionError, match="was trained with --tcf 1"):
+        ours(monkeypatch, capsys, folder, tmp_path, "--lora", lora, *words, "--tcf", "2")
+
+
+def twice_told(lora, tmp_path):
+    """The LoRA, made to say that it was trained with --tcf s."""
+    tensors, about = load.read_tensors(lora)
+    save_file(tensors, tmp_path / "s.safetensors", {**about, "tdd_tcf": "s"})
+    return tmp_path / "s.safetensors"
 
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def their_network(folder, lora):
+def their_network(folder, lora, scale=1.0):
     """eps(x, t, n) of diffusers' UNet under the LoRA by peft, guided to g; n as Theirs has it."""
     model = load.load_sdxl(folder)
     own, *_ = read_lora(lora, model.unet, model.encoder_1, model.encoder_2)
+    for _, update in own.items():
+        update.up.data *= scale
+    for p in own.told.linear_2.parameters() if own.told is not None else ():
+        p.data *= scale
     theirs, reference = Theirs(folder, {"student": own}, 4, 4.0, torch.float32), Reference(folder)
     tokens, pooled = reference.encode("a red fox")
     sizes = torch.tensor([[64, 72, 0, 0, 64, 72]])
@@ -383,11 +419,18 @@ def their_network(folder, lora):
 
 
 def test_init_goes_on_from_a_lora(two, folder, prompts, tmp_path):
-    """Another method's student as a start: without a learning rate it ends as it began."""
+    """Another method's student as a start: without a learning rate it ends as it began.
+
+    alpha / rank is that of the flags, not the file's 1: with it goes what a learning rate means.
+    """
     start = two[0] / "lora.safetensors"
     words = ["--method", "tdm", "--ks", 2, 4, "--init", start, "--lr", 0, "--steps", 2]
-    done = run(command(folder, prompts, tmp_path, *words))
+    done = run(command(folder, prompts, tmp_path, *words, "--lora-alpha", 1))
     assert done.returncode == 0, told(done)
+    state, _ = load.read_tensors(tmp_path / "checkpoint-2" / "state.safetensors")
+    name = "down_blocks.0.resnets.0.conv1"
+    up = state[f"student/lora.{name.replace('.', '/')}.up"]
+    assert torch.allclose(up, 4 * load.read_tensors(start)[0][f"unet.{name}.lora_B.weight"])
     (one, _), (other, about) = (
         load.read_tensors(p) for p in (start, tmp_path / "lora.safetensors")
     )
@@ -494,12 +537,14 @@ MISTAKES = [
     (["--device", "cuda"], "no GPU"),
     (["--method", "tdm", "--adv"], "--method tdm has no use for --adv"),
     (["--method", "tdm", "--tcf", "s"], "--method tdm has no use for --tcf"),
-    (["--method", "tdm", "--ks", "300"], "300 steps"),
+    (["--method", "tdm", "--ks", "300", "--data", __file__], "300 steps"),
     (["--method", "tdm"], "--data"),
+    (["--method", "tdm", "--kmin", "4"], "--method tdm has no use for --kmin"),
+    (["--fake-lr", "1"], "--method tdd has no use for --fake-lr"),
     (["--ks", "4"], "--method tdd has no use for --ks"),
     (["--loss", "fisher"], "has no use for --loss"),
     (["--solver", "dpm2m"], "has no use for --solver"),
-    (["--init", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["--init", "nowhere.safetensors"], "nowhere.safetensors is no file"),
 ]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from solvers import Schedule
+from tdd import told
 from unet import timestep_embedding
 
 CLASSES = 4
@@ -80,9 +81,9 @@ class Ensemble(nn.Module):
     times larger in x_0, and sigma_t x_t alone is already right there.
     """
 
-    def __init__(self, weight: list[Tensor], bias: list[Tensor], schedule: Schedule, told=""):
+    def __init__(self, weight: list[Tensor], bias: list[Tensor], schedule: Schedule, of=""):
         super().__init__()
-        self.schedule, self.members, self.told = schedule, len(bias[0]), told
+        self.schedule, self.members, self.told = schedule, len(bias[0]), of
         self.weight = nn.ParameterList(weight)  # (m, in, out) a layer
         self.bias = nn.ParameterList(bias)  # (m, 1, out)
 
@@ -109,12 +110,10 @@ class Ensemble(nn.Module):
 
     def knowing(self, k: int):
         """The network for sampling in k steps: with that filled in, if it is what it is told."""
-        if self.told != "K":
-            return self
-        return lambda x_t, t, cond: self(x_t, t, cond, torch.full_like(t, k))
+        return told(self, k) if self.told == "K" else self
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor, *told: Tensor) -> Tensor:
-        numbers = [timestep_embedding(n, 32) for n in told]
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor, *n: Tensor) -> Tensor:
+        numbers = [timestep_embedding(each, 32) for each in n]
         h = torch.cat([x_t, timestep_embedding(t, 32), cond, *numbers], 1)  # (bm, 2 + 32 + 4 ..)
         h = rearrange(h, "(b m) i -> m b i", m=self.members)
         for i, (weight, bias) in enumerate(zip(self.weight, self.bias, strict=True)):

@@ -6,7 +6,7 @@ import torch
 
 import tdm
 from solvers import CLEAN, SOLVERS, Schedule, solve
-from tdd import bind, equidistant, guided
+from tdd import bind, equidistant, guided, told
 from toy import CLASSES, PASSES, Ensemble, fit, one_hot
 from toy_eval import Case, Evaluation
 
@@ -16,7 +16,10 @@ STUDENT_LR, FAKE_LR = 0.2, 2.0  # of --lr; a tenth, as in the paper's 2e-6 again
 
 @dataclass(frozen=True)
 class Matched:
-    """A TDM student as it is trained, in the terms of tdm.py; w is the teacher's guidance."""
+    """A TDM student as it is trained, in the terms of tdm.py; w is the teacher's guidance.
+
+    together: the student against the fake score of before its step, as distill.Matching has it.
+    """
 
     method: str
     Ks: tuple[int, ...] = (4,)
@@ -25,6 +28,7 @@ class Matched:
     loss: str = "huber"
     clean: bool = False
     solver: str = "ddim"
+    together: bool = False
     w: float = 0.0
     variant: str = ""
 
@@ -58,10 +62,9 @@ def train_matched(
         label = torch.randint(CLASSES, (rows,), generator=generator)
         # Lines 3-7; no data is drawn.
         d, cond = tdm.draw(m.Ks, (rows, 2), args.solver_steps, generator), one_hot(label)
-        K = [torch.full((rows,), d.K)] * m.told
 
         def known(network):
-            return lambda x_t, t: network(x_t, t, cond, *K)
+            return bind(told(network, d.K) if m.told else network, cond)
 
         p = tdm.generate(known(student), d, schedule, SOLVERS[m.solver], m.clean)
         # Lines 9 and 10: the fake score first ...
@@ -69,12 +72,16 @@ def train_matched(
         of_fake = tdm.fake_loss(known(fake), p.detach(), schedule, m.weight).mean()
         optimizer.zero_grad()
         (of_fake * fake.members).backward()
-        optimizer.step()
-        cosine.step()
+        if not m.together:
+            optimizer.step()
         # ... and lines 12 and 13, by what it says then.
         fake.requires_grad_(False)
-        real = guided(teacher, cond, null, m.w) if m.w else bind(teacher, cond)
-        return tdm.student_loss(real, known(fake), p, schedule, m.loss)
+        real = guided(teacher, cond, null, m.w)
+        of_student = tdm.student_loss(real, known(fake), p, schedule, m.loss)
+        if m.together:
+            optimizer.step()
+        cosine.step()
+        return of_student
 
     return fit(student, loss, steps, STUDENT_LR * args.lr, m.method, betas=BETAS)
 
@@ -95,12 +102,20 @@ ABLATIONS = {
     "weight: none": (replace(MATCHED["tdm4"], weight="none"), (4,)),
     "matching clean samples": (replace(MATCHED["tdm4"], clean=True), (4,)),
     "Fisher's divergence": (replace(MATCHED["tdm4"], loss="fisher"), (4,)),
+    "student and fake score at once": (replace(MATCHED["tdm4"], together=True), (4,)),
 }  # fmt: skip
 
 
 def ablate(args, teacher, groups, schedule: Schedule, ev: Evaluation, rows: list[dict]) -> None:
     """Adds rows of TDM's Tables 5 to 8 and Fig. 8: sliced Wasserstein distances of all seeds."""
     w = args.guidance - 1
+    # Some are variants of nothing, or have been trained for the tables already.
+    trained = {g.students[0]: g.network for g in groups if isinstance(g.students[0], Matched)}
+
+    def train(m: Matched) -> Ensemble:
+        if m not in trained:
+            trained[m] = train_matched(args, m, teacher, schedule)
+        return trained[m]
 
     def keep(name: str, network: Ensemble, ks, w: float, solver: str = "ddim") -> None:
         for k in ks:
@@ -109,20 +124,19 @@ def ablate(args, teacher, groups, schedule: Schedule, ev: Evaluation, rows: list
             rows.append({**row, "std": each.std().item() if len(each) > 1 else 0.0})
 
     for name, (m, ks) in ABLATIONS.items():
-        keep(name, train_matched(args, replace(m, w=w), teacher, schedule), ks, w)
+        keep(name, train(replace(m, w=w)), ks, w)
     # Without guidance what the teacher says is the score of a distribution, and of one alone.
     for weight in ("exact", "none", "density"):
         plain = replace(MATCHED["tdm4"], weight=weight)
-        keep(f"unguided, weight {weight}", train_matched(args, plain, teacher, schedule), (4,), 0.0)
-    for train in ("ddim", "dpm++2m"):
-        network = train_matched(
-            args, replace(MATCHED["tdm4"], w=w, solver=train), teacher, schedule
-        )
+        keep(f"unguided, weight {weight}", train(plain), (4,), 0.0)
+    for own in ("ddim", "dpm++2m"):
+        network = train(replace(MATCHED["tdm4"], w=w, solver=own))
         for test in ("ddim", "dpm++2m"):
-            keep(f"trained with {train}, sampled with {test}", network, (4,), w, test)
-    lcm = next((g for g in groups if g.students[0].method == "cm"), None)
-    if lcm is not None:
-        start = lcm.network.pick(range(args.seeds))
+            keep(f"trained with {own}, sampled with {test}", network, (4,), w, test)
+    names = groups[0].names if groups else []
+    if "cm" in names:
+        first = names.index("cm") * args.seeds
+        start = groups[0].network.pick(range(first, first + args.seeds))
         keep("LCM", start, (4,), w)
         for steps in (100, 400):
             m = replace(MATCHED["tdm4"], w=w)

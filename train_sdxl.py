@@ -33,7 +33,8 @@ from tdm import LOSSES, WEIGHTS
 from unet import Block, UNet
 
 # What is not given is the papers' own: 512 images a step on 8 GPUs for TDD, 64 for TDM.
-TDD = {"steps": 20_000, "batch_size": 16, "grad_accum": 4, "guidance": 3.5, "loss": "l2"}
+TDD = {"steps": 20_000, "batch_size": 16, "grad_accum": 4, "guidance": 3.5, "loss": "l2",
+       "kmin": 4, "kmax": 8, "rho": 0.2}  # fmt: skip
 TDM = {"steps": 1000, "batch_size": 8, "grad_accum": 1, "guidance": 7.0, "loss": "huber",
        "ks": [4], "fake_lr": 5e-6, "fake_weight": "exact"}  # fmt: skip
 
@@ -78,6 +79,10 @@ def fill_cache(args, model: SDXL, rank: int, world: int, device, settings: dict)
 def check(args) -> None:
     """Fill in what was not given, and refuse what cannot be; ValueError in one line."""
     check_method(args)
+    if args.method == "tdm":
+        read_lines("--data", args.data)
+    if args.init is not None and not args.init.is_file():
+        raise ValueError(f"--init {args.init} is no file")
     if args.resolution % 8:
         raise ValueError(f"--resolution {args.resolution} is not a multiple of 8")
     if args.guidance_range and args.guidance_range[0] > args.guidance_range[1]:
@@ -102,18 +107,19 @@ def check_method(args) -> None:
     for name, value in (TDM if tdm else TDD).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.eta is None:
-        # The offset is TDD's own; the other methods' targets are where their samplers stop.
-        args.eta = 0.3 if args.method == "tdd" else 0.0
     if tdm:
-        strange = {name: getattr(args, name) for name in ("adv", "cache", "guidance_range", "ema")}
-        strange |= {"tcf": args.tcf != "1"}
+        names = "kmin", "kmax", "rho", "eta", "cache", "guidance_range"
+        strange = {"adv": args.adv, "ema": args.ema, "tcf": args.tcf != "1"}
     else:
-        strange = {name: getattr(args, name) for name in TDM.keys() - TDD.keys()}
-        strange["loss"] = args.loss not in ("l2", "huber")
+        # The offset is TDD's own; the other methods' targets are where their samplers stop.
+        args.eta = args.eta or (0.3 if (args.method, args.eta) == ("tdd", None) else 0.0)
+        names, strange = TDM.keys() - TDD.keys(), {"loss": args.loss not in ("l2", "huber")}
         strange["solver"] = args.solver not in ("ddim", "dpm++2s")
-    if given := [name for name, value in strange.items() if value]:
-        raise ValueError(f"--method {args.method} has no use for --{min(given)} as it is given")
+    given = [name for name, value in strange.items() if value]
+    given += [name for name in names if getattr(args, name) is not None]
+    if given:
+        name = min(given).replace("_", "-")
+        raise ValueError(f"--method {args.method} has no use for --{name} as it is given")
 
 
 def algorithm_of(args, device) -> Algorithm:
@@ -143,9 +149,11 @@ def distillation_of(args, unet, device, init: LoRA | None = None) -> Distillatio
     lora = new
     if init is not None:
         if init.told is not None and init.told.of != told:
-            raise ValueError(f"--init {args.init} is told of {init.told.of}, this is to be another")
-        lora = LoRA.of(dict(init.items()), init.told or new.told)
-        lora = lora.to(device, torch.float32).requires_grad_()
+            own = f"of {told}" if told else "nothing"
+            raise ValueError(f"--init {args.init} is told of {init.told.of}, this student {own}")
+        scale = args.lora_alpha / args.rank
+        updates = {name: update.scaled(scale) for name, update in init.items()}
+        lora = LoRA.of(updates, init.told or new.told).to(device).requires_grad_()
     if tdm:
         fake = LoRA.fresh(unet, args.rank, args.lora_alpha, generator, told).to(device)
         nets = Matching(
@@ -189,10 +197,9 @@ def write_loras(args, nets: Distillation | Matching, folder: Path, step: int) ->
     told = {
         "method": args.method, "w": args.guidance_range or args.guidance, "eta": args.eta,
         "tcf": args.tcf, "K": args.ks or f"{args.kmin}-{args.kmax}", "rho": args.rho,
-        "solver_steps": args.solver_steps,
-        "steps": step, "base": args.model.name, "adversarial": args.adv, "ema": args.ema,
+        "solver_steps": args.solver_steps, "steps": step, "base": args.model.name, "adversarial": args.adv, "ema": args.ema,
     }  # fmt: skip
-    told = {f"tdd_{name}": str(value) for name, value in told.items()}
+    told = {f"tdd_{name}": str(value) for name, value in told.items() if value is not None}
     write_peft(folder / "lora.safetensors", nets.result.lora, **told)
     # Kohya's naming has no place for an embedding, without which the LoRA would be another model.
     if nets.result.lora.told is None:
@@ -201,10 +208,10 @@ def write_loras(args, nets: Distillation | Matching, folder: Path, step: int) ->
 
 # --------------------------------------------------------------------------------------------- main
 #
-# The step itself is Distillation.losses, the loop around it trainer.fit; here the parts are chosen.
+# The step itself is distill.py's `losses`, the loop around it trainer.fit; here the parts are chosen.
 
 
-def batches_of(args, model: SDXL, rank: int, world: int, device, position) -> Loader:
+def batches_of(args, model: SDXL, rank: int, world: int, device, position) -> Loader | Prompts:
     """Prompts, images with captions, or --cache's latents, from where the run stands."""
     kept = ("model", "data", "resolution", "dtype", "seed")
     settings = {k: str(getattr(args, k)) for k in kept}
@@ -232,7 +239,11 @@ def main(args) -> None:
     model = load_sdxl(args.model, args.tokenizer, DTYPES[args.dtype])
     init = None
     if args.init is not None:
-        init = read_lora(args.init, model.unet, model.encoder_1, model.encoder_2)[0]
+        init, *others = read_lora(args.init, model.unet, model.encoder_1, model.encoder_2)
+        if any(map(len, others)):
+            raise ValueError(
+                f"--init {args.init} changes the text encoders, which stay as they are"
+            )
     nets = distillation_of(args, model.unet, device, init)
     position = config["positions"][rank] if folder else None
     loader = batches_of(args, model, rank, world, device, position)
@@ -278,7 +289,7 @@ def main(args) -> None:
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser("Distils SDXL into a LoRA for few steps (TDD, Algorithm 1).")
+    p = cli.Parser("Distils SDXL into a LoRA for few steps: TDD and its relatives, and TDM.")
     add, gpu = p.add_argument, torch.cuda.is_available()
     whole, count = cli.number(int, 1), cli.number(int, 0)
     share, positive = cli.number(float, 0, 1), cli.number(float, 0)
@@ -286,7 +297,7 @@ def parser() -> cli.Parser:
     add("--tokenizer", type=Path, help="its folder, where the model is a single file")
     add("--data", type=Path, required=True,
         help="D: a folder of images, or of .tar shards; for tdm a prompt a line")  # fmt: skip
-    add("--init", type=Path, metavar="LORA", help="a LoRA to go on from, instead of a fresh one")
+    add("--init", type=Path, metavar="LORA", help="a LoRA to go on from, with its rank")
     add("--output", type=Path, default=Path("runs/sdxl"), help="LoRAs, checkpoints, log, pictures")
     add("--resolution", type=cli.number(int, 64), default=1024, help="side of the square crops")
     add("--batch-size", type=whole, help="images a step and process: 16, for tdm 8")
@@ -294,16 +305,16 @@ def parser() -> cli.Parser:
     add("--steps", type=whole, help="optimizer steps: 20000, for tdm 1000")
     add("--lr", type=positive, default=1e-6, help="delta, the learning rate (2e-6 with --adv)")
     add("--warmup", type=count, default=0, help="steps over which delta rises from 0")
-    add("--rank", type=whole, default=64, help="r of the LoRA")
+    add("--rank", type=whole, default=64, help="r of a fresh LoRA")
     add("--lora-alpha", type=positive, default=8.0, help="alpha of the LoRA, scaled by alpha / r")
     add("--method", choices=["tdd", "cm", "pcm", "tcd", "tdm"], default="tdd",
         help="which targets T; or tdm, distribution matching")  # fmt: skip
     add("--tcf", choices=TCF, default="1",
         help="f: of order 1, order 2, or told of its end s: TCF(1), (2), (S+)")  # fmt: skip
-    add("--kmin", type=whole, default=4, help="K_min, fewest steps to distil for; PCM's segments")
-    add("--kmax", type=whole, default=8, help="K_max, most steps to distil for (tdd)")
+    add("--kmin", type=whole, help="K_min, fewest steps to distil for; PCM's segments: 4")
+    add("--kmax", type=whole, help="K_max, most steps to distil for (tdd): 8")
     add("--eta", type=share, help="eta of Eq. 8; 0.3 for tdd, else 0, unless given")
-    add("--rho", type=share, default=0.2, help="rho, share of null conditions")
+    add("--rho", type=share, help="rho, share of null conditions: 0.2")
     add("--guidance", type=positive,
         help="w' to distil, without a range; g = 1 + w': 3.5, for tdm 7")  # fmt: skip
     add("--guidance-range", type=positive, nargs=2, metavar=("LO", "HI"),

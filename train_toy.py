@@ -1,11 +1,11 @@
-"""TDD on 2-D data in about two minutes on a CPU: teacher, students, evaluation, pictures.
+"""TDD on 2-D data in minutes on a CPU: teacher, students, evaluation, pictures.
 
     python train_toy.py                     the whole experiment, into runs/toy
     python train_toy.py --quick             a first look in under 20 seconds
     python train_toy.py --data cifar10      real images, and SDXL's code: see cifar_train.py
 
 A teacher is trained from data, then every consistency-distillation method from that same teacher at
-the same budget. All seeds and methods train together, as one batched network.
+the same budget. Seeds, and methods as far as they are alike, train together as one batched network.
 """
 
 import sys

@@ -195,7 +195,7 @@ def read_log(output: Path, step: int) -> list[dict]:
 
 def draw_loss(path: Path, log: list[dict]) -> None:
     """The loss of every step, pale, and its running mean, on a logarithmic scale."""
-    kept = [(line["step"], line["loss"]) for line in log if line["loss"]]
+    kept = [(line["step"], line["loss"]) for line in log if line["loss"] and line["loss"] > 0]
     if len(kept) < 2:
         return
     step, loss = (np.array(column) for column in zip(*kept, strict=True))
