@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+import processes
 import tdm
 from adversarial import Adversary
 from lora import LoRA, attach, using
 from solvers import Schedule, ddim
 from tdd import Draws, TargetSet, bind, draw, ema_update, guided, jumps, squared_l2, told
+from unet import Block, UNet
 
 # ----------------------------------------------------------------------------------------- networks
 #
@@ -23,29 +25,34 @@ from tdd import Draws, TargetSet, bind, draw, ema_update, guided, jumps, squared
 # nothing; merging it in for a pass costs more than it saves, and in bf16 rounds it away.
 
 
-def tell(unet: nn.Module, lora: LoRA | None, k: int | None = None):
-    """The UNet as a network that takes what the LoRA has an embedding of: eps(x_t, t, cond, n).
+def tell(unet: nn.Module, lora: LoRA | None = None, k: int | None = None):
+    """The UNet as a network that takes what it, or the LoRA, embeds: eps(x_t, t, cond, n).
 
     k: the number of steps it is to be sampled in; told of that, it takes no more than the UNet.
     """
-    if lora is None or lora.told is None:
+    embedding = getattr(unet, "told", None) if lora is None else lora.told
+    if embedding is None:
         return unet
 
     def network(x_t: Tensor, t: Tensor, cond: dict, n: Tensor, *control) -> Tensor:
-        return unet(x_t, t, {**cond, "told": lora.told(n)}, *control)
+        return unet(x_t, t, {**cond, "told": embedding(n)}, *control)
 
-    return network if k is None or lora.told.of != "K" else told(network, k)
+    return network if k is None or embedding.of != "K" else told(network, k)
 
 
 class Network(nn.Module):
     """eps(x_t, t, cond) of the base with one LoRA switched on, or with none: the teacher.
 
-    Its only parameters are the LoRA's, so those are all that DDP and optimizers find.
+    Its only parameters are the LoRA's, so those are all that DDP and optimizers find; or the
+    base's own, if it is to be trained as a whole.
     """
 
-    def __init__(self, base: nn.Module, name: str = "", lora: LoRA | None = None):
+    def __init__(self, base: nn.Module, name="", lora: LoRA | None = None, whole=False):
         super().__init__()
-        object.__setattr__(self, "base", base)
+        if whole:
+            self.base = base
+        else:
+            object.__setattr__(self, "base", base)
         self.on, self.lora = {name: 1.0} if name else {}, lora
         if lora is not None:
             attach(base, name, lora)
@@ -93,22 +100,31 @@ class StepDraws:
 
 @dataclass
 class Distillation:
-    """A student LoRA on a frozen base, and what its training needs."""
+    """A student LoRA on a frozen base, and what its training needs.
+
+    own: instead of a LoRA, a UNet to train as a whole, which was the base's copy to begin with.
+    """
 
     base: nn.Module
-    lora: LoRA
+    lora: LoRA | None
     algorithm: Algorithm
     adversary: Adversary | None = None
+    own: UNet | None = None
     parallel: list = field(default_factory=list)
 
     def __post_init__(self):
         self.teacher = Network(self.base)
-        self.student = self.call = Network(self.base, "student", self.lora)
+        self.student = self._network("student", self.lora, self.own)
         # mu = 0 is the student itself under stop-gradient, the published choice.
-        self.target, self.schedule = self.student, self.algorithm.schedule
+        self.call, self.target, self.schedule = self.student, self.student, self.algorithm.schedule
         if self.algorithm.mu:
-            ema = copy.deepcopy(self.lora).requires_grad_(False)
-            self.target = Network(self.base, "target", ema)
+            ema = (copy.deepcopy(trained) for trained in (self.lora, self.own))
+            self.target = self._network("target", *ema).requires_grad_(False)
+        for network in dict.fromkeys((self.student, self.target)) if self.own is not None else ():
+            processes.shard(network, Block)
+
+    def _network(self, name: str, lora: LoRA | None, own: UNet | None) -> Network:
+        return Network(self.base, name, lora) if own is None else Network(own, whole=True)
 
     @property
     def result(self) -> Network:
@@ -129,8 +145,10 @@ class Distillation:
 
     def distribute(self, wrap) -> None:
         """Have `wrap` (DDP) average the gradients of all that is trained over the processes."""
-        self.call = wrap(self.student)
-        self.parallel = [self.call]
+        # A student of its own is sharded, and its gradients with it.
+        if self.own is None:
+            self.call = wrap(self.student)
+            self.parallel.append(self.call)
         if self.adversary:
             self.adversary.call = wrap(self.adversary.heads)
             self.parallel.append(self.adversary.call)

@@ -104,14 +104,17 @@ class LoRA(nn.ModuleDict):
                 down = torch.rand((rank, *inner), generator=generator) * 2 - 1
                 up = torch.zeros((out, rank, *(1 for _ in inner[1:])))
                 updates[name] = Update(down / math.prod(inner) ** 0.5, up, alpha)
-        if not told:
-            return cls.of(updates)
-        c = base.config.channels[0]
-        embedding = Told(c, told)
-        for p in embedding.linear_1.parameters():
-            # torch's own start for a linear layer, but from the generator.
-            p.data = (torch.rand(p.shape, generator=generator) * 2 - 1) / c**0.5
-        return cls.of(updates, embedding)
+        return cls.of(updates, fresh_told(base, told, generator) if told else None)
+
+
+def fresh_told(base: UNet, of: str, generator: torch.Generator) -> Told:
+    """An embedding of "s" or "K" for this UNet that changes nothing yet."""
+    c = base.config.channels[0]
+    embedding = Told(c, of)
+    for p in embedding.linear_1.parameters():
+        # torch's own start for a linear layer, but from the generator.
+        p.data = (torch.rand(p.shape, generator=generator) * 2 - 1) / c**0.5
+    return embedding
 
 
 def _layers(base: nn.Module) -> dict[str, nn.Module]:

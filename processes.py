@@ -12,6 +12,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import cli
 
@@ -94,6 +97,40 @@ def parallel(module: nn.Module) -> nn.Module:
         return module
     # Views: no second copy of the gradients for the buckets in which they travel.
     return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+
+
+def shard(module: nn.Module, kinds) -> None:
+    """Leave each process a part of every weight, put together while it is used (FSDP).
+
+    Submodules of these kinds are put together one at a time. Weights stay as they are in one
+    process alone. Sharded, they are computed with in bfloat16 on GPUs.
+    """
+    if not dist.is_initialized():
+        return
+    device = next(module.parameters()).device.type
+    half = torch.bfloat16 if device == "cuda" else None
+    policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
+    # Parted again after every pass, the outermost too: a moving average is taken part by part.
+    options = {"mp_policy": policy, "reshard_after_forward": True}
+    options["mesh"] = init_device_mesh(device, (world_size(),))
+    for each in [*filter(lambda m: isinstance(m, kinds), module.modules()), module]:
+        fully_shard(each, **options)
+
+
+def joined(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in one piece, if each process has a part of it: on rank 0, in main memory."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    whole = tensor.full_tensor()
+    return whole.cpu() if is_main() else whole.new_empty(0)
+
+
+def parted(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, the same on all processes, laid out in memory and split like another."""
+    if isinstance(like, DTensor):
+        tensor = tensor.to(like.device)
+        return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return torch.empty_like(like).copy_(tensor)
 
 
 # ---------------------------------------------------------------------------------------- stopping

@@ -23,12 +23,12 @@ import cli
 import processes
 from clip import encode_prompts
 from distill import tell
-from load import SDXL, load_controlnet, load_sdxl, read_tensors
+from load import SDXL, load_component, load_controlnet, load_sdxl, read_tensors
 from lora import LoRA, merge, read_lora
 from solvers import CLEAN, SOLVERS, sdxl_schedule, solve
 from tcd import TCF
 from tdd import clip_x0, equidistant, gamma_sample, guided, noise_stream, nonequidistant, tuned
-from unet import UNet
+from unet import UNet, UNetConfig
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -123,7 +123,11 @@ def build(args) -> tuple[SDXL, object]:
     # Merged: nothing is left to switch, and sampling then costs what the plain model costs. In the
     # file's own precision, since a LoRA's small updates would be rounded away in half.
     model = load_sdxl(args.model, args.tokenizer, None if args.lora else dtype).to(args.device)
-    network = model.unet
+    if args.unet is not None:
+        model.unet = load_component(args.unet, UNet, UNetConfig).to(args.device)
+        if model.unet.config.told and args.tcf != "s":
+            raise ValueError(f"--unet {args.unet} is told of s: give --tcf s with it")
+    network = tell(model.unet)
     for entry in args.lora:
         path, scale = split_scale(entry)
         made = read_tensors(Path(path))[1].get("tdd_tcf", args.tcf)
@@ -135,7 +139,7 @@ def build(args) -> tuple[SDXL, object]:
         if loras[0].told is not None:
             network = told_network(args, entry, network, loras[0].to(args.device), scale)
     if args.tcf == "s" and network is model.unet:
-        raise ValueError("--tcf s: no --lora was trained with it")
+        raise ValueError("--tcf s: neither a --lora nor a --unet was trained with it")
     for module in (model.unet, model.encoder_1, model.encoder_2):
         module.to(dtype)
     # Pixels as rows of channels: transformers and convolutions then agree on the layout.
@@ -320,6 +324,7 @@ def parser() -> cli.Parser:
     gpu = torch.cuda.is_available()
     p.add_argument("--model", type=Path, required=True, help="SDXL: a folder or one .safetensors")
     p.add_argument("--tokenizer", type=Path, help="its folder, where the model is a single file")
+    p.add_argument("--unet", type=Path, metavar="DIR", help="instead of the model's (--full)")
     p.add_argument("--lora", action="append", default=[], metavar="PATH[:SCALE]", help="repeatable")
     p.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line; resumable")

@@ -171,6 +171,15 @@ def matching(folder, told="", **settings):
     return Matching(unet, *loras, SCHEDULE, N=50, **settings)
 
 
+def of_its_own(folder):
+    """A student that is a UNet of its own and told of s, with a moving average, in float32."""
+    unet = load.load_sdxl(folder).unet.requires_grad_(False)
+    own = train_sdxl.copy_of(unet, "s", torch.Generator().manual_seed(0))
+    own.checkpoint_blocks()
+    settings = {"targets": targets_of("tcd", 50), "schedule": SCHEDULE, "eta": 0.0, "mu": 0.9}
+    return Distillation(unet, None, Algorithm(**settings, jump=TCF["s"]), None, own)
+
+
 CASES = [
     # method, tcf, eta, rho, mu, distance, checkpointing
     ("tdd", "1", 0.3, 0.3, 0.0, squared_l2, True), ("tdd", "1", 0.3, 0.0, 0.9, squared_l2, False),

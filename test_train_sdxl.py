@@ -30,13 +30,13 @@ import load
 import sdxl_pictures
 import train_sdxl
 import trainer
-from distill import StepDraws
+from distill import Network, StepDraws
 from lora import read_lora
 from tdd import Draws
 from test_sample import Reference, ours
 from test_solvers import ALPHA, SIGMA
 from test_tcd import equation_22
-from test_train import Theirs, drawn, example, matching, null_of, tiny
+from test_train import Theirs, drawn, example, matching, null_of, of_its_own, tiny
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -184,6 +184,17 @@ for step in range(3):
     optimizer.step()
     optimizer.zero_grad()
 torch.save(list(nets.student.parameters()), f"{out}/weights-{{rank}}")
+# The whole UNet, sharded: FSDP in the place of DDP.
+nets = of_its_own(Path({folder!r}))
+nets.distribute(processes.parallel)
+optimizer = torch.optim.AdamW(nets.student.parameters(), 1e-3, fused=True)
+for step in range(2):
+    nets.losses(x_0[half], c, null_of(c), drawn(nets, x_0[half], rank))["total"].backward()
+    optimizer.step()
+    nets.after_step()
+    optimizer.zero_grad()
+found = [[processes.joined(p) for p in m.parameters()] for m in (nets.student, nets.target)]
+torch.save(found, f"{out}/whole-{{rank}}")
 nets = matching(Path({folder!r}), "K", Ks=(2, 4), weight="exact")
 nets.distribute(processes.parallel)
 nets.losses(c, null_of(c), drawn(nets, x_0[half], rank))["total"].backward()
@@ -210,6 +221,24 @@ def test_two_processes_are_one_on_the_joined_batch(folder, tmp_path):
         assert (one - p.grad).abs().max() <= 1e-6 * p.grad.abs().max()
     loaded = [torch.load(tmp_path / f"weights-{rank}", weights_only=True) for rank in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*loaded))
+    # The whole UNet: student and moving average after two steps on the mean gradient.
+    nets = of_its_own(folder)
+    optimizer = torch.optim.AdamW(nets.student.parameters(), 1e-3, fused=True)
+    halves = [(half, {k: v[half] for k, v in cond.items()}) for half in (slice(2), slice(2, 4))]
+    for _ in range(2):
+        for rank, (half, c) in enumerate(halves):
+            loss = nets.losses(x_0[half], c, null_of(c), drawn(nets, x_0[half], rank))["total"]
+            (loss / 2).backward()
+        optimizer.step()
+        nets.after_step()
+        optimizer.zero_grad()
+    found = torch.load(tmp_path / "whole-0", weights_only=True)
+    before = list(Network(of_its_own(folder).own, whole=True).parameters())
+    for mine, network in zip(found, (nets.student, nets.target), strict=True):
+        for p, q, start in zip(mine, network.parameters(), before, strict=True):
+            # Adam turns a gradient of any size into a step of 1e-3.
+            assert (p - q).abs().max() <= 1e-5
+            assert (q - start).abs().max() > 1e-5 or start.abs().max() == 0
     # TDM: each process has steps of its own; student and fake score have the mean gradient of both.
     nets = matching(folder, "K", Ks=(2, 4), weight="exact")
     for rank, half in enumerate((slice(2), slice(2, 4))):

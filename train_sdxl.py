@@ -8,11 +8,14 @@ The losses are tdd.py's and tdm.py's, the networks are distill.py's, the loop is
 """
 
 import argparse
+import copy
 import zlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 import cache
 import cli
@@ -22,8 +25,8 @@ from adversarial import Adversary
 from clip import encode_prompts
 from data import Images, Loader, Prompts
 from distill import Algorithm, Distillation, Matching
-from load import SDXL, load_sdxl
-from lora import LoRA, read_lora, write_kohya, write_peft
+from load import SDXL, load_sdxl, read_json
+from lora import LoRA, fresh_told, read_lora, write_kohya, write_peft
 from sample import DTYPES, conditions, null_of, read_lines
 from sdxl_pictures import Pictures, ends_of
 from solvers import SOLVERS, sdxl_schedule
@@ -81,6 +84,10 @@ def check(args) -> None:
     check_method(args)
     if args.method == "tdm":
         read_lines("--data", args.data)
+    if args.full and (args.init or args.compile or not args.model.is_dir()):
+        raise ValueError("--full is for a model's folder, without --init and --compile")
+    if args.full and args.sample_every and processes.identity(args.device)[1] > 1:
+        raise ValueError("--full: no process has all weights to draw with: --sample-every 0")
     if args.init is not None and not args.init.is_file():
         raise ValueError(f"--init {args.init} is no file")
     if args.resolution % 8:
@@ -109,7 +116,7 @@ def check_method(args) -> None:
             setattr(args, name, value)
     if tdm:
         names = "kmin", "kmax", "rho", "eta", "cache", "guidance_range"
-        strange = {"adv": args.adv, "ema": args.ema, "tcf": args.tcf != "1"}
+        strange = {"adv": args.adv, "ema": args.ema, "tcf": args.tcf != "1", "full": args.full}
     else:
         # The offset is TDD's own; the other methods' targets are where their samplers stop.
         args.eta = args.eta or (0.3 if (args.method, args.eta) == ("tdd", None) else 0.0)
@@ -144,9 +151,12 @@ def distillation_of(args, unet, device, init: LoRA | None = None) -> Distillatio
     unet.checkpoint_blocks(args.checkpointing)
     # From the seed alone: every process starts from the same LoRA.
     generator, tdm = torch.Generator().manual_seed(args.seed), args.method == "tdm"
+    own = None
     told = "s" if args.tcf == "s" else "K" * (tdm and len(args.ks) > 1)
-    new = LoRA.fresh(unet, args.rank, args.lora_alpha, generator, told).to(device)
-    lora = new
+    if args.full:
+        lora, own = None, copy_of(unet, told, generator)
+    else:
+        lora = new = LoRA.fresh(unet, args.rank, args.lora_alpha, generator, told).to(device)
     if init is not None:
         if init.told is not None and init.told.of != told:
             own = f"of {told}" if told else "nothing"
@@ -162,10 +172,20 @@ def distillation_of(args, unet, device, init: LoRA | None = None) -> Distillatio
         )  # fmt: skip
     else:
         adversary = Adversary.fresh(unet, 1000 // args.kmin, args.seed) if args.adv else None
-        nets = Distillation(unet, lora, algorithm_of(args, device), adversary)
+        nets = Distillation(unet, lora, algorithm_of(args, device), adversary, own)
     if args.compile:
         compile_blocks(unet)
     return nets
+
+
+def copy_of(unet: UNet, told: str, generator: torch.Generator) -> UNet:
+    """--full: a float32 UNet to train as a whole, with an embedding of what it is told."""
+    # Not channels_last: what is to be sharded must lie in memory as it is indexed.
+    own = copy.deepcopy(unet).float().to(memory_format=torch.contiguous_format)
+    own.config = replace(unet.config, told=told)
+    if told:
+        own.told = fresh_told(unet, told, generator).to(unet.conv_in.weight.device)
+    return own.requires_grad_()
 
 
 def compile_blocks(unet: UNet, **how) -> None:
@@ -192,14 +212,22 @@ def optimizers_of(args, nets: Distillation | Matching) -> dict[str, torch.optim.
     return made
 
 
-def write_loras(args, nets: Distillation | Matching, folder: Path, step: int) -> None:
-    """lora.safetensors and lora_kohya.safetensors, with how they came about in the metadata."""
+def write(args, nets: Distillation | Matching, folder: Path, step: int, weights: dict) -> None:
+    """lora.safetensors and lora_kohya.safetensors, or unet/; how they came about, in the header."""
     told = {
         "method": args.method, "w": args.guidance_range or args.guidance, "eta": args.eta,
         "tcf": args.tcf, "K": args.ks or f"{args.kmin}-{args.kmax}", "rho": args.rho,
         "solver_steps": args.solver_steps, "steps": step, "base": args.model.name, "adversarial": args.adv, "ema": args.ema,
     }  # fmt: skip
     told = {f"tdd_{name}": str(value) for name, value in told.items() if value is not None}
+    if args.full:
+        unet, name = cli.output_folder(folder / "unet"), "target" if args.ema else "student"
+        own = {k.removeprefix(f"{name}/base."): v for k, v in weights.items() if k.startswith(name)}
+        config = read_json(args.model / "unet" / "config.json") | {"told": nets.own.config.told}
+        with cli.whole(unet / "diffusion_pytorch_model.safetensors") as part:
+            save_file(own, part, {"format": "pt", **told})
+        cli.write_json(unet / "config.json", config)
+        return
     write_peft(folder / "lora.safetensors", nets.result.lora, **told)
     # Kohya's naming has no place for an embedding, without which the LoRA would be another model.
     if nets.result.lora.told is None:
@@ -255,7 +283,7 @@ def main(args) -> None:
         model.vae.to("cpu")
     # Each process has draws of its own.
     generator = torch.Generator().manual_seed(args.seed * 10_000 + rank)
-    optimizers, export = optimizers_of(args, nets), partial(write_loras, args, nets)
+    optimizers, export = optimizers_of(args, nets), partial(write, args, nets)
     run = trainer.Run(output, nets.modules, optimizers, generator, loader, settings, export)
     if folder is not None:
         run.restore(folder, config)
@@ -282,9 +310,10 @@ def main(args) -> None:
         args.clip_grad, args.save_every, args.keep, args.sample_every,
     )  # fmt: skip
     trainer.fit(run, plan, losses, nets.after_step, nets.parallel, pictures)
+    weights = run.weights()
     if processes.is_main():
-        export(output, run.step)
-        print(f"{run.step} steps; lora.safetensors and the rest are in {output}/")
+        export(output, run.step, weights)
+        print(f"{run.step} steps; {'unet' if args.full else 'lora.safetensors'} is in {output}/")
     processes.close()
 
 
@@ -306,6 +335,8 @@ def parser() -> cli.Parser:
     add("--lr", type=positive, default=1e-6, help="delta, the learning rate (2e-6 with --adv)")
     add("--warmup", type=count, default=0, help="steps over which delta rises from 0")
     add("--rank", type=whole, default=64, help="r of a fresh LoRA")
+    add("--full", action="store_true",
+        help="train all of the UNet, sharded over the processes, as TCD did TCF(S+)")  # fmt: skip
     add("--lora-alpha", type=positive, default=8.0, help="alpha of the LoRA, scaled by alpha / r")
     add("--method", choices=["tdd", "cm", "pcm", "tcd", "tdm"], default="tdd",
         help="which targets T; or tdm, distribution matching")  # fmt: skip

@@ -46,7 +46,8 @@ class Run:
     """All that training changes, by name, and what a checkpoint holds besides.
 
     settings: flags in words, not to be changed when a run goes on (but for those in FREE). loader:
-    an endless iterator of batches with .position and .bad. export(folder, step) writes for users.
+    an endless iterator of batches with .position and .bad. export(folder, step, weights) writes
+    for users, on rank 0, with all weights as `weights` names them.
     """
 
     output: Path
@@ -55,29 +56,33 @@ class Run:
     generator: torch.Generator
     loader: object
     settings: dict
-    export: Callable[[Path, int], None] = lambda folder, step: None
+    export: Callable[[Path, int, dict], None] = lambda folder, step, weights: None
     step: int = 0
     log: list[dict] = field(default_factory=list)
 
     def weights(self) -> dict[str, Tensor]:
-        return {f"{k}/{n}": v for k, m in self.modules.items() for n, v in m.state_dict().items()}
+        """All weights as "module/name", in one piece on rank 0; for all processes to call."""
+        parts = ((k, n, v) for k, m in self.modules.items() for n, v in m.state_dict().items())
+        return {f"{k}/{n}": processes.joined(v.detach()) for k, n, v in parts}
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights as "module/name", Adam's moments as "optimizer/index/name"."""
         found = self.weights()
         for k, optimizer in self.optimizers.items():
             for i, state in optimizer.state_dict()["state"].items():
-                found |= {f"{k}/{i}/{name}": value for name, value in state.items()}
+                moments = {name: processes.joined(value) for name, value in state.items()}
+                found |= {f"{k}/{i}/{name}": value for name, value in moments.items()}
         return {name: value.detach().contiguous() for name, value in found.items()}
 
     def save(self, keep: int) -> None:
         """checkpoint-STEP, and of those before it all but the newest keep - 1 away."""
         parts = processes.gather((self.generator.get_state(), self.loader.position))
+        tensors = self.tensors()
         if processes.is_main():
             part = _fresh(self.output / f".checkpoint-{self.step}.part")
-            tensors = self.tensors() | {f"rng/{i}": state for i, (state, _) in enumerate(parts)}
-            save_file(tensors, part / "state.safetensors", {"format": "pt"})
-            self.export(part, self.step)
+            states = {f"rng/{i}": state for i, (state, _) in enumerate(parts)}
+            save_file(tensors | states, part / "state.safetensors", {"format": "pt"})
+            self.export(part, self.step, tensors)
             positions = [position for _, position in parts]
             content = {"step": self.step, "positions": positions, "settings": self.settings}
             cli.write_json(part / "config.json", content)
@@ -95,18 +100,20 @@ class Run:
         """Go on from a checkpoint, whose config `resume_point` has read."""
         tensors, _ = read_tensors(folder / "state.safetensors")
         others = (*self.optimizers, "rng/")
-        if strange := set(self.weights()) ^ {k for k in tensors if not k.startswith(others)}:
+        names = {f"{k}/{n}" for k, m in self.modules.items() for n in m.state_dict()}
+        if strange := names ^ {k for k in tensors if not k.startswith(others)}:
             raise ValueError(f"{folder} holds another model's state: {min(strange)} does not fit")
         for name, module in self.modules.items():
+            like = module.state_dict()
             own = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if _of(k, name)}
-            module.load_state_dict(own)
+            module.load_state_dict({k: processes.parted(v, like[k]) for k, v in own.items()})
         for name, optimizer in self.optimizers.items():
             own, state = _parameters(optimizer), {}
             for key in (k for k in tensors if _of(k, name)):
                 _, i, part = key.split("/")
                 # Laid out in memory like the weight: a fused optimizer takes that for granted.
                 like = own[int(i)] if tensors[key].ndim else tensors[key]
-                state.setdefault(int(i), {})[part] = torch.empty_like(like).copy_(tensors[key])
+                state.setdefault(int(i), {})[part] = processes.parted(tensors[key], like)
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         self.generator.set_state(tensors[f"rng/{processes.rank()}"])
         self.step = config["step"]
@@ -333,7 +340,8 @@ def _next(loader) -> dict:
 
 def _clip(optimizer: torch.optim.Optimizer, limit: float) -> float:
     """Scale the gradient down to a norm of `limit` (0: as it is); the norm it had."""
-    return nn.utils.clip_grad_norm_(_parameters(optimizer), limit or math.inf).item()
+    norm = nn.utils.clip_grad_norm_(_parameters(optimizer), limit or math.inf)
+    return getattr(norm, "full_tensor", lambda: norm)().item()
 
 
 def _give_up(step: int, about: tuple) -> None:

@@ -25,7 +25,7 @@ class UNetConfig:
     """The sizes of a UNet; the defaults are SDXL's.
 
     channels, depths and heads have one entry a level, from the finest; a depth of 0 is a level
-    without attention. The middle is as deep as the last level.
+    without attention. The middle is as deep as the last level. told: see `Told`; not for a teacher.
     """
 
     in_channels: int = 4
@@ -39,6 +39,7 @@ class UNetConfig:
     tokens: int = 2048
     time_ids_width: int = 256
     added: int = 2816
+    told: str = ""
 
     @classmethod
     def from_json(cls, config: dict) -> "UNetConfig":
@@ -66,6 +67,7 @@ class UNetConfig:
             config["cross_attention_dim"],
             config["addition_time_embed_dim"],
             config["projection_class_embeddings_input_dim"],
+            config.get("told", ""),
         )
 
 
@@ -368,6 +370,8 @@ class UNet(Encoder):
             below = c
         self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        if config.told:
+            self.told = Told(widths[0], config.told)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict, control: list[Tensor] | None = None):
         """control: what a ControlNet adds to each skip connection and to the middle."""
