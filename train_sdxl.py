@@ -222,7 +222,7 @@ def write(args, nets: Distillation | Matching, folder: Path, step: int, weights:
     told = {f"tdd_{name}": str(value) for name, value in told.items() if value is not None}
     if args.full:
         unet, name = cli.output_folder(folder / "unet"), "target" if args.ema else "student"
-        own = {k.removeprefix(f"{name}/base."): v for k, v in weights.items() if k.startswith(name)}
+        own = {k.partition("/base.")[2]: v for k, v in weights.items() if k.startswith(f"{name}/")}
         config = read_json(args.model / "unet" / "config.json") | {"told": nets.own.config.told}
         with cli.whole(unet / "diffusion_pytorch_model.safetensors") as part:
             save_file(own, part, {"format": "pt", **told})
