@@ -331,15 +331,22 @@ def test_tdm_trains_from_prompts_alone(unified):
     assert not (unified / "lora_kohya.safetensors").exists()
 
 
-def test_tdm_killed_and_resumed_ends_the_same(folder, prompts, tmp_path):
-    whole, cut, words = tmp_path / "whole", tmp_path / "cut", ["--method", "tdm"]
-    done = run(command(folder, prompts, whole, *words))
+@pytest.fixture(scope="module")
+def four(folder, prompts, tmp_path_factory):
+    """A run of TDM-4 in one process."""
+    output = tmp_path_factory.mktemp("four")
+    done = run(command(folder, prompts, output, "--method", "tdm"))
     assert done.returncode == 0, told(done)
+    return output
+
+
+def test_tdm_killed_and_resumed_ends_the_same(four, folder, prompts, tmp_path):
+    cut, words = tmp_path / "cut", ["--method", "tdm"]
     call = command(folder, prompts, cut, *words)
     killed(call, cut / "log.jsonl", 5)
     done = run([*call, "--resume"])
     assert done.returncode == 0, told(done)
-    same_end(whole, cut)
+    same_end(four, cut)
     other = prompts.with_name("other.txt")
     other.write_text("another prompt")
     done = run([*command(folder, other, cut, *words), "--steps", "9", "--resume"])
@@ -509,15 +516,16 @@ def test_init_goes_on_from_a_lora(two, folder, prompts, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["lora.safetensors", "lora_kohya.safetensors"])
+@pytest.mark.parametrize("method", ["tdd", "tdm"])
 def test_loras_sample_the_same_in_diffusers(
-    name, two, folder, tmp_path, monkeypatch, capsys, caplog
+    name, method, two, four, folder, tmp_path, monkeypatch, capsys, caplog
 ):
     """Our sample.py against diffusers' pipeline with stock schedulers, as the README has it.
 
     gamma = 0: Euler at our timesteps, to rounding. gamma = 0.2: TCD's scheduler, which leaves
     sigma_0 = 0.029 of noise in its last step and is the same up to there.
     """
-    path, reference = two[0] / name, Reference(folder)
+    path, reference = (two[0] if method == "tdd" else four) / name, Reference(folder)
     pipeline = StableDiffusionXLPipeline(
         vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
         unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
