@@ -82,8 +82,6 @@ def fill_cache(args, model: SDXL, rank: int, world: int, device, settings: dict)
 def check(args) -> None:
     """Fill in what was not given, and refuse what cannot be; ValueError in one line."""
     check_method(args)
-    if args.method == "tdm":
-        read_lines("--data", args.data)
     if args.full and (args.init or args.compile or not args.model.is_dir()):
         raise ValueError("--full is for a model's folder, without --init and --compile")
     if args.full and args.sample_every and processes.identity(args.device)[1] > 1:
@@ -261,6 +259,9 @@ def batches_of(args, model: SDXL, rank: int, world: int, device, position) -> Lo
 
 def main(args) -> None:
     check(args)
+    if args.method == "tdm":
+        # Its folder is not looked at before the model is; a file can be.
+        read_lines("--data", args.data)
     rank, world, device = processes.start(args.device)
     output, settings = cli.output_folder(args.output), {k: str(v) for k, v in vars(args).items()}
     folder, config = trainer.resume_point(output, args.resume, settings)
