@@ -476,6 +476,18 @@ def test_bad_steps_are_skipped_whole(tmp_path):
     assert (tmp_path / "loss.png").exists()
 
 
+def test_losses_without_a_logarithm_are_left_out_of_the_picture(tmp_path):
+    """An adversary's loss may be below zero; a step that was skipped has none."""
+    losses = [3.0, -1.0, 1.0, None, 0.5, 0.0, 0.25]
+    log = [{"step": i, "loss": loss} for i, loss in enumerate(losses)]
+    trainer.draw_loss(tmp_path / "all.png", log)
+    trainer.draw_loss(tmp_path / "kept.png", [line for line in log if (line["loss"] or 0) > 0])
+    drawn = [(tmp_path / name).read_bytes() for name in ("all.png", "kept.png")]
+    assert drawn[0] == drawn[1]
+    trainer.draw_loss(tmp_path / "none.png", log[1:2])
+    assert not (tmp_path / "none.png").exists()
+
+
 def test_ten_bad_steps_in_a_row_end_the_run(tmp_path):
     run, losses, model = stub_run(tmp_path)
 

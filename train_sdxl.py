@@ -149,19 +149,9 @@ def distillation_of(args, unet, device, init: LoRA | None = None) -> Distillatio
     unet.checkpoint_blocks(args.checkpointing)
     # From the seed alone: every process starts from the same LoRA.
     generator, tdm = torch.Generator().manual_seed(args.seed), args.method == "tdm"
-    own = None
     told = "s" if args.tcf == "s" else "K" * (tdm and len(args.ks) > 1)
-    if args.full:
-        lora, own = None, copy_of(unet, told, generator)
-    else:
-        lora = new = LoRA.fresh(unet, args.rank, args.lora_alpha, generator, told).to(device)
-    if init is not None:
-        if init.told is not None and init.told.of != told:
-            own = f"of {told}" if told else "nothing"
-            raise ValueError(f"--init {args.init} is told of {init.told.of}, this student {own}")
-        scale = args.lora_alpha / args.rank
-        updates = {name: update.scaled(scale) for name, update in init.items()}
-        lora = LoRA.of(updates, init.told or new.told).to(device).requires_grad_()
+    own = copy_of(unet, told, generator) if args.full else None
+    lora = None if args.full else lora_of(args, unet, told, generator, init).to(device)
     if tdm:
         fake = LoRA.fresh(unet, args.rank, args.lora_alpha, generator, told).to(device)
         nets = Matching(
@@ -174,6 +164,29 @@ def distillation_of(args, unet, device, init: LoRA | None = None) -> Distillatio
     if args.compile:
         compile_blocks(unet)
     return nets
+
+
+def lora_of(args, unet: UNet, told: str, generator, init: LoRA | None) -> LoRA:
+    """The student's LoRA, fresh or from init; ValueError if init is told of something else."""
+    fresh = LoRA.fresh(unet, args.rank, args.lora_alpha, generator, told)
+    if init is None:
+        return fresh
+    if init.told is not None and init.told.of != told:
+        other = f"of {told}" if told else "nothing"
+        raise ValueError(f"--init {args.init} is told of {init.told.of}, this student {other}")
+    # What a file holds is at its full strength: it is to be so under this run's alpha too.
+    updates = {name: u.scaled(args.lora_alpha / args.rank) for name, u in init.items()}
+    return LoRA.of(updates, init.told or fresh.told).requires_grad_()
+
+
+def init_of(args, model: SDXL) -> LoRA | None:
+    """--init; ValueError where it is not of the UNet alone."""
+    if args.init is None:
+        return None
+    init, *others = read_lora(args.init, model.unet, model.encoder_1, model.encoder_2)
+    if any(map(len, others)):
+        raise ValueError(f"--init {args.init} changes the text encoders, which stay as they are")
+    return init
 
 
 def copy_of(unet: UNet, told: str, generator: torch.Generator) -> UNet:
@@ -215,7 +228,8 @@ def write(args, nets: Distillation | Matching, folder: Path, step: int, weights:
     told = {
         "method": args.method, "w": args.guidance_range or args.guidance, "eta": args.eta,
         "tcf": args.tcf, "K": args.ks or f"{args.kmin}-{args.kmax}", "rho": args.rho,
-        "solver_steps": args.solver_steps, "steps": step, "base": args.model.name, "adversarial": args.adv, "ema": args.ema,
+        "solver_steps": args.solver_steps, "steps": step, "base": args.model.name,
+        "adversarial": args.adv, "ema": args.ema,
     }  # fmt: skip
     told = {f"tdd_{name}": str(value) for name, value in told.items() if value is not None}
     if args.full:
@@ -234,7 +248,8 @@ def write(args, nets: Distillation | Matching, folder: Path, step: int, weights:
 
 # --------------------------------------------------------------------------------------------- main
 #
-# The step itself is distill.py's `losses`, the loop around it trainer.fit; here the parts are chosen.
+# The step itself is distill.py's `losses`, the loop around it trainer.fit; here the parts are
+# chosen.
 
 
 def batches_of(args, model: SDXL, rank: int, world: int, device, position) -> Loader | Prompts:
@@ -266,14 +281,7 @@ def main(args) -> None:
     output, settings = cli.output_folder(args.output), {k: str(v) for k, v in vars(args).items()}
     folder, config = trainer.resume_point(output, args.resume, settings)
     model = load_sdxl(args.model, args.tokenizer, DTYPES[args.dtype])
-    init = None
-    if args.init is not None:
-        init, *others = read_lora(args.init, model.unet, model.encoder_1, model.encoder_2)
-        if any(map(len, others)):
-            raise ValueError(
-                f"--init {args.init} changes the text encoders, which stay as they are"
-            )
-    nets = distillation_of(args, model.unet, device, init)
+    nets = distillation_of(args, model.unet, device, init_of(args, model))
     position = config["positions"][rank] if folder else None
     loader = batches_of(args, model, rank, world, device, position)
     draws_pictures = args.sample_every and processes.is_main()
@@ -318,27 +326,9 @@ def main(args) -> None:
     processes.close()
 
 
-def parser() -> cli.Parser:
-    p = cli.Parser("Distils SDXL into a LoRA for few steps: TDD and its relatives, and TDM.")
-    add, gpu = p.add_argument, torch.cuda.is_available()
-    whole, count = cli.number(int, 1), cli.number(int, 0)
-    share, positive = cli.number(float, 0, 1), cli.number(float, 0)
-    add("--model", type=Path, required=True, help="SDXL: a folder or one .safetensors (phi)")
-    add("--tokenizer", type=Path, help="its folder, where the model is a single file")
-    add("--data", type=Path, required=True,
-        help="D: a folder of images, or of .tar shards; for tdm a prompt a line")  # fmt: skip
-    add("--init", type=Path, metavar="LORA", help="a LoRA to go on from, with its rank")
-    add("--output", type=Path, default=Path("runs/sdxl"), help="LoRAs, checkpoints, log, pictures")
-    add("--resolution", type=cli.number(int, 64), default=1024, help="side of the square crops")
-    add("--batch-size", type=whole, help="images a step and process: 16, for tdm 8")
-    add("--grad-accum", type=whole, help="batches a step: 4, for tdm 1; 8 x 16 x 4 are TDD's 512")
-    add("--steps", type=whole, help="optimizer steps: 20000, for tdm 1000")
-    add("--lr", type=positive, default=1e-6, help="delta, the learning rate (2e-6 with --adv)")
-    add("--warmup", type=count, default=0, help="steps over which delta rises from 0")
-    add("--rank", type=whole, default=64, help="r of a fresh LoRA")
-    add("--full", action="store_true",
-        help="train all of the UNet, sharded over the processes, as TCD did TCF(S+)")  # fmt: skip
-    add("--lora-alpha", type=positive, default=8.0, help="alpha of the LoRA, scaled by alpha / r")
+def method_flags(add) -> None:
+    """What is distilled: the papers' own choices, by their symbols."""
+    whole, share, positive = cli.number(int, 1), cli.number(float, 0, 1), cli.number(float, 0)
     add("--method", choices=["tdd", "cm", "pcm", "tcd", "tdm"], default="tdd",
         help="which targets T; or tdm, distribution matching")  # fmt: skip
     add("--tcf", choices=TCF, default="1",
@@ -358,6 +348,29 @@ def parser() -> cli.Parser:
     add("--ks", type=whole, nargs="+", metavar="K", help="tdm: K, 4; several make TDM-unify")
     add("--fake-lr", type=positive, help="tdm: the fake score's learning rate, 5e-6")
     add("--fake-weight", choices=WEIGHTS, help="tdm: of the fake score's loss, exact; see tdm.py")
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser("Distils SDXL into a LoRA for few steps: TDD and its relatives, and TDM.")
+    add, gpu = p.add_argument, torch.cuda.is_available()
+    whole, count, positive = cli.number(int, 1), cli.number(int, 0), cli.number(float, 0)
+    add("--model", type=Path, required=True, help="SDXL: a folder or one .safetensors (phi)")
+    add("--tokenizer", type=Path, help="its folder, where the model is a single file")
+    add("--data", type=Path, required=True,
+        help="D: a folder of images, or of .tar shards; for tdm a prompt a line")  # fmt: skip
+    add("--init", type=Path, metavar="LORA", help="a LoRA to go on from, with its rank")
+    add("--output", type=Path, default=Path("runs/sdxl"), help="LoRAs, checkpoints, log, pictures")
+    add("--resolution", type=cli.number(int, 64), default=1024, help="side of the square crops")
+    add("--batch-size", type=whole, help="images a step and process: 16, for tdm 8")
+    add("--grad-accum", type=whole, help="batches a step: 4, for tdm 1; 8 x 16 x 4 are TDD's 512")
+    add("--steps", type=whole, help="optimizer steps: 20000, for tdm 1000")
+    add("--lr", type=positive, default=1e-6, help="delta, the learning rate (2e-6 with --adv)")
+    add("--warmup", type=count, default=0, help="steps over which delta rises from 0")
+    add("--rank", type=whole, default=64, help="r of a fresh LoRA")
+    add("--full", action="store_true",
+        help="train all of the UNet, sharded over the processes, as TCD did TCF(S+)")  # fmt: skip
+    add("--lora-alpha", type=positive, default=8.0, help="alpha of the LoRA, scaled by alpha / r")
+    method_flags(add)
     add("--adv", action="store_true", help="adversarial TDD, the paper's Ours (adv)")
     add("--adv-weight", type=positive, default=0.1, help="of the adversarial loss, with --adv")
     add("--adv-lr", type=positive, default=1e-5, help="the discriminator's delta, with --adv")

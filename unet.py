@@ -1,7 +1,8 @@
 """SDXL's UNet: eps(x_t, t, cond), with the names and shapes of the published checkpoints.
 
 The same class makes the full model (2.57 B parameters), tiny ones for tests and pixel-space ones
-for CIFAR-10; all that differs is the config. A condition is a dict of tensors, the last of which only some students have:
+for CIFAR-10; all that differs is the config. A condition is a dict of tensors, the last of which
+only some students have:
 
     tokens (b, n, 2048)   both text encoders' hidden states, attended to
     pooled (b, 1280)      the second encoder's projected end token
