@@ -21,6 +21,9 @@ from tdd import draw, targets_of
 from unet import UNet, UNetConfig
 
 # -------------------------------------------------------------------------------------- both sides
+#
+# The published step is written down here as its script takes it, of stock parts alone: what it
+# costs is then the recipe's own cost and none of this project's making.
 
 
 class Published:
@@ -38,6 +41,7 @@ class Published:
         self.student.train()
         self.student.enable_gradient_checkpointing()
         self.trained = [p for p in self.student.parameters() if p.requires_grad]
+        # What is trained stays in float32 under autocast, whatever the base is kept in.
         for p in self.trained:
             p.data = p.data.float()
         self.optimizer = torch.optim.AdamW(self.trained, 1e-6, weight_decay=0)
@@ -52,6 +56,7 @@ class Published:
     def __call__(self, x_0, cond, null, d) -> None:
         x_next = self.schedule.diffuse(x_0, d.noise, d.t_next)
         pred = self.jump(self.student, x_next, d.t_next, d.tau, cond)
+        # Both conditions a pass each, for the whole batch: dropped prompts are guided as well.
         with torch.no_grad():
             given = self.jump(self.teacher, x_next, d.t_next, d.t_n, cond)
             empty = self.jump(self.teacher, x_next, d.t_next, d.t_n, null)
@@ -81,6 +86,8 @@ class Ours:
 
 
 # ---------------------------------------------------------------------------------------- measuring
+#
+# Time is compared in one process, where all sides take turns; memory has to be each side's own.
 
 
 def makers(args, config: UNetConfig) -> dict:
@@ -108,6 +115,7 @@ def stepper(args, make, config: UNetConfig, side: int):
 
 def bench_train(args, config: UNetConfig, side: int):
     """Seconds with all sides in one process, memory with each in its own; returns our step."""
+    # What the imports alone take is no side's doing.
     made, before = makers(args, config), peak_rss()
     if args.child:
         step = stepper(args, made[args.child], config, side)
@@ -134,5 +142,6 @@ def bench_train(args, config: UNetConfig, side: int):
 def matmul_rate(device: str, dtype) -> float:
     """FLOP/s of a large square product in this precision: what the machine can do at best."""
     n = 8192 if device.startswith("cuda") else 2048
+    # Large enough that memory's speed does not count, small enough to take no time itself.
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / alternate({"matmul": lambda: a @ b}, 10, device)["matmul"]

@@ -71,6 +71,7 @@ def load_student(runs: Path, name: str, teacher: UNet) -> Sampled:
     about = read_tensors(path)[1]
     if about.get("teacher") != digest(runs / "teacher"):
         raise ValueError(f"{path} is the student of another teacher than {runs / 'teacher'}")
+    # Its LoRA is for the UNet alone; where the text encoders would be, nothing is.
     student, encoder = deepcopy(teacher), nn.Module()
     lora, *_ = read_lora(path, teacher, encoder, encoder)
     merge(student, lora.to(teacher.conv_in.weight.device))
@@ -110,10 +111,12 @@ def main(args) -> None:
     model = Sampled(load_teacher(args.runs, args.device))
     if args.sample != "teacher":
         model = load_student(args.runs, args.sample, model.unet)
+    # In terms of g = 1 + w guidance multiplies: Eq. 13 divides out what was distilled.
     w = args.cfg - 1
     if args.tune_guidance is not None:
         w = tuned(w, args.tune_guidance)
     clip_steps = args.steps if args.clip_steps is None else args.clip_steps
+    # All classes, then all again: a column of the grid is then a class.
     label = torch.tensor([CLASSES.index(name) for name in args.labels] * args.num_images)
     seeds = range(args.seed, args.seed + len(label))
     drawn = torch.cat([*pictures(model, label, seeds, timesteps, w, args.gamma, clip_steps)])

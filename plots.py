@@ -137,6 +137,7 @@ class Axes:
 
 def _blur(grid: np.ndarray, radius: float) -> np.ndarray:
     """A Gaussian blur, as a product with a band matrix along each axis."""
+    # Along each axis by itself: a Gaussian in the plane is the product of two on the line.
     for axis in (0, 1):
         i = np.arange(grid.shape[axis])
         kernel = np.exp(-0.5 * ((i[:, None] - i) / radius) ** 2) / (radius * math.sqrt(2 * math.pi))

@@ -77,6 +77,7 @@ def average(values: list[float]) -> list[float]:
     """Each value's mean over the processes; not finite on one is not finite on all."""
     if not dist.is_initialized():
         return values
+    # A sum carries NaN and infinity to everyone, so that all decide alike about a step.
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor)
     return (tensor / world_size()).tolist()
@@ -151,6 +152,7 @@ class Stop:
 
     def _raised(self, number, frame):
         self.signal = number
+        # The handlers from before are back at once: whoever asks twice is not to wait.
         self.__exit__()
 
     def __exit__(self, *_):

@@ -131,6 +131,7 @@ def build(args) -> tuple[SDXL, object]:
     for entry in args.lora:
         path, scale = split_scale(entry)
         made = read_tensors(Path(path))[1].get("tdd_tcf", args.tcf)
+        # The same weights under another function would draw something, and nothing would say so.
         if made != args.tcf:
             raise ValueError(f"--lora {entry} was trained with --tcf {made}: sample it with that")
         loras = read_lora(Path(path), model.unet, model.encoder_1, model.encoder_2)
@@ -160,6 +161,7 @@ def told_network(args, entry: str, network, lora: LoRA, scale: float):
     if not isinstance(network, UNet) or (of == "s") != (args.tcf == "s"):
         hint = "give --tcf s with it, and only with it" if of == "s" else "leave --tcf s away"
         raise ValueError(f"--lora {entry} is told of {of}: {hint}, and no second LoRA of its kind")
+    # Its last layer is linear, so that a scale there is a scale of the whole embedding.
     for p in lora.told.linear_2.parameters():
         p.mul_(scale)
     return tell(network, lora, args.steps)
@@ -278,6 +280,7 @@ def main(args) -> None:
     prompts = read_prompts(args)
     if world > 1 and (args.save_latents or args.prompts is None):
         raise ValueError("several processes share a --prompts file, and save no latents")
+    # One picture is a file and many are a folder; a file of prompts is many, be it a single line.
     single = len(prompts) == 1 and args.prompts is None
     if single and args.output.is_dir():
         raise ValueError(

@@ -44,6 +44,7 @@ class Pictures:
     def __call__(self, step: int) -> None:
         """samples/step-STEP.png: a row a prompt, a column a number of steps."""
         many = [*self.ends, TEACHER_STEPS]
+        # Frozen as it is, it draws the same every time: once is enough.
         if self.teacher is None:
             self.teacher = [self.column(k, self.w, self.nets.teacher) for k in many]
         columns = [self.column(k, 0.0, *self.nets.sampler(k)) for k in self.ends] + self.teacher
@@ -60,11 +61,13 @@ class Pictures:
         # N = 8 is enough to distil for 8 steps; the teacher's many have a grid of their own.
         timesteps = equidistant(k, self.args.solver_steps if k in self.ends else 250)
         vae = self.vae.to(self.device)
+        # One at a time: a batch would need memory that the training has left none of.
         for i, x_T in enumerate(next(noise_stream(seeds, (4, side, side), self.device))):
             c = {name: tensor[i : i + 1] for name, tensor in self.cond.items()}
             eps = guided(network, c, null_of(c), w)
             x_0 = gamma_sample(eps, x_T[None], timesteps, self.nets.schedule, jump=jump)
             pictures += to_images(vae.decode(x_0))
+        # From a cache nothing is encoded any more, and the training can use the room.
         if self.args.cache is not None:
             vae.to("cpu")
         return pictures

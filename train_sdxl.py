@@ -214,6 +214,7 @@ def optimizers_of(args, nets: Distillation | Matching) -> dict[str, torch.optim.
     student = nets.student.parameters()
     if args.method == "tdm":
         rates = {"adam": (student, args.lr), "adam_fake": (nets.fake.parameters(), args.fake_lr)}
+        # Each of the two is what the other aims at: momentum would lead where it no longer is.
         betas = args.weight_decay, (0.0, 0.999)
         return {name: trainer.adamw(*given, *betas) for name, given in rates.items()}
     made = {"adam": trainer.adamw(student, args.lr, args.weight_decay)}
@@ -231,6 +232,7 @@ def write(args, nets: Distillation | Matching, folder: Path, step: int, weights:
         "solver_steps": args.solver_steps, "steps": step, "base": args.model.name,
         "adversarial": args.adv, "ema": args.ema,
     }  # fmt: skip
+    # Prefixed, for other programs write into this header too.
     told = {f"tdd_{name}": str(value) for name, value in told.items() if value is not None}
     if args.full:
         unet, name = cli.output_folder(folder / "unet"), "target" if args.ema else "student"

@@ -198,6 +198,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(c, 2 * width)
 
     def forward(self, x: Tensor) -> Tensor:
+        # One projection for both: the checkpoints have the gate's rows behind the others.
         h, gate = self.proj(x).chunk(2, -1)
         return h * F.gelu(gate)
 
