@@ -3,6 +3,8 @@
 import math
 from collections import Counter
 from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -384,24 +386,54 @@ def offset_weights(tau, eta):
     return {j: (min(j + 1, tau) - max(j, low)) / (tau - low) for j in bins}
 
 
-@pytest.mark.parametrize("method, eta", [("tcd", 0.0), ("tdd", 0.0), ("tdd", 0.3)])
-def test_several_targets_per_start_meet_their_least_squares_compromise(method, eta):
-    """No c fits all targets of a start; the fixed point is a least-squares recursion in n."""
-    targets = targets_of(method, 50)
-    c = distil_gaussian(targets, eta).tolist()
-    fixed = [None, gaussian_coefficient(torch.tensor(19)).item()]  # t_1 is never a start: as it was
-    for n in range(1, 50):
-        t1, t0 = targets.grid[n + 1].item(), targets.grid[n].item()
-        up = down = 0.0
+def fixed_points(targets, eta):
+    """c at every grid timestep where the loss is least: a least-squares recursion in n."""
+    grid = targets.grid.tolist()
+    # t_1 is never a start, and stays what it was: the teacher's.
+    fixed = [None, gaussian_coefficient(targets.grid[1]).item()]
+    for n in range(1, len(grid) - 1):
+        t1, t0 = grid[n + 1], grid[n]
+        step, up, down = exact_scale(t1, t0), 0.0, 0.0
         for tau in targets.admitted(n):
             for j, weight in offset_weights(tau, eta).items():
                 A, B = jump_scale(0.0, t1, j)
-                aim = jump_scale(fixed[n], t0, j)[0] * exact_scale(t1, t0)
+                aim = jump_scale(fixed[n], t0, j)[0] * step
                 up, down = up + weight * B * (A - aim), down + weight * B * B
         fixed.append(up / down)
+    return fixed
+
+
+@pytest.mark.parametrize("method, eta", [("tcd", 0.0), ("tdd", 0.0), ("tdd", 0.3)])
+def test_several_targets_per_start_meet_their_least_squares_compromise(method, eta):
+    """No c fits all targets of a start; training ends at the compromise."""
+    targets = targets_of(method, 50)
+    c, fixed = distil_gaussian(targets, eta).tolist(), fixed_points(targets, eta)
     assert c[2:] == pytest.approx(fixed[2:], rel=0.02)
     full_jump = [jump_scale(x, 999, 751)[0] / exact_scale(999, 751) for x in (c[-1], fixed[-1])]
     assert full_jump[0] == pytest.approx(full_jump[1], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "name, method, eta, errors",
+    [
+        ("CM", "cm", 0.0, [-5, 17, 40, 47, 51, 55, 57]),
+        ("PCM-4", "pcm", 0.0, [-92, -53, -3, -6, -3, -5, 9]),
+        ("TCD", "tcd", 0.0, [-47, -21, 4, 11, 16, 19, 22]),
+        ("TDD, eta = 0", "tdd", 0.0, [-84, -41, -1, 6, 11, 15, 18]),
+        ("TDD", "tdd", 0.3, [-73, -34, 2, 10, 15, 19, 22]),
+    ],
+)
+def test_the_readmes_table_of_one_gaussian(name, method, eta, errors):
+    """What k steps of the fixed point make of the data's deviation, in per cent of it."""
+    targets = targets_of(method, 250)
+    c = dict(zip(targets.grid.tolist(), fixed_points(targets, eta), strict=True))
+    for k, error in zip((1, 2, 4, 5, 6, 7, 8), errors, strict=True):
+        stops = [*equidistant(k, 250), CLEAN]
+        scale = math.prod(jump_scale(c[t], t, s)[0] for t, s in pairwise(stops))
+        assert round(100 * (scale / exact_scale(999, CLEAN) - 1)) == error
+    words = " | ".join(f"{e:+d} %" for e in errors)
+    readme = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    assert f"| {name} | {words} |" in readme
 
 
 # ---------------------------------------------------------------------------------- the sampler

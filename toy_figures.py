@@ -1,4 +1,4 @@
-"""The five pictures of the 2-D experiment, named after the paper's figures that they mirror."""
+"""The pictures of the 2-D experiment, named after the paper's figures that they mirror."""
 
 from collections import Counter
 from pathlib import Path
