@@ -100,16 +100,17 @@ def steps_of(args) -> list[int]:
 def cases_of(args, method: str) -> list[Case]:
     """All ways to sample a method that the tables and pictures need; no case twice."""
     ks, k, w = steps_of(args), args.kmin, args.guidance - 1
+    noisy = sorted({k, (k + args.kmax) // 2, args.kmax})
     # Fig. 6 (a): guided at inference, with null conditions in the training and without.
     study = [case(k, w=w) for w in GUIDED]
     cases = [case(k), *study]
     if method == "teacher":
         cases = [case(k, w=w) for k in (args.solver_steps, args.solver_steps // 2, *ks)]
+        cases += [case(k, w=w, gamma=GAMMAS[1]) for k in noisy]
     elif method == "tdd_high":
         # Fig. 6 (b): its own strength, and Eq. 13's tuning to weaker ones.
         cases = [case(k), *(case(k, w=w, tune=HIGH) for w in GUIDED)]
     elif method != "tdd_rho0":
-        noisy = sorted({args.kmin, (args.kmin + args.kmax) // 2, args.kmax})
         cases = [*map(case, ks), *(case(k, gamma=GAMMAS[1]) for k in noisy)]
     if method == "tdd":
         between = range(args.kmin + 1, args.kmax)

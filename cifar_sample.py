@@ -49,11 +49,15 @@ def load_teacher(runs: Path, device, dtype: str = "float32") -> UNet:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A teacher, or a student with its LoRA merged in: for k steps, its network and its jump."""
+    """A teacher, or a student with its LoRA merged in: for k steps, its network and its jump.
+
+    N: the grid that it was trained on; to the teacher all are one.
+    """
 
     unet: UNet
     lora: LoRA | None = None
     jump: object = ddim
+    N: int = 50
 
     def network(self, k: int):
         return tell(self.unet, self.lora, k)
@@ -75,7 +79,7 @@ def load_student(runs: Path, name: str, teacher: UNet) -> Sampled:
     student, encoder = deepcopy(teacher), nn.Module()
     lora, *_ = read_lora(path, teacher, encoder, encoder)
     merge(student, lora.to(teacher.conv_in.weight.device))
-    return Sampled(student, lora, TCF[about.get("tcf", "1")])
+    return Sampled(student, lora, TCF[about.get("tcf", "1")], int(about["solver_steps"]))
 
 
 # ------------------------------------------------------------------------------------- sampling
@@ -108,10 +112,11 @@ def pictures(
 
 def main(args) -> None:
     cli.check_device(args.device)
-    timesteps = timesteps_of(args)
     model = Sampled(load_teacher(args.runs, args.device))
     if args.sample != "teacher":
         model = load_student(args.runs, args.sample, model.unet)
+    args.solver_steps = args.solver_steps or model.N
+    timesteps = timesteps_of(args)
     # In terms of g = 1 + w guidance multiplies: Eq. 13 divides out what was distilled.
     w = args.cfg - 1
     if args.tune_guidance is not None:
@@ -143,7 +148,7 @@ def parser() -> cli.Parser:
     flag("--gamma", type=share, default=0.2, help="gamma of Eq. 18")
     flag("--schedule", choices=["equidistant", "nonequidistant"], default="equidistant",
          help="the k timesteps; the latter for 4 to 8 steps")  # fmt: skip
-    flag("--solver-steps", type=whole, default=50, help="N, the grid of the schedules")
+    flag("--solver-steps", type=whole, help="N, the grid of the schedules; else the student's own")
     flag("--clip-steps", type=number(int, 0), help="first steps with C (Eq. 17); all unless given")
     flag("--seed", type=number(int, 0, 2**62), default=0, help="of the first picture")
     flag("--output", type=Path, default=Path("cifar.png"), help="PNG, pictures in a grid")

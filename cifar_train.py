@@ -249,7 +249,7 @@ def student_args(args, name: str):
     flags += [*STUDENTS[name].split(), "--no-checkpointing", *["--compile"] * args.compile]
     own = train_sdxl.parser().parse_args(flags)
     train_sdxl.check(own)
-    # A step's network passes differ: none is to have more of them in all than TDD has.
+    # A step's UNet passes differ: all are to have as many as TDD. (The adversary's come on top.)
     passes = PASSES[name if name in MATCHED else own.tcf]
     own.steps = round(args.steps * PASSES["1"] / passes)
     return own
@@ -349,7 +349,8 @@ def write_metrics(args, ev: Evaluation) -> None:
 def parser(preset: str | None = None) -> cli.Parser:
     """With a preset's numbers as defaults; an unknown one is for the flag itself to refuse."""
     preset = preset if preset in PRESETS else "cpu"
-    p = cli.Parser("Trains a CIFAR-10 teacher, distils it with TDD and its rivals, compares them.")
+    about = "Trains a CIFAR-10 teacher, distils it with TDD and its rivals, compares them."
+    p = cli.Parser(f"{about} With --sample NAME it samples one of them, by flags of its own.")
     flag, number = p.add_argument, cli.number
     whole, share = number(int, 1), number(float, 0, 1)
     flag("--data", choices=["cifar10"], default="cifar10", help="the 2-D sets have their own flags")

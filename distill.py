@@ -208,7 +208,7 @@ class Matching:
     Ks: tuple[int, ...] = (4,)
     N: int = 250
     w: float = 7.0
-    weight: str = "density"
+    weight: str = "exact"
     loss: str = "huber"
     solver: object = ddim
     parallel: list = field(default_factory=list)

@@ -1,6 +1,7 @@
 """The 2-D toy: its network, data and distances against second derivations, and its script."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -8,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
+import tdm
 import test_solvers
 import toy
 import toy_eval
 import toy_figures
+import toy_tdm
 import train_toy
 from test_solvers import SCHEDULE, SIGMA, randn
 from unet import timestep_embedding
@@ -182,6 +186,57 @@ def test_unusual_flags_run(words, monkeypatch, capsys, tmp_path):
     assert len(set(keys)) == len(keys)
     for name in tmp_path.glob("*.png"):
         Image.open(name).verify()
+
+
+def test_ablations_are_of_the_networks_that_the_tables_are_of(monkeypatch, capsys, tmp_path):
+    words = ["--quick", "--steps", 2, "--ablations", "--methods", "cm", "tdm4", "tdm_unify"]
+    code, out, err = run_script(monkeypatch, capsys, *words, "--output", tmp_path)
+    assert code == 0, err
+    result, per_seed = load_rows(tmp_path / "metrics.json")
+    found = {(row["name"], row["k"]): row["per_seed"] for row in result["ablations"]}
+    assert len(found) == len(result["ablations"]) and np.isfinite(list(found.values())).all()
+    for name, method in (("not unified: TDM-4", "tdm4"), ("LCM", "cm"), ("TDM-unify", "tdm_unify")):
+        assert found[name, 4] == pytest.approx(per_seed(method, [4], "sw"), rel=1e-5)
+        assert f"{found[name, 4][0]:.3f}" in next(x for x in out.splitlines() if name in x)
+    # 100 steps of TDM on an LCM that has hardly been trained lead elsewhere.
+    assert found["LCM and 100 steps of TDM", 4] != pytest.approx(found["LCM", 4], rel=0.05)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_tdm_takes_the_fake_scores_step_first(together):
+    """Its Algorithm 1, lines 3-13, with Adam's first step by hand: no momentum, a rate for each."""
+    args = train_toy.parser().parse_args(["--seeds", "1", "--batch-size", "64", "--lr", "0.05"])
+    teacher = toy.Ensemble.fresh(1, SCHEDULE, torch.Generator().manual_seed(5), width=8)
+    for p in teacher.parameters():
+        p.data = 0.3 * randn(*p.shape, seed=p.numel(), dtype=torch.float32)
+    m = replace(toy_tdm.MATCHED["tdm4"], together=together, w=2.0)
+    result = toy_tdm.train_matched(args, m, teacher, SCHEDULE, steps=1)
+    student, fake = teacher.pick([0]), teacher.pick([0])
+    generator = torch.Generator().manual_seed(args.seed + 2)
+    cond = toy.one_hot(torch.randint(toy.CLASSES, (64,), generator=generator))
+    d, of = tdm.draw((4,), (64, 2), 50, generator), lambda net: lambda x, t: net(x, t, cond)
+
+    def step(network, loss, lr):
+        parameters = list(network.parameters())
+        moved = network.pick([0])
+        grads = torch.autograd.grad(loss, parameters, retain_graph=True)
+        for new, p, g in zip(moved.parameters(), parameters, grads, strict=True):
+            new.data = p.data - lr * g / (g.abs() + 1e-8)
+        return moved
+
+    p = tdm.generate(of(student.requires_grad_()), d, SCHEDULE)
+    of_fake = tdm.fake_loss(of(fake.requires_grad_()), p.detach(), SCHEDULE, "exact").mean()
+    moved = step(fake, of_fake, 2.0 * 0.05)
+    real = lambda x, t: 3 * teacher(x, t, cond) - 2 * teacher(x, t, 0 * cond)  # noqa: E731
+    want, other = (
+        step(student, tdm.student_loss(real, of(net), p, SCHEDULE).mean(), 0.2 * 0.05)
+        for net in ((fake, moved) if together else (moved, fake))
+    )
+    got, want, wrong = (
+        nn.utils.parameters_to_vector(x.parameters()) for x in (result, want, other)
+    )
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
+    assert not torch.allclose(got, wrong, rtol=1e-3, atol=1e-3)
 
 
 def load_rows(path):
