@@ -186,34 +186,80 @@ def test_saved_teacher_is_a_diffusers_unet(runs):
     torch.testing.assert_close(ours(x_t, t, cond), want, rtol=1e-6, atol=1e-6)
 
 
-def teacher_of(output, data):
-    args = arguments(output, data)
-    stage = cifar_train.teacher_stage(args, cifar.read_split(data, train=True))
+def stage_of(args, data, name):
+    """A stage and what trains it."""
+    first = {
+        "classifier": (cifar_train.classifier_stage, cifar_train.train_classifier),
+        "teacher": (cifar_train.teacher_stage, cifar_train.train_teacher),
+    }
+    split = cifar.read_split(data, train=True)
+    if name in first:
+        make, train = first[name]
+        return make(args, split), train
+    return cifar_train.student_stage(args, name, split), cifar_train.train_student
+
+
+def trained(output, data, name, **more):
+    """The log and the weights of a stage, which is not finished yet."""
+    args = arguments(output, data, **more)
+    stage, train = stage_of(args, data, name)
     assert not stage.finished()
-    cifar_train.train_teacher(args, stage)
-    return load_file(output / "teacher/diffusion_pytorch_model.safetensors")
+    train(args, stage)
+    log = [json.loads(line) for line in (stage.folder / "log.jsonl").read_text().splitlines()]
+    (weights,) = stage.folder.glob("*.safetensors")
+    return log, load_file(weights)
 
 
-def test_an_interrupted_stage_goes_on_bit_by_bit(data, tmp_path, monkeypatch, capsys):
-    straight = teacher_of(tmp_path / "straight", data)
-    count = iter(range(1000))
+@pytest.mark.parametrize(
+    ("name", "called", "cut", "steps"),
+    [
+        ("classifier", "shifted", 5, 12), ("teacher", "teacher_loss", 12, 30),
+        ("tdd_adv", "fold", 4, 6), ("tdds", "fold", 2, 6), ("tdm_unify", "fold", 3, 4),
+    ],
+)  # fmt: skip
+def test_an_interrupted_stage_goes_on_bit_by_bit(
+    name, called, cut, steps, runs, data, tmp_path, monkeypatch, capsys
+):
+    if name not in ("classifier", "teacher"):
+        for output in ("straight", "cut"):
+            shutil.copytree(runs[0] / "teacher", tmp_path / output / "teacher")
+    _, straight = trained(tmp_path / "straight", data, name, steps=6)
+    count, wanted = iter(range(1000)), getattr(cifar, called)
 
     def interrupted(*given):
-        if next(count) == 11:
+        if next(count) == cut - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return cifar.teacher_loss(*given)
+        return wanted(*given)
 
-    monkeypatch.setattr(cifar_train, "teacher_loss", interrupted)
+    monkeypatch.setattr(cifar_train, called, interrupted)
     with pytest.raises(SystemExit) as stop:
-        teacher_of(tmp_path / "cut", data)
+        trained(tmp_path / "cut", data, name, steps=6)
     assert stop.value.code == 128 + signal.SIGTERM
-    assert "stopped after step 12; the same command goes on" in capsys.readouterr().err
-    assert trainer.checkpoints(tmp_path / "cut/teacher")[0].name == "checkpoint-12"
-    resumed = teacher_of(tmp_path / "cut", data)
-    # 30 steps in all: the 12 before were not done again.
-    assert next(count) == 30
-    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-    assert len((tmp_path / "cut/teacher/log.jsonl").read_text().splitlines()) == 30
+    assert f"stopped after step {cut}; the same command goes on" in capsys.readouterr().err
+    assert trainer.checkpoints(tmp_path / "cut" / name)[0].name == f"checkpoint-{cut}"
+    # Not even half of it is used under other settings.
+    with pytest.raises(ValueError, match="was made with --seed 0, not 1"):
+        trained(tmp_path / "cut", data, name, steps=6, seed=1)
+    log, resumed = trained(tmp_path / "cut", data, name, steps=6)
+    # The steps before were not done again.
+    assert next(count) == steps == len(log)
+    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+
+
+@pytest.mark.parametrize("name", ["teacher", "tdd_adv", "tdm4"])
+def test_bf16_follows_float32(name, runs, data, tmp_path):
+    """The gpu preset's precision: losses and the way that the weights go, for a few steps."""
+    logs, last = [], []
+    for dtype in ("float32", "bf16"):
+        if name != "teacher":
+            shutil.copytree(runs[0] / "teacher", tmp_path / dtype / "teacher")
+        more = {"dtype": dtype, "teacher-steps": 4, "steps": 4}
+        log, weights = trained(tmp_path / dtype, data, name, **more)
+        assert {w.dtype for w in weights.values()} == {torch.float32}
+        logs.append([line["loss"] for line in log])
+        last.append(torch.cat([w.flatten() for w in weights.values()]))
+    assert logs[1] == pytest.approx(logs[0], rel=0.1) and logs[0] != logs[1]
+    torch.testing.assert_close(*last, rtol=0, atol=0.02)
 
 
 # ----------------------------------------------------------------------------------- whole path
@@ -262,6 +308,54 @@ def test_changed_settings_never_reuse_anothers_weights(
     assert code == 2 and err.count("\n") == 1 and said in err
 
 
+CHANGED = {
+    "channels": "64 64", "classifier-steps": 13, "teacher-steps": 31, "teacher-batch": 9,
+    "teacher-lr": 2e-3, "teacher-ema": 0.5, "drop": 0.3, "steps": 4, "batch-size": 5, "lr": 1e-3,
+    "ema": 0.5, "rank": 8, "kmin": 3, "kmax": 7, "rho": 0.5, "guidance": 4, "solver-steps": 20,
+    "seed": 1, "dtype": "bf16",
+}  # fmt: skip
+# What the evaluation alone depends on, or no result at all.
+FREE = {"methods": "tdd", "samples": 16, "device": "cpu", "compile": "", "preset": "gpu"}
+
+
+def test_every_flag_is_among_the_settings_or_makes_no_difference(runs, data):
+    names = {action.dest.replace("_", "-") for action in cifar_train.parser()._actions}
+    assert names == {*CHANGED, *FREE, "help", "data", "data-dir", "output"}
+    stages = ("classifier", "teacher", "lcm", "pcm4", "tdd", "tdd_adv", "tdm4")
+
+    def settings(**more):
+        args = arguments(runs[0], data, **more)
+        return [stage_of(args, data, name)[0].settings for name in stages]
+
+    plain = settings()
+    for name, value in CHANGED.items():
+        assert settings(**{name: value}) != plain, name
+    for name in FREE.keys() - {"preset"}:
+        assert settings(**{name: FREE[name]}) == plain, name
+
+
+def test_samples_of_other_weights_are_not_used_again(runs, data, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "cifar10"
+    shutil.copytree(runs[0], output)
+    path = output / "tdd/lora.safetensors"
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    save_file({key: 3 * value for key, value in load_file(path).items()}, path, about)
+    before = set((output / "samples").iterdir())
+    words = flags(output, data, methods="lcm tdd")
+    assert run(cifar_train, monkeypatch, capsys, *words)[0] == 0
+    assert {p.name[:4] for p in set((output / "samples").iterdir()) - before} == {"tdd-"}
+    old, new = (
+        {
+            (r["method"], r["k"], r["w"], r["schedule"], r["clip_steps"]): r["rmse"]["value"]
+            for r in json.loads((folder / "metrics.json").read_text())["rows"] if "rmse" in r
+        }
+        for folder in (runs[0], output)
+    )  # fmt: skip
+    assert all((new[key] == old[key]) == (key[0] != "tdd") for key in new)
+    assert {key[0] for key in new} == {"teacher", "lcm", "tdd"}
+
+
 def test_changed_data_never_reuse_anothers_weights(runs, tmp_path, monkeypatch, capsys):
     other = slice_of_cifar(tmp_path / "other", seed=1)
     code, _, err = run(cifar_train, monkeypatch, capsys, *flags(runs[0], other))
@@ -278,6 +372,15 @@ def test_students_of_another_teacher_are_refused(runs, data, tmp_path):
     stage = cifar_train.student_stage(args, "tdd", cifar.read_split(data, train=True))
     with pytest.raises(ValueError, match="tdd was made with teacher 0123456789ab, not"):
         stage.finished()
+
+
+def test_a_student_is_not_sampled_on_another_teacher(runs, tmp_path, monkeypatch, capsys):
+    shutil.copytree(runs[0] / "tdd", tmp_path / "tdd")
+    shutil.copytree(runs[0] / "teacher", tmp_path / "teacher")
+    path = tmp_path / "teacher/diffusion_pytorch_model.safetensors"
+    save_file({key: 1.01 * value for key, value in load_file(path).items()}, path)
+    code, _, err = run(cifar_sample, monkeypatch, capsys, "--sample", "tdd", "--runs", tmp_path)
+    assert code == 2 and err.count("\n") == 1 and "is the student of another teacher than" in err
 
 
 # --------------------------------------------------------------------------------------- figures
@@ -487,6 +590,21 @@ def test_students_that_are_told_are_sampled_as_diffusers_with_a_hook(
     assert np.abs(np.stack([grid[:, :32], grid[:, 32:]]) - want).max() < 0.6
     plain = ddim_by_hand(unet, [3, 8], [5, 6], times, 0.0, 3, lambda s: vector.__setitem__(0, 0.0))
     assert np.abs(plain - want).max() > 5
+
+
+def test_a_student_is_sampled_on_its_own_grid(runs, tmp_path, monkeypatch, capsys):
+    drawn = {}
+    for name, words in {
+        "own": [],
+        "same": ["--solver-steps", 10],
+        "other": ["--solver-steps", 8],
+    }.items():
+        path = tmp_path / f"{name}.png"
+        words += ["--sample", "tdd", "--runs", runs[0], "--num-images", 1, "--output", path]
+        assert run(cifar_sample, monkeypatch, capsys, *words)[0] == 0
+        drawn[name] = np.asarray(Image.open(path))
+    assert np.array_equal(drawn["own"], drawn["same"])
+    assert not np.array_equal(drawn["own"], drawn["other"])
 
 
 def test_sampling_from_the_command_line_of_the_toy(runs, tmp_path):

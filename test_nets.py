@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 
+import load
 from controlnet import ControlNet, ControlNetConfig
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -216,6 +217,21 @@ def test_bfloat16_is_as_near_to_float32_as_diffusers():
     assert 0 < error(ours, exact[1](x_t, t, upcast)) <= bound < 0.1
     # What comes in float32 is cast to the weights' precision.
     assert torch.equal(half[1](x_t, t, upcast).float(), ours)
+
+
+@torch.no_grad()
+def test_loaded_in_half_precision_the_last_layers_stay_in_float32():
+    (_, exact), (_, half) = unets(), unets(dtype=torch.bfloat16)
+    x_t, t, cond = inputs(16, 16)
+    weights = {k: v.half() for k, v in exact.state_dict().items()}
+    exact = load.assign(load.empty(UNet, exact.config), weights, "a file", torch.float32)
+    loaded = load.assign(load.empty(UNet, exact.config), weights, "a file", torch.bfloat16)
+    kinds = {k.split(".")[0] for k, p in loaded.named_parameters() if p.dtype == torch.float32}
+    assert kinds == {"conv_norm_out", "conv_out"}
+    assert torch.equal(loaded.conv_out.weight, exact.conv_out.weight)
+    want, got = exact(x_t, t, cond), loaded(x_t, t, cond)
+    assert got.dtype == torch.float32
+    assert error(got, want) < 0.9 * error(half(x_t, t, cond).float(), want)
 
 
 # ------------------------------------------------------------------------------------- ControlNet

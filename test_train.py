@@ -272,6 +272,33 @@ def test_guidance_range(folder):
     assert together == pytest.approx(sum(alone) / len(alone), rel=1e-6)
 
 
+def test_optimizers_are_the_papers(folder):
+    """TDM without momentum, at a rate for each network; TDD with Adam's own betas, heads without."""
+
+    def found(nets, *words):
+        given = ["--model", folder, "--data", folder, *words]
+        args = train_sdxl.parser().parse_args(list(map(str, given)))
+        train_sdxl.check_method(args)
+        groups = {k: o.param_groups for k, o in train_sdxl.optimizers_of(args, nets).items()}
+        assert all(len(g) == 1 for g in groups.values())
+        return {k: (g["lr"], g["betas"], g["weight_decay"], list(map(id, g["params"])))
+                for k, (g,) in groups.items()}  # fmt: skip
+
+    def own(module):
+        return [id(p) for p in module.parameters()]
+
+    tdm, adversarial = matching(folder), tiny(folder, adversary=True)
+    words = ["--method", "tdm", "--lr", 2e-6, "--weight-decay", 0.01]
+    assert found(tdm, *words) == {
+        "adam": (2e-6, (0.0, 0.999), 0.01, own(tdm.student)),
+        "adam_fake": (5e-6, (0.0, 0.999), 0.01, own(tdm.fake)),
+    }
+    assert found(adversarial, "--adv") == {
+        "adam": (1e-6, (0.9, 0.999), 0.0, own(adversarial.student)),
+        "adam_heads": (1e-5, (0.0, 0.999), 0.0, own(adversarial.adversary.heads)),
+    }
+
+
 def test_ema_and_what_is_exported(folder):
     """Line 18 by hand; what is written out is the moving average where there is one."""
     nets = tiny(folder, mu=0.9)
@@ -521,6 +548,26 @@ def test_accumulation_clipping_and_rate(tmp_path):
             for p, g in zip(reference.parameters(), grads):
                 p -= (step + 1) / 3 * g * min(1.0, 0.01 / norm)
     assert torch.allclose(weights(model), weights(reference), atol=1e-6)
+
+
+def test_each_optimizers_gradient_is_clipped_on_its_own(tmp_path):
+    """TDM's two networks: the larger gradient of one leaves the other's as it is."""
+    run, _, model = stub_run(tmp_path)
+    other = torch.nn.Linear(2, 1)
+    before, weight = weights(model).clone(), other.weight.detach().clone()
+    for name, module in (("adam", model), ("fake", other)):
+        run.optimizers[name] = torch.optim.SGD(module.parameters(), 1.0)
+        run.optimizers[name].param_groups[0]["initial_lr"] = 1.0
+    run.modules["fake"] = other
+
+    def losses(batch):
+        total = 300 * sum(p.sum() for p in model.parameters()) + 0.1 * other.weight.sum()
+        return {"total": total, "loss": total}
+
+    trainer.fit(run, plan(1), losses)
+    moved = before - weights(model)
+    assert torch.allclose(moved, torch.full_like(moved, moved.numel() ** -0.5), rtol=1e-4)
+    assert torch.allclose(other.weight, weight - 0.1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -357,6 +357,10 @@ class Encoder(nn.Module):
 class UNet(Encoder):
     """eps(x_t, t, cond) for x_t (b, 4, h, w), any h and w; t (b,), cond as above."""
 
+    # Loaded in half precision these stay in float32. In bfloat16 the last layers alone would add
+    # as large an error as all before, and that is as large as what guidance changes at t = 999.
+    FLOAT32 = "conv_norm_out.", "conv_out."
+
     def __init__(self, config: UNetConfig):
         super().__init__(config)
         widths, blocks, skips = config.channels, config.blocks, self.skip_widths
@@ -389,4 +393,4 @@ class UNet(Encoder):
                 h = h if attention is None else attention(h, tokens)
             if hasattr(level, "upsamplers"):
                 h = level.upsamplers[0](h, skips[-1].shape[2:])
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+        return self.conv_out(F.silu(self.conv_norm_out(h.to(self.conv_out.weight.dtype))))
