@@ -93,10 +93,19 @@ def empty(cls, config) -> nn.Module:
             gc.enable()
 
 
+def cast(module: nn.Module, dtype) -> None:
+    """Weights to `dtype`; in half precision those stay in float32 that module.FLOAT32 names."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    for name, p in module.named_parameters():
+        precise = half and name.startswith(getattr(module, "FLOAT32", ()))
+        p.data = p.data.to(torch.float32 if precise else dtype)
+
+
 def assign(module: nn.Module, tensors: dict[str, Tensor], where, dtype=None) -> nn.Module:
     """Give a module made on the meta device its weights, in evaluation mode and without gradients.
 
-    dtype: of all weights, but of a half precision's none in the module's FLOAT32. Raises ValueError that names every kind of mismatch: missing, unexpected or mis-shaped.
+    dtype: as for `cast`. Raises ValueError that names every kind of mismatch: missing, unexpected
+    or mis-shaped.
     """
     # One message with everything in it: a user should not have to mend a file key by key.
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -116,9 +125,8 @@ def assign(module: nn.Module, tensors: dict[str, Tensor], where, dtype=None) -> 
     ]
     if said:
         raise ValueError(f"{where} does not fit {type(module).__name__}: {'; '.join(said)}")
-    half, precise = dtype in (torch.float16, torch.bfloat16), getattr(module, "FLOAT32", ())
-    of = {k: torch.float32 if half and k.startswith(precise) else dtype for k in tensors}
-    module.load_state_dict({k: v.to(of[k]) for k, v in tensors.items()}, assign=True)
+    module.load_state_dict(tensors, assign=True)
+    cast(module, dtype)
     return module.eval().requires_grad_(False)
 
 

@@ -23,7 +23,7 @@ import cli
 import processes
 from clip import encode_prompts
 from distill import tell
-from load import SDXL, load_component, load_controlnet, load_sdxl, read_tensors
+from load import SDXL, cast, find_weights, load_component, load_controlnet, load_sdxl, read_tensors
 from lora import LoRA, merge, read_lora
 from solvers import CLEAN, SOLVERS, sdxl_schedule, solve
 from tcd import TCF
@@ -114,7 +114,16 @@ def check(args) -> None:
         cli.output_folder(args.save_latents.parent)
         if args.save_latents.is_dir():
             raise ValueError(f"--save-latents {args.save_latents} is a folder; name a file")
+    args.solver_steps = args.solver_steps or trained_grid(args)
     timesteps_of(args)
+
+
+def trained_grid(args) -> int:
+    """N of the first LoRA, or the --unet, that tells what it was trained with; else the paper's."""
+    files = [Path(split_scale(entry)[0]) for entry in args.lora]
+    files += [] if args.unet is None else find_weights(args.unet)
+    made = [read_tensors(path)[1].get("tdd_solver_steps") for path in files]
+    return int(next(filter(None, made), 250))
 
 
 def build(args) -> tuple[SDXL, object]:
@@ -142,7 +151,7 @@ def build(args) -> tuple[SDXL, object]:
     if args.tcf == "s" and network is model.unet:
         raise ValueError("--tcf s: neither a --lora nor a --unet was trained with it")
     for module in (model.unet, model.encoder_1, model.encoder_2):
-        module.to(dtype)
+        cast(module, dtype)
     # Pixels as rows of channels: transformers and convolutions then agree on the layout.
     model.unet.to(memory_format=torch.channels_last)
     if args.controlnet is None:
@@ -351,7 +360,8 @@ def parser() -> cli.Parser:
         metavar="W'",
         help="w' that the LoRA was distilled with: --cfg then acts as the teacher's (Eq. 13)",
     )
-    p.add_argument("--solver-steps", type=whole, default=250, help="N, the grid of the schedules")
+    p.add_argument("--solver-steps", type=whole,
+                   help="N, the grid of the schedules: the LoRA's own, or 250")  # fmt: skip
     p.add_argument(
         "--sampler",
         choices=["tdd", "ddim", "dpm++2m", "dpm++2s"],

@@ -20,6 +20,7 @@ import load
 import names
 import sample
 import test_solvers
+from lora import LoRA, write_peft
 from solvers import SOLVERS, solve
 from test_solvers import ALPHA, SCHEDULE, SIGMA
 
@@ -273,6 +274,32 @@ def test_latents_are_an_independent_samplers(
                "--steps", k, "--seed", 7, *flags)  # fmt: skip
     expected = Reference(folder).latents(prompt, 7, 64, 72, TIMES[schedule, k], **options)
     assert close(got, expected)
+
+
+def test_a_lora_brings_its_grid_and_leaves_the_last_layers_in_float32(folder, tmp_path):
+    """N from the header that train_sdxl.py writes; a flag goes before it, the paper's 250 after."""
+    unet, path = load.load_sdxl(folder).unet, tmp_path / "lora.safetensors"
+    fresh = LoRA.fresh(unet, 4, 2.0, torch.Generator().manual_seed(0))
+    write_peft(path, fresh, tdd_solver_steps="50")
+    (tmp_path / "unet").mkdir()
+    shutil.copy(path, tmp_path / "unet/diffusion_pytorch_model.safetensors")
+
+    def checked(*words):
+        base = ["--model", folder, "--prompt", "a", "--device", "cpu", "--dtype", "bf16", *words]
+        args = sample.parser().parse_args(list(map(str, base)))
+        sample.check(args)
+        return args
+
+    own, paper = [999, 759, 499, 259], [999, 751, 499, 251]
+    assert sample.timesteps_of(checked()) == paper
+    assert sample.timesteps_of(checked("--lora", f"{path}:0.5")) == own
+    assert sample.timesteps_of(checked("--unet", tmp_path / "unet")) == own
+    assert sample.timesteps_of(checked("--lora", path, "--solver-steps", 250)) == paper
+    for words in ([], ["--lora", path]):
+        model, _ = sample.build(checked(*words))
+        state = {k: v for k, v in model.unet.state_dict().items() if v.dtype == torch.float32}
+        assert {k.split(".")[0] for k in state} == {"conv_norm_out", "conv_out"}
+        assert torch.equal(state["conv_out.weight"], unet.conv_out.weight)
 
 
 def test_single_file_gives_the_same_picture(folder, single, monkeypatch, capsys, tmp_path):
