@@ -1,7 +1,7 @@
 """TDD on 2-D data in minutes on a CPU: teacher, students, evaluation, pictures.
 
     python train_toy.py                     the whole experiment, into runs/toy
-    python train_toy.py --quick             a first look in under 20 seconds
+    python train_toy.py --quick             a first look in half a minute
     python train_toy.py --data cifar10      real images, and SDXL's code: see cifar_train.py
 
 A teacher is trained from data, then every consistency-distillation method from that same teacher at
@@ -264,7 +264,11 @@ def parser() -> cli.Parser:
     flag("--methods", nargs="+", choices=STUDENTS, default=STUDENTS, metavar="M", help=some)
     flag("--tcf", nargs="+", choices=TCF, default=list(TCF), metavar="F",
          help="f of tcd and tdd: of order 1, order 2, told of its end s")  # fmt: skip
-    flag("--ablations", action="store_true", help="of TDM (its Tables 5-8, Fig. 8): 3 minutes more")
+    flag(
+        "--ablations",
+        action="store_true",
+        help="of TDM (its Tables 5-8, Fig. 8): 3 to 4 minutes more",
+    )
     flag("--steps", type=whole, default=3000, help="training steps, teacher and students")
     flag("--seeds", type=whole, default=3, help="independent teachers, each distilled")
     flag("--seed", type=number(int, 0, 2**31), default=0, help="of all random numbers")
@@ -280,7 +284,7 @@ def parser() -> cli.Parser:
     flag("--solver", choices=["ddim", "dpm2s", "dpm++2s"], default="ddim", help="Phi")
     flag("--samples", type=number(int, 64), default=2048, help="evaluated a seed, in whole eights")
     flag("--output", type=Path, default=Path("runs/toy"), help="folder for the results")
-    flag("--quick", action="store_true", help="1 seed, 500 steps: under 20 s")
+    flag("--quick", action="store_true", help="1 seed, 500 steps: half a minute")
     return p
 
 
