@@ -328,3 +328,64 @@ def test_measured_run_of_the_family_is_what_the_readme_says():
     paper, none = (found[f"weight: {x}", 4] for x in ("the paper's density ratio", "none"))
     assert (paper > 2 * none).all()
     assert (found["LCM and 100 steps of TDM", 4] < 0.75 * found["LCM", 4]).all()
+
+
+def readme_table(after):
+    """The README's first table after these words: its rows' cells by their first."""
+    text = (Path(__file__).parent / "README.md").read_text()
+    lines = text[text.index(after) :].splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| ---"))
+    rows = [line.split("|")[1:-1] for line in lines[first + 1 :]]
+    end = next(i for i, row in enumerate(rows) if not row)
+    return {row[0].strip(" *"): [cell.strip(" *") for cell in row[1:]] for row in rows[:end]}
+
+
+def test_the_readmes_tables_are_the_measured_run():
+    result, per_seed = load_rows(Path(__file__).parent / "docs" / "toy.json")
+    ks = (1, 2, 4, 5, 6, 7, 8)
+
+    def same(cells, values, spread=False):
+        for cell, each in zip(cells, values, strict=True):
+            mean, *deviation = map(float, cell.split("±"))
+            assert mean == pytest.approx(np.mean(each), abs=5.1e-4)
+            assert not deviation or deviation[0] == pytest.approx(np.std(each, ddof=1), abs=5.1e-4)
+            assert bool(deviation) >= spread
+
+    names = {"teacher, guided DDIM": "teacher", "CM / LCM": "cm", "PCM-4": "pcm4", "PCM-8": "pcm8",
+             "TCD / CTM": "tcd", "TDD": "tdd", "TDD, eta = 0": "tdd_eta0"}  # fmt: skip
+    for gamma, after in ((0.0, "Distance (rmse) to where"), (0.2, "The same with gamma = 0.2")):
+        found = readme_table(after)
+        for name, method in names.items():
+            values = [per_seed(method, [k], gamma=gamma) for k in ks]
+            same(found.pop(name), values, spread=gamma == 0)
+        (other,) = found.values()
+        more = {"gamma": gamma, "schedule": "nonequidistant"}
+        same(other[3:6], [per_seed("tdd", [k], **more) for k in (5, 6, 7)])
+    found = readme_table("**TCF on the spirals**")
+    for family in ("tcd", "tdd"):
+        for function, tail in (("1", ""), ("2", "2"), ("S+", "s")):
+            cells = found.pop(f"{family.upper()}, TCF({function})")
+            same(cells, [per_seed(family + tail, [k]) for k in ks])
+    assert not found
+    found = readme_table("**TDM on the spirals**")
+    plain, _ = load_rows(Path(__file__).parent / "docs" / "toy_unguided.json")
+    names |= {"teacher": "teacher", "TDM-4": "tdm4", "TDM-unify (1, 2, 4)": "tdm_unify"}
+    for name, cells in found.items():
+        same(cells[:4], [per_seed(names[name], [k], "sw") for k in (1, 2, 4, 8)])
+        for k, cell in zip((1, 2, 4, 8), cells[5:], strict=True):
+            wanted = {"method": names[name], "k": k, "gamma": 0.0, "metric": "sw", "w": 0.0,
+                      "variant": "", "schedule": "equidistant", "clip_steps": 0}  # fmt: skip
+            (row,) = [row for row in plain["rows"] if wanted.items() <= row.items()]
+            same([cell], [row["per_seed"]])
+    rows = {(row["name"], row["k"]): row["per_seed"] for row in result["ablations"]}
+    found = readme_table("**TDM's ablations**")
+    measured = [cell for cells in found.values() for cell in cells[:3] if cell]
+    values = list(rows.values())
+    # Each is one of the run's, and whoever has a name of its own there has its own figures.
+    for cell in measured:
+        mean = float(cell.split("±")[0])
+        assert any(abs(np.mean(each) - mean) < 5.1e-4 for each in values), cell
+    for name in ("TDM-unify", "not told K", "not unified: TDM-4", "LCM and 100 steps of TDM",
+                 "LCM and 400 steps of TDM"):  # fmt: skip
+        own = [k for k in (1, 2, 4) if (name, k) in rows]
+        same([cell for cell in found[name][:3] if cell], [rows[name, k] for k in own], True)
