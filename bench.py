@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 import cli
-from load import load_component
+from load import cast, load_component
 from solvers import sdxl_schedule
 from tdd import equidistant, gamma_sample, guided, noise_stream
 from unet import UNet, UNetConfig
@@ -115,7 +115,8 @@ def both_unets(config: UNetConfig, device: str, dtype):
     torch.manual_seed(0)
     with torch.device(device):
         theirs = UNet2DConditionModel(**theirs_config(config)).to(dtype).eval()
-        ours = UNet(config).to(dtype).eval()
+        ours = UNet(config).eval()
+    cast(ours, dtype)
     ours.load_state_dict(theirs.state_dict())
     return ours.to(memory_format=torch.channels_last), theirs
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_sdxl
 from bench import alternate, as_theirs, child, inputs, peak_rss, report, theirs_config
 from distill import StepDraws
+from load import cast
 from lora import TARGETS
 from sample import DTYPES, null_of
 from solvers import integrate_eps, sdxl_schedule
@@ -74,7 +75,8 @@ class Ours:
         args = train_sdxl.parser().parse_args(["--model", "-", "--data", "-", *flags])
         train_sdxl.check(args)
         with torch.device(device):
-            unet = UNet(config).to(dtype).requires_grad_(False)
+            unet = UNet(config).requires_grad_(False)
+        cast(unet, dtype)
         self.nets = train_sdxl.distillation_of(args, unet, device)
         self.optimizer = train_sdxl.optimizers_of(args, self.nets)["adam"]
 

@@ -172,7 +172,7 @@ class Evaluation:
             w = c.w if c.tune is None else tuned(c.w, c.tune)
             images = self.draw(method, model, c, w)
             features, answers = self._judge(images)
-            if method == "teacher" and c.k == self.args.solver_steps:
+            if method == "teacher" and c.k == self.args.solver_steps and not c.gamma:
                 self._refer_to(images, features)
             # Eq. 22: guidance on top of what was distilled multiplies, in terms of g = 1 + w.
             own = {"teacher": 0.0, "tdd_high": HIGH}.get(method, self.args.guidance - 1)

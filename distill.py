@@ -121,7 +121,7 @@ class Distillation:
             ema = (copy.deepcopy(trained) for trained in (self.lora, self.own))
             self.target = self._network("target", *ema).requires_grad_(False)
         for network in dict.fromkeys((self.student, self.target)) if self.own is not None else ():
-            processes.shard(network, Block)
+            processes.shard(network, Block, UNet.FLOAT32)
 
     def _network(self, name: str, lora: LoRA | None, own: UNet | None) -> Network:
         return Network(self.base, name, lora) if own is None else Network(own, whole=True)

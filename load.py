@@ -97,7 +97,7 @@ def cast(module: nn.Module, dtype) -> None:
     """Weights to `dtype`; in half precision those stay in float32 that module.FLOAT32 names."""
     half = dtype in (torch.float16, torch.bfloat16)
     for name, p in module.named_parameters():
-        precise = half and name.startswith(getattr(module, "FLOAT32", ()))
+        precise = half and name.split(".")[0] in getattr(module, "FLOAT32", ())
         p.data = p.data.to(torch.float32 if precise else dtype)
 
 

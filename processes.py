@@ -100,22 +100,24 @@ def parallel(module: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
-def shard(module: nn.Module, kinds) -> None:
+def shard(module: nn.Module, kinds, float32=()) -> None:
     """Leave each process a part of every weight, put together while it is used (FSDP).
 
     Submodules of these kinds are put together one at a time. Weights stay as they are in one
-    process alone. Sharded, they are computed with in bfloat16 on GPUs.
+    process alone. Sharded, they are computed with in bfloat16 on GPUs, but for submodules of the
+    names in `float32`.
     """
     if not dist.is_initialized():
         return
     device = next(module.parameters()).device.type
     half = torch.bfloat16 if device == "cuda" else None
-    policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
     # Parted again after every pass, the outermost too: a moving average is taken part by part.
-    options = {"mp_policy": policy, "reshard_after_forward": True}
-    options["mesh"] = init_device_mesh(device, (world_size(),))
-    for each in [*filter(lambda m: isinstance(m, kinds), module.modules()), module]:
-        fully_shard(each, **options)
+    options = {"reshard_after_forward": True, "mesh": init_device_mesh(device, (world_size(),))}
+    jobs = [(m, half) for m in module.modules() if isinstance(m, kinds)]
+    jobs += [(m, None) for name, m in module.named_modules() if name.split(".")[-1] in float32]
+    for each, dtype in [*jobs, (module, half)]:
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        fully_shard(each, mp_policy=policy, **options)
 
 
 def joined(tensor: torch.Tensor) -> torch.Tensor:

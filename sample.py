@@ -119,11 +119,14 @@ def check(args) -> None:
 
 
 def trained_grid(args) -> int:
-    """N of the first LoRA, or the --unet, that tells what it was trained with; else the paper's."""
+    """N of the LoRAs, or the --unet, that tell what they were trained with; else the paper's."""
     files = [Path(split_scale(entry)[0]) for entry in args.lora]
     files += [] if args.unet is None else find_weights(args.unet)
-    made = [read_tensors(path)[1].get("tdd_solver_steps") for path in files]
-    return int(next(filter(None, made), 250))
+    made = {read_tensors(path)[1].get("tdd_solver_steps", "") for path in files} - {""}
+    if len(made) > 1 or not all(N.isdecimal() for N in made):
+        some = " and ".join(sorted(made))
+        raise ValueError(f"--lora or --unet is of {some} solver steps: give --solver-steps")
+    return int(made.pop()) if made else 250
 
 
 def build(args) -> tuple[SDXL, object]:
@@ -361,7 +364,7 @@ def parser() -> cli.Parser:
         help="w' that the LoRA was distilled with: --cfg then acts as the teacher's (Eq. 13)",
     )
     p.add_argument("--solver-steps", type=whole,
-                   help="N, the grid of the schedules: the LoRA's own, or 250")  # fmt: skip
+                   help="N, the grid of the schedules: that of the LoRA or --unet, or 250")  # fmt: skip
     p.add_argument(
         "--sampler",
         choices=["tdd", "ddim", "dpm++2m", "dpm++2s"],

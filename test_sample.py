@@ -295,6 +295,11 @@ def test_a_lora_brings_its_grid_and_leaves_the_last_layers_in_float32(folder, tm
     assert sample.timesteps_of(checked("--lora", f"{path}:0.5")) == own
     assert sample.timesteps_of(checked("--unet", tmp_path / "unet")) == own
     assert sample.timesteps_of(checked("--lora", path, "--solver-steps", 250)) == paper
+    other = tmp_path / "other.safetensors"
+    for said in ("250", "many"):
+        write_peft(other, fresh, tdd_solver_steps=said)
+        with pytest.raises(ValueError, match=r"is of .* solver steps: give --solver-steps"):
+            checked("--lora", path, "--lora", other)
     for words in ([], ["--lora", path]):
         model, _ = sample.build(checked(*words))
         state = {k: v for k, v in model.unet.state_dict().items() if v.dtype == torch.float32}

@@ -257,7 +257,7 @@ def test_two_processes_are_one_on_the_joined_batch(folder, tmp_path):
 def test_one_process_from_a_cache_killed_and_resumed(folder, shards, tmp_path):
     """The cache is filled once and used again; the run ends bit by bit as if never stopped."""
     whole, cut, cache = tmp_path / "whole", tmp_path / "cut", tmp_path / "cache"
-    words = ["--cache", cache, "--guidance-range", 2, 14, "--method", "tcd"]
+    words = ["--cache", cache, "--guidance-range", 2, 14, "--method", "tcd", "--solver-steps", 50]
     done = run(command(folder, shards, whole, *words))
     assert done.returncode == 0, told(done)
     stamps = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
@@ -270,6 +270,7 @@ def test_one_process_from_a_cache_killed_and_resumed(folder, shards, tmp_path):
     with safe_open(whole / "lora.safetensors", "pt") as file:
         about = file.metadata()
     assert about["tdd_method"] == "tcd" and about["tdd_w"] == "[2.0, 14.0]"
+    assert about["tdd_solver_steps"] == "50"
     assert about["tdd_steps"] == "8" and about["tdd_base"] == folder.name
     done = run([*call[:-2], "--method", "tdd", "--resume"])
     assert done.returncode == 2 and "--method tcd" in done.stderr

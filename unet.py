@@ -357,9 +357,9 @@ class Encoder(nn.Module):
 class UNet(Encoder):
     """eps(x_t, t, cond) for x_t (b, 4, h, w), any h and w; t (b,), cond as above."""
 
-    # Loaded in half precision these stay in float32. In bfloat16 the last layers alone would add
-    # as large an error as all before, and that is as large as what guidance changes at t = 999.
-    FLOAT32 = "conv_norm_out.", "conv_out."
+    # In half precision these stay in float32. In bfloat16 the last layers alone would add a larger
+    # error than all before, and that is as large as what guidance changes at t = 999.
+    FLOAT32 = "conv_norm_out", "conv_out"
 
     def __init__(self, config: UNetConfig):
         super().__init__(config)
