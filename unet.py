@@ -55,21 +55,16 @@ class UNetConfig:
         levels = len(config["block_out_channels"])
         depth = _each(config["transformer_layers_per_block"], levels)
         attends = ["CrossAttn" in name for name in config["down_block_types"]]
+        # diffusers' "attention_head_dim" holds the number of heads, for history's sake.
+        heads = _each(config["attention_head_dim"], levels)
+        names = ("layers_per_block", "norm_num_groups", "cross_attention_dim",
+                 "addition_time_embed_dim", "projection_class_embeddings_input_dim")  # fmt: skip
+        sizes = [config[name] for name in names]
         return cls(
-            config["in_channels"],
-            config["out_channels"],
-            tuple(config["block_out_channels"]),
+            config["in_channels"], config["out_channels"], tuple(config["block_out_channels"]),
             tuple(d if a else 0 for d, a in zip(depth, attends, strict=True)),
-            # diffusers' "attention_head_dim" holds the number of heads, for history's sake.
-            _each(config["attention_head_dim"], levels),
-            depth[-1],
-            config["layers_per_block"],
-            config["norm_num_groups"],
-            config["cross_attention_dim"],
-            config["addition_time_embed_dim"],
-            config["projection_class_embeddings_input_dim"],
-            config.get("told", ""),
-        )
+            heads, depth[-1], *sizes, config.get("told", ""),
+        )  # fmt: skip
 
 
 def check_config(config: dict, family: str, required: dict, default: dict) -> None:
@@ -203,15 +198,6 @@ class GEGLU(nn.Module):
         return h * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, c: int):
-        super().__init__()
-        self.net = nn.ModuleList([GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
-
-
 class TransformerBlock(Block):
     """Self-attention, attention to the prompt, feed-forward, each added to x (b, n, c)."""
 
@@ -222,12 +208,13 @@ class TransformerBlock(Block):
         self.norm2 = nn.LayerNorm(c)
         self.attn2 = Attention(c, context, heads)
         self.norm3 = nn.LayerNorm(c)
-        self.ff = FeedForward(c)
+        net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))
+        self.ff = nn.ModuleDict({"net": net})
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), tokens)
-        return x + self.ff(self.norm3(x))
+        return x + self.ff.net(self.norm3(x))
 
 
 class Transformer(nn.Module):
@@ -250,25 +237,6 @@ class Transformer(nn.Module):
         return x + rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=x.shape[2])
 
 
-class Downsample(nn.Module):
-    def __init__(self, c: int):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-
-class Upsample(nn.Module):
-    def __init__(self, c: int):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x: Tensor, size) -> Tensor:
-        # To the skip connection's size: an odd one was rounded up on the way down.
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
-
-
 class Level(nn.Module):
     """Residual blocks, each followed by a transformer where there is one: a level or the middle."""
 
@@ -276,14 +244,17 @@ class Level(nn.Module):
         super().__init__()
         time_width, groups = 4 * config.channels[0], config.groups
         self.resnets = nn.ModuleList(ResnetBlock(c_in, c, time_width, groups) for c_in in widths_in)
-        # The finest level has none; an empty list would still be a name in the state dict's tree.
         attentions = [Transformer(c, config.tokens, heads, d, groups) for d in depths if d]
-        if attentions:
-            self.attentions = nn.ModuleList(attentions)
+        self.attentions = nn.ModuleList(attentions)
 
     def steps(self):
-        """Pairs of a residual block and the transformer after it, or None."""
-        return zip_longest(self.resnets, getattr(self, "attentions", []))
+        """Pairs of a residual block and the transformer after it, or what stands for none."""
+        return zip_longest(self.resnets, self.attentions, fillvalue=lambda h, tokens: h)
+
+
+def _resize(c: int, stride: int = 1) -> nn.ModuleList:
+    """The convolution of a change of size, under its name in the checkpoints: 0.conv."""
+    return nn.ModuleList([nn.ModuleDict({"conv": nn.Conv2d(c, c, 3, stride, padding=1)})])
 
 
 # -------------------------------------------------------------------------------------- networks
@@ -303,21 +274,17 @@ class Encoder(nn.Module):
         self.time_embedding = Embedding(widths[0], 4 * widths[0])
         self.add_embedding = Embedding(config.added, 4 * widths[0])
         self.down_blocks = nn.ModuleList()
+        # The channels of every skip connection, in the order of `encode`.
+        self.skip_widths = [widths[0]]
         # A level's first block still sees the width of the level above.
         for i, c in enumerate(widths):
             widths_in = [widths[max(i - 1, 0)]] + [c] * (config.blocks - 1)
             level = Level(widths_in, c, [config.depths[i]] * config.blocks, config.heads[i], config)
             if i < len(widths) - 1:
-                level.downsamplers = nn.ModuleList([Downsample(c)])
+                level.downsamplers = _resize(c, stride=2)
             self.down_blocks.append(level)
+            self.skip_widths += [c] * (config.blocks + (i < len(widths) - 1))
         self.mid_block = Level([c, c], c, [config.mid_depth], config.heads[-1], config)
-
-    @property
-    def skip_widths(self) -> list[int]:
-        """The channels of every skip connection, from the first convolution's down."""
-        widths, last = self.config.channels, len(self.config.channels) - 1
-        levels = [[c] * (self.config.blocks + (i < last)) for i, c in enumerate(widths)]
-        return [widths[0], *(c for level in levels for c in level)]
 
     def embed(self, t: Tensor, cond: dict) -> Tensor:
         """Time, sizes, pooled prompt and what else is told as one vector an example, (b, 4 c)."""
@@ -336,15 +303,13 @@ class Encoder(nn.Module):
         skips = [h]
         for level in self.down_blocks:
             for resnet, attention in level.steps():
-                h = resnet(h, temb)
-                h = h if attention is None else attention(h, tokens)
+                h = attention(resnet(h, temb), tokens)
                 skips.append(h)
             if hasattr(level, "downsamplers"):
-                h = level.downsamplers[0](h)
+                h = level.downsamplers[0].conv(h)
                 skips.append(h)
         for resnet, attention in self.mid_block.steps():
-            h = resnet(h, temb)
-            h = h if attention is None else attention(h, tokens)
+            h = attention(resnet(h, temb), tokens)
         return [*skips, h]
 
     def checkpoint_blocks(self, on: bool = True) -> None:
@@ -363,7 +328,7 @@ class UNet(Encoder):
 
     def __init__(self, config: UNetConfig):
         super().__init__(config)
-        widths, blocks, skips = config.channels, config.blocks, self.skip_widths
+        widths, blocks, skips = config.channels, config.blocks, [*self.skip_widths]
         self.up_blocks, below = nn.ModuleList(), widths[-1]
         # Each block takes what comes up from below and one skip connection, the latest first.
         for i in reversed(range(len(widths))):
@@ -371,7 +336,7 @@ class UNet(Encoder):
             widths_in = [(c if j else below) + skips.pop() for j in range(blocks + 1)]
             level = Level(widths_in, c, [config.depths[i]] * (blocks + 1), config.heads[i], config)
             if i > 0:
-                level.upsamplers = nn.ModuleList([Upsample(c)])
+                level.upsamplers = _resize(c)
             self.up_blocks.append(level)
             below = c
         self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-5)
@@ -383,14 +348,15 @@ class UNet(Encoder):
         """control: what a ControlNet adds to each skip connection and to the middle."""
         dtype = self.conv_in.weight.dtype
         tokens, temb = cond["tokens"].to(dtype), self.embed(t, cond)
-        # ControlNets add to all skip connections and to the middle, never in between.
         *skips, h = self.encode(self.conv_in(x_t.to(dtype)), temb, tokens)
         if control is not None:
             *skips, h = (a + b for a, b in zip([*skips, h], control, strict=True))
         for level in self.up_blocks:
             for resnet, attention in level.steps():
                 h = resnet(torch.cat([h, skips.pop()], 1), temb)
-                h = h if attention is None else attention(h, tokens)
+                h = attention(h, tokens)
             if hasattr(level, "upsamplers"):
-                h = level.upsamplers[0](h, skips[-1].shape[2:])
+                # To the skip connection's size: an odd one was rounded up on the way down.
+                h = F.interpolate(h, size=skips[-1].shape[2:], mode="nearest")
+                h = level.upsamplers[0].conv(h)
         return self.conv_out(F.silu(self.conv_norm_out(h.to(self.conv_out.weight.dtype))))
