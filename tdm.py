@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from solvers import CLEAN, Schedule, ddim, eps_theta, renoise, x0_from_eps, x0_of_step
-from tdd import equidistant
+from tdd import equidistant, squared_l2
 
 # -------------------------------------------------------------------------- 3.1 the trajectory
 #
@@ -127,8 +127,8 @@ def fake_loss(fake, p: Sample, schedule: Schedule, weight: str = "density") -> T
         # -sigma times the score of q(x_tau | x_{t_m}) is (sigma / spread) noise, which has no bound
         # near t_m. A factor that depends on tau alone may stand before both.
         _, spread = p.bridge(schedule)
-        return _mean(spread / sigma * eps - p.noise)
-    loss = _mean(eps - (p.x_tau - alpha * p.x_hat) / sigma)
+        return squared_l2(spread / sigma * eps - p.noise)
+    loss = squared_l2(eps - (p.x_tau - alpha * p.x_hat) / sigma)
     if weight == "none":
         return loss
     power = 1 / p.x_m[0].numel() if weight == "mean" else 1.0
@@ -140,12 +140,8 @@ def log_weight(p: Sample, schedule: Schedule) -> Tensor:
     d = p.x_m[0].numel()
     alpha, sigma, _ = (a.to(p.x_m) for a in schedule.at(p.tau, p.x_m.ndim))
     _, spread = p.bridge(schedule)
-    squares = _mean(p.noise) - _mean((p.x_tau - alpha * p.x_hat) / sigma)
+    squares = squared_l2(p.noise) - squared_l2((p.x_tau - alpha * p.x_hat) / sigma)
     return d * (squares / 2 + (spread / sigma).flatten().log())
-
-
-def _mean(x: Tensor) -> Tensor:
-    return x.float().square().flatten(1).mean(1)
 
 
 # --------------------------------------------------------------------- 3.1 and 3.3 the student
