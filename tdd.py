@@ -126,8 +126,7 @@ class Draws:
     rows: Tensor | None  # indices of the kept examples; None has the teacher guide all b
 
     def to(self, device) -> "Draws":
-        move = {k: v if v is None else v.to(device) for k, v in vars(self).items()}
-        return Draws(**move)
+        return Draws(*(v if v is None else v.to(device) for v in vars(self).values()))
 
 
 def draw(targets: TargetSet, shape, eta: float, rho: float, generator: torch.Generator) -> Draws:
