@@ -30,6 +30,7 @@ from tcd import TCF
 from tdd import clip_x0, equidistant, gamma_sample, guided, noise_stream, nonequidistant, tuned
 from unet import UNet, UNetConfig
 
+SCHEDULES = {"equidistant": equidistant, "nonequidistant": nonequidistant}
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -68,12 +69,9 @@ def controlled(unet, controlnet, image: Tensor, scale: float):
 
 def timesteps_of(args) -> list[int]:
     """The k timesteps of the chosen schedule; ValueError if there is none."""
-    if args.schedule == "nonequidistant":
-        return nonequidistant(args.steps, args.solver_steps)
-    return equidistant(args.steps, args.solver_steps)
+    return SCHEDULES[args.schedule](args.steps, args.solver_steps)
 
 
-@torch.no_grad()
 def latents_of(args, model: SDXL, network, prompts: list[str], seeds: list[int]) -> Tensor:
     """Final latents (b, 4, h/8, w/8), float32; each depends on its own prompt and seed alone."""
     schedule, device = sdxl_schedule(), model.unet.conv_in.weight.device
@@ -88,8 +86,8 @@ def latents_of(args, model: SDXL, network, prompts: list[str], seeds: list[int])
     if args.sampler != "tdd":
         return solve(eps, x_T, [*timesteps, CLEAN], schedule, SOLVERS[args.sampler])
     clip = partial(clip_x0, percentile=args.clip_percentile, max_value=args.clip_max)
-    clip = clip, args.clip_steps
-    return gamma_sample(eps, x_T, timesteps, schedule, args.gamma, noise, *clip, TCF[args.tcf])
+    given = args.gamma, noise, clip, args.clip_steps
+    return gamma_sample(eps, x_T, timesteps, schedule, *given, TCF[args.tcf])
 
 
 # -------------------------------------------------------------------------------- loading, settings
@@ -159,11 +157,11 @@ def build(args) -> tuple[SDXL, object]:
     model.unet.to(memory_format=torch.channels_last)
     if args.controlnet is None:
         return model, network
-    controlnet = load_controlnet(args.controlnet, dtype).to(args.device)
-    controlnet.to(memory_format=torch.channels_last)
+    controlnet = load_controlnet(args.controlnet, dtype)
+    controlnet.to(args.device, memory_format=torch.channels_last)
     image = image.resize((args.width, args.height), Image.Resampling.LANCZOS)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).to(args.device)
-    pixels = rearrange(pixels / 255, "(h w c) -> 1 c h w", h=args.height, c=3)
+    pixels = torch.from_numpy(np.array(image)).to(args.device) / 255
+    pixels = rearrange(pixels, "h w c -> 1 c h w")
     return model, controlled(network, controlnet, pixels, args.control_scale)
 
 
@@ -315,6 +313,7 @@ def main(args) -> None:
     print(f"{len(todo)} pictures sampled, {len(paths)} in {args.output}")
 
 
+@torch.no_grad()
 def sample_all(args, prompts: list[str], todo: list[int], paths: list[Path]) -> list[Tensor]:
     """Sample, decode and save the images numbered in `todo`; their latents if these are wanted."""
     model, network = build(args)
@@ -325,8 +324,7 @@ def sample_all(args, prompts: list[str], todo: list[int], paths: list[Path]) -> 
             seeds = [args.seed + i for i in rows]
             x_0 = latents_of(args, model, network, [prompts[i] for i in rows], seeds)
             latents += [x_0.cpu()] if args.save_latents else []
-            with torch.no_grad():
-                images = to_images(model.vae.decode(x_0))
+            images = to_images(model.vae.decode(x_0))
             for i, image, seed in zip(rows, images, seeds, strict=True):
                 save_png(image, paths[i], args, prompts[i], seed)
             bar.update(len(rows))
@@ -337,59 +335,43 @@ def parser() -> cli.Parser:
     p = cli.Parser("Samples SDXL, or SDXL with LoRAs, in few steps.")
     whole, share = cli.number(int, 1), cli.number(float, 0, 1)
     gpu = torch.cuda.is_available()
-    p.add_argument("--model", type=Path, required=True, help="SDXL: a folder or one .safetensors")
-    p.add_argument("--tokenizer", type=Path, help="its folder, where the model is a single file")
-    p.add_argument("--unet", type=Path, metavar="DIR", help="instead of the model's (--full)")
-    p.add_argument("--lora", action="append", default=[], metavar="PATH[:SCALE]", help="repeatable")
-    p.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable")
-    p.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line; resumable")
-    p.add_argument("--negative-prompt", help="the null condition, instead of zeros")
-    p.add_argument("--steps", type=whole, default=4, help="k, the number of steps")
-    p.add_argument("--cfg", type=cli.number(float, 0), default=2.0, help="g = 1 + w of Eq. 12")
-    p.add_argument("--gamma", type=share, default=0.2, help="gamma of Eq. 18 (--sampler tdd)")
-    p.add_argument(
-        "--schedule",
-        choices=["equidistant", "nonequidistant"],
-        default="equidistant",
-        help="the k timesteps; the latter for 4 to 8 steps",
-    )
-    p.add_argument("--tcf", choices=TCF, default="1", help="f, as the LoRA was trained with")
-    p.add_argument("--clip-steps", type=cli.number(int, 0), default=0, help="steps with C (Eq. 17)")
-    p.add_argument("--clip-percentile", type=share, default=0.995, help="percentile of C")
-    p.add_argument("--clip-max", type=cli.number(float, 1), default=1.0, help="upper end of C's s")
-    p.add_argument(
-        "--tune-guidance",
-        type=cli.number(float, 0),
-        metavar="W'",
-        help="w' that the LoRA was distilled with: --cfg then acts as the teacher's (Eq. 13)",
-    )
-    p.add_argument("--solver-steps", type=whole,
-                   help="N, the grid of the schedules: that of the LoRA or --unet, or 250")  # fmt: skip
-    p.add_argument(
-        "--sampler",
-        choices=["tdd", "ddim", "dpm++2m", "dpm++2s"],
-        default="tdd",
-        help="the gamma-sampler, or a solver for the plain model",
-    )
-    p.add_argument("--controlnet", type=Path, metavar="DIR", help="an SDXL ControlNet's folder")
-    p.add_argument("--control-image", type=Path, metavar="PNG", help="its canny or depth image")
-    p.add_argument("--control-scale", type=cli.number(float, 0), default=1.0, help="its strength")
-    p.add_argument("--seed", type=cli.number(int, 0, 2**62), default=0, help="of the first image")
-    p.add_argument("--num-images", type=whole, default=1, help="images of each prompt")
-    p.add_argument("--height", type=cli.number(int, 8), default=1024, help="pixels, eights")
-    p.add_argument("--width", type=cli.number(int, 8), default=1024, help="pixels, eights")
-    p.add_argument("--batch-size", type=whole, default=1, help="images sampled together")
-    p.add_argument(
-        "--output", type=Path, default=Path("sample.png"), help="PNG, or folder for many"
-    )
-    p.add_argument("--save-latents", type=Path, metavar="FILE", help="latents before decoding")
-    p.add_argument("--device", default="cuda" if gpu else "cpu", help="cpu, cuda, cuda:1, ..")
-    p.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="bf16" if gpu else "float32",
-        help="of UNet and text encoders; the VAE is float32",
-    )
+    add = p.add_argument
+    add("--model", type=Path, required=True, help="SDXL: a folder or one .safetensors")
+    add("--tokenizer", type=Path, help="its folder, where the model is a single file")
+    add("--unet", type=Path, metavar="DIR", help="instead of the model's (--full)")
+    add("--lora", action="append", default=[], metavar="PATH[:SCALE]", help="repeatable")
+    add("--prompt", action="append", metavar="TEXT", help="repeatable")
+    add("--prompts", type=Path, metavar="FILE", help="a prompt a line; resumable")
+    add("--negative-prompt", help="the null condition, instead of zeros")
+    add("--steps", type=whole, default=4, help="k, the number of steps")
+    add("--cfg", type=cli.number(float, 0), default=2.0, help="g = 1 + w of Eq. 12")
+    add("--gamma", type=share, default=0.2, help="gamma of Eq. 18 (--sampler tdd)")
+    add("--schedule", choices=SCHEDULES, default="equidistant",
+        help="the k timesteps; the latter for 4 to 8 steps")  # fmt: skip
+    add("--tcf", choices=TCF, default="1", help="f, as the LoRA was trained with")
+    add("--clip-steps", type=cli.number(int, 0), default=0, help="steps with C (Eq. 17)")
+    add("--clip-percentile", type=share, default=0.995, help="percentile of C")
+    add("--clip-max", type=cli.number(float, 1), default=1.0, help="upper end of C's s")
+    add("--tune-guidance", type=cli.number(float, 0), metavar="W'",
+        help="w' that the LoRA was distilled with: --cfg then acts as the "
+             "teacher's (Eq. 13)")  # fmt: skip
+    add("--solver-steps", type=whole,
+        help="N, the grid of the schedules: that of the LoRA or --unet, or 250")  # fmt: skip
+    add("--sampler", choices=["tdd", "ddim", "dpm++2m", "dpm++2s"], default="tdd",
+        help="the gamma-sampler, or a solver for the plain model")  # fmt: skip
+    add("--controlnet", type=Path, metavar="DIR", help="an SDXL ControlNet's folder")
+    add("--control-image", type=Path, metavar="PNG", help="its canny or depth image")
+    add("--control-scale", type=cli.number(float, 0), default=1.0, help="its strength")
+    add("--seed", type=cli.number(int, 0, 2**62), default=0, help="of the first image")
+    add("--num-images", type=whole, default=1, help="images of each prompt")
+    add("--height", type=cli.number(int, 8), default=1024, help="pixels, eights")
+    add("--width", type=cli.number(int, 8), default=1024, help="pixels, eights")
+    add("--batch-size", type=whole, default=1, help="images sampled together")
+    add("--output", type=Path, default=Path("sample.png"), help="PNG, or folder for many")
+    add("--save-latents", type=Path, metavar="FILE", help="latents before decoding")
+    add("--device", default="cuda" if gpu else "cpu", help="cpu, cuda, cuda:1, ..")
+    add("--dtype", choices=DTYPES, default="bf16" if gpu else "float32",
+        help="of UNet and text encoders; the VAE is float32")  # fmt: skip
     return p
 
 
