@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from solvers import CLEAN, Schedule, ddim, eps_theta, renoise, x0_from_eps, x0_of_step
+from solvers import CLEAN, Schedule, ddim, eps_theta, renoise, x0_of_step, x_theta
 from tdd import equidistant, squared_l2
 
 # -------------------------------------------------------------------------- 3.1 the trajectory
@@ -159,10 +159,7 @@ def student_loss(real, fake, p: Sample, schedule: Schedule, loss: str = "huber")
         return fisher_loss(real, fake, p, schedule)
     alpha_m = schedule.at(p.t_m)[0].to(p.x_m)
     with torch.no_grad():
-        x_real, x_fake = (
-            x0_from_eps(p.x_tau, eps_theta(f, p.x_tau, p.tau, schedule), p.tau, schedule)
-            for f in (real, fake)
-        )
+        x_real, x_fake = (x_theta(f, p.x_tau, p.tau, schedule) for f in (real, fake))
         # x~ of Eq. 6: a step down the KL divergence.
         revision = alpha_m * (x_real - x_fake)
         if loss == "dmd":
