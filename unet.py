@@ -177,12 +177,9 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(c, c)])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        # Keys and values come from the prompt, or from the pixels themselves.
         context = x if context is None else context
-        q, k, v = (
-            rearrange(a, "b n (h d) -> b h n d", h=self.heads)
-            for a in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (rearrange(a, "b n (h d) -> b h n d", h=self.heads) for a in (q, k, v))
         h = F.scaled_dot_product_attention(q, k, v)  # (b, h, n, d)
         return self.to_out[0](rearrange(h, "b h n d -> b n (h d)"))
 
@@ -224,9 +221,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
         self.proj_in = nn.Linear(c, c)
-        self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(c, context, heads) for _ in range(depth)
-        )
+        blocks = (TransformerBlock(c, context, heads) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = nn.Linear(c, c)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
