@@ -160,6 +160,8 @@ def jumps(
 ):
     """Algorithm 1, lines 10-16, but for the distance: what is to agree, and under which condition.
 
+    With every grid point as a target it is the loss of TCD's Algorithms 1 and 2.
+
     Returns f_theta(x_{n+1}, t_{n+1}, tau~), f_theta-(x_n, t_n, tau~), both (b, ..), and c.
     x_0: (b, ..) data. w: the distillation guidance w', a number or (b,); guidance g = 1 + w'.
     solver: Phi, one step of the teacher's PF-ODE. jump: f, Eq. 15's `ddim` or another of tcd.TCF.
@@ -308,6 +310,8 @@ def gamma_sample(
     noise: Iterator[Tensor] | None = None, clip=None, clip_steps: int = 0, jump=ddim, callback=None,
 ) -> Tensor:  # fmt: skip
     """The gamma-sampler, Eqs. 15-18: jump down to s = (1 - gamma) p, then renoise up to p.
+
+    It is TCD's Algorithm 4, and at gamma = 1 its Algorithm 3.
 
     model: eps(x_t, t), for instance from `guided`. x_t: (b, ..) noise at timesteps[0].
     timesteps: descending, as from `equidistant`; the last step returns the x_0 prediction.
