@@ -60,12 +60,6 @@ class Update(nn.Module):
         up = self.up.detach().float() * (self.scale / scale)
         return Update(self.down.detach().float(), up, scale * len(self.down))
 
-    def delta(self) -> Tensor:
-        """The whole update of the layer's weight, in float32."""
-        # In float32: in half precision the product would lose what small updates consist of.
-        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return self.scale * product.view(len(self.up), *self.down.shape[1:])
-
 
 class LoRA(nn.ModuleDict):
     """Updates by the name of their layer, whose dots stand as slashes in parameter names.
@@ -189,8 +183,10 @@ def merge(base: nn.Module, lora: LoRA, weight: float = 1.0) -> None:
     layers = _layers(base)
     for name, update in lora.items():
         own = layers[name].weight
+        # In float32: in half precision the product would lose what small updates consist of.
+        product = update.up.float().flatten(1) @ update.down.float().flatten(1)
+        delta = weight * (update.scale * product.view(own.shape)).to(own.device)
         # A new tensor: the old one may be a file's memory-mapped pages.
-        delta = weight * update.delta().to(own.device)
         layers[name].weight = nn.Parameter((own.float() + delta).to(own.dtype), requires_grad=False)
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -70,8 +71,7 @@ class Run:
         found = self.weights()
         for k, optimizer in self.optimizers.items():
             for i, state in optimizer.state_dict()["state"].items():
-                moments = {name: processes.joined(value) for name, value in state.items()}
-                found |= {f"{k}/{i}/{name}": value for name, value in moments.items()}
+                found |= {f"{k}/{i}/{name}": processes.joined(v) for name, v in state.items()}
         return {name: value.detach().contiguous() for name, value in found.items()}
 
     def save(self, keep: int) -> None:
@@ -79,7 +79,9 @@ class Run:
         parts = processes.gather((self.generator.get_state(), self.loader.position))
         tensors = self.tensors()
         if processes.is_main():
-            part = _fresh(self.output / f".checkpoint-{self.step}.part")
+            part = self.output / f".checkpoint-{self.step}.part"
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
             states = {f"rng/{i}": state for i, (state, _) in enumerate(parts)}
             save_file(tensors | states, part / "state.safetensors", {"format": "pt"})
             self.export(part, self.step, tensors)
@@ -133,12 +135,6 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 def _of(key: str, name: str) -> bool:
     return key.startswith(f"{name}/")
-
-
-def _fresh(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
 
 
 def _discard(folder: Path) -> None:
@@ -208,10 +204,7 @@ def draw_loss(path: Path, log: list[dict]) -> None:
     step, loss = (np.array(column) for column in zip(*kept, strict=True))
     width = max(1, len(loss) // 50)
     # The mean of what has been seen so far, exponentially weighted over a fiftieth of the run.
-    mean, smooth = loss[0], []
-    for value in loss:
-        mean += (value - mean) / width
-        smooth.append(mean)
+    smooth = list(accumulate(loss, lambda mean, value: mean + (value - mean) / width))
     figure, low, high = Figure(900, 500), loss.min() * 0.9, loss.max() * 1.1
     axes = Axes(figure, (90, 60, 770, 360), (step[0], step[-1]), (low, high), log_y=True)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -272,7 +265,9 @@ def fit(run: Run, plan: Plan, losses, after=lambda: None, ddp=(), picture=None) 
                 run.save(plan.keep)
             if stopping:
                 bar.close()
-                processes.say(f"stopped after step {run.step}; {plan.again} goes on from there")
+                if main:
+                    said = f"stopped after step {run.step}; {plan.again} goes on from there"
+                    print(said, file=sys.stderr)
                 processes.close()
                 raise SystemExit(128 + (stop.signal or signal.SIGTERM))
             if main and plan.sample_every and run.step % plan.sample_every == 0:
