@@ -173,7 +173,6 @@ def load_sdxl(path: Path, tokenizer: Path | None = None, dtype=None) -> SDXL:
 
     dtype: of the UNet and the text encoders; the VAE is float32. ValueError if anything is wrong.
     """
-    path = Path(path)
     if not path.exists():
         raise ValueError(f"--model {path} does not exist")
     model = (_load_folder if path.is_dir() else _load_file)(path, tokenizer, dtype)
@@ -235,4 +234,4 @@ def _load_file(path: Path, tokenizer: Path | None, dtype) -> SDXL:
 
 
 def load_controlnet(folder: Path, dtype=None) -> ControlNet:
-    return load_component(Path(folder), ControlNet, ControlNetConfig, dtype)
+    return load_component(folder, ControlNet, ControlNetConfig, dtype)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import cli
@@ -335,7 +334,8 @@ def write_peft(path: Path, lora: LoRA, **metadata: str) -> None:
     if lora.told is not None:
         tensors |= {TOLD + k: v.contiguous() for k, v in lora.told.state_dict().items()}
         metadata["told"] = lora.told.of
-    _write(path, tensors, {**metadata, "lora_adapter_metadata": json.dumps(config)})
+    metadata["lora_adapter_metadata"] = json.dumps(config)
+    cli.write_tensors(path, tensors, format="pt", **metadata)
 
 
 def write_kohya(path: Path, lora: LoRA, **metadata: str) -> None:
@@ -346,9 +346,4 @@ def write_kohya(path: Path, lora: LoRA, **metadata: str) -> None:
         tensors[f"{key}.lora_down.weight"] = update.down.detach().contiguous()
         tensors[f"{key}.lora_up.weight"] = (update.scale * update.up).detach().contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(float(len(update.down)))
-    _write(path, tensors, metadata)
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    with cli.whole(path) as part:
-        save_file(tensors, part, {"format": "pt", **metadata})
+    cli.write_tensors(path, tensors, format="pt", **metadata)

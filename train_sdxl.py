@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 import cache
 import cli
@@ -238,8 +237,7 @@ def write(args, nets: Distillation | Matching, folder: Path, step: int, weights:
         unet, name = cli.output_folder(folder / "unet"), "target" if args.ema else "student"
         own = {k.partition("/base.")[2]: v for k, v in weights.items() if k.startswith(f"{name}/")}
         config = read_json(args.model / "unet" / "config.json") | {"told": nets.own.config.told}
-        with cli.whole(unet / "diffusion_pytorch_model.safetensors") as part:
-            save_file(own, part, {"format": "pt", **told})
+        cli.write_tensors(unet / "diffusion_pytorch_model.safetensors", own, format="pt", **told)
         cli.write_json(unet / "config.json", config)
         return
     write_peft(folder / "lora.safetensors", nets.result.lora, **told)
@@ -260,8 +258,7 @@ def batches_of(args, model: SDXL, rank: int, world: int, device, position) -> Lo
     settings = {k: str(getattr(args, k)) for k in kept}
     full = args.cache is not None and cache.is_full(args.cache, settings)
     if not full:
-        for module in (model.vae, model.encoder_1, model.encoder_2):
-            module.to(device)
+        model.to(device)
     if args.method == "tdm":
         prompts = read_lines("--data", args.data)
         return Prompts(prompts, args.batch_size, args.seed, rank, world, position)

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -83,7 +82,7 @@ class Run:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             states = {f"rng/{i}": state for i, (state, _) in enumerate(parts)}
-            save_file(tensors | states, part / "state.safetensors", {"format": "pt"})
+            cli.write_tensors(part / "state.safetensors", tensors | states, format="pt")
             self.export(part, self.step, tensors)
             positions = [position for _, position in parts]
             content = {"step": self.step, "positions": positions, "settings": self.settings}
@@ -106,12 +105,12 @@ class Run:
         if strange := names ^ {k for k in tensors if not k.startswith(others)}:
             raise ValueError(f"{folder} holds another model's state: {min(strange)} does not fit")
         for name, module in self.modules.items():
-            like = module.state_dict()
-            own = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if _of(k, name)}
-            module.load_state_dict({k: processes.parted(v, like[k]) for k, v in own.items()})
+            like = module.state_dict().items()
+            own = {k: processes.parted(tensors[f"{name}/{k}"], v) for k, v in like}
+            module.load_state_dict(own)
         for name, optimizer in self.optimizers.items():
             own, state = _parameters(optimizer), {}
-            for key in (k for k in tensors if _of(k, name)):
+            for key in (k for k in tensors if k.startswith(f"{name}/")):
                 _, i, part = key.split("/")
                 # Laid out in memory like the weight: a fused optimizer takes that for granted.
                 like = own[int(i)] if tensors[key].ndim else tensors[key]
@@ -131,10 +130,6 @@ def adamw(parameters, lr: float, weight_decay=0.0, betas=(0.9, 0.999)) -> torch.
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _of(key: str, name: str) -> bool:
-    return key.startswith(f"{name}/")
 
 
 def _discard(folder: Path) -> None:
