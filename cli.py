@@ -19,11 +19,8 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with a flag in one line; every flag's default stands in --help."""
 
     def __init__(self, description: str):
-        super().__init__(
-            description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
-        )
+        shown = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, formatter_class=shown, allow_abbrev=False)
 
     def error(self, message: str):
         # argparse would print the whole usage first.

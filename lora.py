@@ -82,9 +82,7 @@ class LoRA(nn.ModuleDict):
         return cls(own | ({} if told is None else {"number": told}))
 
     @classmethod
-    def fresh(
-        cls, base: nn.Module, rank: int, alpha: float, generator: torch.Generator, told: str = ""
-    ) -> "LoRA":
+    def fresh(cls, base: nn.Module, rank: int, alpha: float, generator, told: str = "") -> "LoRA":
         """A LoRA over the base's TARGETS that changes nothing yet: up is zero.
 
         told: "s" or "K", to have a `Told` of it, which changes nothing yet either.
@@ -219,11 +217,8 @@ def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module
     found, strangers = {}, []
     # The oldest diffusers files hold attention processors: .processor.to_out_lora.up.weight
     oldest = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)")
-    tensors = {
-        oldest.sub(r".\1.lora.\2", key).replace(".to_out.lora.", ".to_out.0.lora."): tensor
-        for key, tensor in tensors.items()
-    }
     for key, tensor in tensors.items():
+        key = oldest.sub(r".\1.lora.\2", key).replace(".to_out.lora.", ".to_out.0.lora.")
         suffix = next((s for s in SUFFIXES if key.endswith(s)), None)
         place = table.get(key.removesuffix(suffix or "").removeprefix("base_model.model."))
         if suffix is None or place is None:
@@ -232,9 +227,8 @@ def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module
             found.setdefault(place, {})[SUFFIXES[suffix]] = tensor
     if strangers or not found:
         some = ", ".join(strangers[:3]) or "no LoRA key at all"
-        raise ValueError(
-            f"{path} is no LoRA for this model: {len(strangers)} keys fit nothing: {some}"
-        )
+        count = f"{len(strangers)} keys fit nothing"
+        raise ValueError(f"{path} is no LoRA for this model: {count}: {some}")
     updates, header = [{}, {}, {}], _header(path, metadata)
     # Raw PEFT files keep their settings beside them, and only there.
     if any(key.startswith("base_model.model.") for key in tensors):

@@ -128,18 +128,13 @@ def check_method(args) -> None:
 
 def algorithm_of(args, device) -> Algorithm:
     """Algorithm 1 as the flags have it."""
+    targets = targets_of(args.method, args.solver_steps, args.kmin, args.kmax)
+    w = tuple(args.guidance_range or (args.guidance, args.guidance))
+    distance = {"l2": squared_l2, "huber": pseudo_huber}[args.loss]
     return Algorithm(
-        targets_of(args.method, args.solver_steps, args.kmin, args.kmax),
-        sdxl_schedule().to(device),
-        args.eta,
-        args.rho,
-        tuple(args.guidance_range or (args.guidance, args.guidance)),
-        args.ema,
-        SOLVERS[args.solver],
-        TCF[args.tcf],
-        {"l2": squared_l2, "huber": pseudo_huber}[args.loss],
-        args.adv_weight,
-    )
+        targets, sdxl_schedule().to(device), args.eta, args.rho, w, args.ema, SOLVERS[args.solver],
+        TCF[args.tcf], distance, args.adv_weight,
+    )  # fmt: skip
 
 
 def distillation_of(args, unet, device, init: LoRA | None = None) -> Distillation | Matching:
@@ -298,20 +293,18 @@ def main(args) -> None:
     nets.distribute(processes.parallel)
 
     def losses(batch: dict) -> dict:
+        # TDM has no x_0: of what it is to draw, only the size is given.
+        data, side = [], args.resolution // model.vae.factor
         if args.method == "tdm":
             cond, _ = conditions(model, batch["captions"], None, *[args.resolution] * 2)
-            shape = len(batch["names"]), 4, *[args.resolution // model.vae.factor] * 2
-            draws = nets.draw(shape, generator, device)
-            batch["timesteps"] = draws.timesteps
-            return nets.losses(cond, null_of(cond), draws)
-        if args.cache is None:
-            x_0, cond = encode(model, batch, generator, device)
+        elif args.cache is None:
+            *data, cond = encode(model, batch, generator, device)
         else:
-            move = {k: batch[k].to(device, non_blocking=True) for k in cache.TENSORS}
-            x_0, cond = move.pop("latents"), move
-        draws = nets.draw(x_0.shape, generator, device)
+            cond = {k: batch[k].to(device, non_blocking=True) for k in cache.TENSORS}
+            data = [cond.pop("latents")]
+        draws = nets.draw((len(batch["names"]), 4, side, side), generator, device)
         batch["timesteps"] = draws.timesteps
-        return nets.losses(x_0, cond, null_of(cond), draws)
+        return nets.losses(*data, cond, null_of(cond), draws)
 
     plan = trainer.Plan(
         args.steps, lambda step: min(1.0, (step + 1) / (args.warmup + 1)), args.grad_accum,
