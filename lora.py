@@ -144,8 +144,7 @@ class UpdatedConv2d(_Updated, nn.Conv2d):
 def attach(base: nn.Module, name: str, lora: LoRA) -> None:
     """Give the base's layers the updates of a LoRA, switched off, under a name."""
     layers = _layers(base)
-    if not hasattr(base, "active_loras"):
-        base.active_loras = {}
+    base.active_loras = getattr(base, "active_loras", {})
     for layer_name, update in lora.items():
         layer = layers[layer_name]
         if not isinstance(layer, _Updated):
