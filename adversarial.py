@@ -83,9 +83,7 @@ class Adversary:
             heads = Heads([*unet.config.channels, unet.config.channels[-1]])
         return cls(unet, heads.to(unet.conv_in.weight.device), reach)
 
-    def losses(
-        self, pred, aim, c: dict, tau, u, noise, schedule: Schedule
-    ) -> tuple[Tensor, Tensor]:
+    def losses(self, pred, aim, c, tau, u, noise, schedule: Schedule) -> tuple[Tensor, Tensor]:
         """(the student's, the discriminator's) loss for jumps to tau (b,), both (b, ..).
 
         u (b,) in [0, 1) and noise (2b, ..) are the draws of the time and of the noise added to it.

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import cli
@@ -60,8 +59,8 @@ def fill(folder, loader: Loader, encode: Callable, settings: dict, rank, world, 
     bar.update(sum(len(read_shard(path)[1]["names"]) for path in done))
     for number, (tensors, names) in enumerate(_shards(loader, encode, bar), len(done)):
         about = {"names": names, "position": loader.position, "settings": settings}
-        with cli.whole(folder / f"rank{rank:05}-{number:05}.safetensors") as part:
-            save_file(tensors, part, {key: json.dumps(value) for key, value in about.items()})
+        about = {key: json.dumps(value) for key, value in about.items()}
+        cli.write_tensors(folder / f"rank{rank:05}-{number:05}.safetensors", tensors, **about)
     bar.close()
     barrier()
     shards = sorted(p for r in range(world) for p in folder.glob(f"rank{r:05}-*.safetensors"))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 # A user sees one line, in the words of the flag or file that is at fault, and exit code 2.
 
@@ -18,11 +19,8 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong with a flag in one line; every flag's default stands in --help."""
 
     def __init__(self, description: str):
-        super().__init__(
-            description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
-        )
+        shown = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, formatter_class=shown, allow_abbrev=False)
 
     def error(self, message: str):
         # argparse would print the whole usage first.
@@ -115,3 +113,8 @@ def write_json(path: Path, content) -> None:
     with whole(path) as part:
         words = json.dumps(content, indent=1, allow_nan=False)
         part.write_text(words + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
+    with whole(path) as part:
+        save_file(tensors, part, metadata or None)

@@ -11,6 +11,7 @@ import tarfile
 import threading
 import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -266,10 +267,7 @@ class Prompts(Iterator):
 
     bad = 0
 
-    def __init__(
-        self, prompts: list[str], batch_size: int, seed: int, rank=0, world=1,
-        position: dict | None = None,
-    ):  # fmt: skip
+    def __init__(self, prompts: list[str], batch_size, seed, rank, world, position=None):
         of = {"prompts": len(prompts), "crc": zlib.crc32("\n".join(prompts).encode())}
         of |= {"seed": seed, "world": world}
         self.position = position or {**of, "drawn": 0}
@@ -285,14 +283,12 @@ class Prompts(Iterator):
         for i in range(drawn, drawn + self.batch_size):
             # One endless list for all processes, of which each takes every world-th.
             epoch, place = divmod(i * self.world + self.rank, len(self.prompts))
-            rows.append(self._order(epoch)[place])
+            rows.append(_order(len(self.prompts), f"{self.seed}/{epoch}")[place])
         self.position = {**self.position, "drawn": drawn + self.batch_size}
         names = [f"prompt {row + 1}" for row in rows]
         return {"captions": [self.prompts[row] for row in rows], "names": names}
 
-    def _order(self, epoch: int) -> list[int]:
-        if getattr(self, "epoch", None) != epoch:
-            rows = range(len(self.prompts))
-            self.epoch = epoch
-            self.order = random.Random(f"{self.seed}/{epoch}").sample(rows, len(rows))
-        return self.order
+
+@lru_cache(1)
+def _order(n: int, seed: str) -> list[int]:
+    return random.Random(seed).sample(range(n), n)

@@ -103,6 +103,7 @@ class Distillation:
     """A student LoRA on a frozen base, and what its training needs.
 
     own: instead of a LoRA, a UNet to train as a whole, which was the base's copy to begin with.
+    .modules: all that training changes, by name.
     """
 
     base: nn.Module
@@ -114,30 +115,23 @@ class Distillation:
 
     def __post_init__(self):
         self.teacher = Network(self.base)
-        self.student = self._network("student", self.lora, self.own)
+        self.student = self.call = self._network("student", self.lora, self.own)
+        self.modules, self.schedule = {"student": self.student}, self.algorithm.schedule
         # mu = 0 is the student itself under stop-gradient, the published choice.
-        self.call, self.target, self.schedule = self.student, self.student, self.algorithm.schedule
+        self.target = self.student
         if self.algorithm.mu:
             ema = (copy.deepcopy(trained) for trained in (self.lora, self.own))
             self.target = self._network("target", *ema).requires_grad_(False)
-        for network in dict.fromkeys((self.student, self.target)) if self.own is not None else ():
+            self.modules["target"] = self.target
+        for network in self.modules.values() if self.own is not None else ():
             processes.shard(network, Block, UNet.FLOAT32)
+        if self.adversary:
+            self.modules["heads"] = self.adversary.heads
+        # Sampled and written is the moving average where there is one.
+        self.result = self.target
 
     def _network(self, name: str, lora: LoRA | None, own: UNet | None) -> Network:
         return Network(self.base, name, lora) if own is None else Network(own, whole=True)
-
-    @property
-    def result(self) -> Network:
-        """What is sampled and written: the moving average where there is one."""
-        return self.target
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """All that training changes, by name."""
-        found = {"student": self.student}
-        if self.target is not self.student:
-            found["target"] = self.target
-        return found | ({"heads": self.adversary.heads} if self.adversary else {})
 
     def sampler(self, k: int):
         """The result's network eps(x_t, t, cond), and the jump to sample it with in k steps."""
@@ -217,11 +211,7 @@ class Matching:
         self.teacher = Network(self.base)
         self.student = self.result = self.call = Network(self.base, "student", self.lora)
         self.fake = self.call_fake = Network(self.base, "fake", self.fake_lora)
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """All that training changes, by name."""
-        return {"student": self.student, "fake": self.fake}
+        self.modules = {"student": self.student, "fake": self.fake}
 
     def sampler(self, k: int):
         """The student's network eps(x_t, t, cond), told of k if it is told at all; and its jump."""

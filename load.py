@@ -109,14 +109,12 @@ def assign(module: nn.Module, tensors: dict[str, Tensor], where, dtype=None) -> 
     """
     # One message with everything in it: a user should not have to mend a file key by key.
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    other = sorted(name for name, shape in wanted.items() if given.get(name, shape) != shape)
     problems = {
-        "missing": sorted(wanted.keys() - tensors.keys()),
-        "unexpected": sorted(tensors.keys() - wanted.keys()),
-        "of another shape": sorted(
-            f"{name} {tuple(tensors[name].shape)} instead of {shape}"
-            for name, shape in wanted.items()
-            if name in tensors and tuple(tensors[name].shape) != shape
-        ),
+        "missing": sorted(wanted.keys() - given.keys()),
+        "unexpected": sorted(given.keys() - wanted.keys()),
+        "of another shape": [f"{name} {given[name]} instead of {wanted[name]}" for name in other],
     }
     said = [
         f"{len(v)} {kind}: {', '.join(v[:3])}{' ..' * (len(v) > 3)}"
@@ -173,7 +171,6 @@ def load_sdxl(path: Path, tokenizer: Path | None = None, dtype=None) -> SDXL:
 
     dtype: of the UNet and the text encoders; the VAE is float32. ValueError if anything is wrong.
     """
-    path = Path(path)
     if not path.exists():
         raise ValueError(f"--model {path} does not exist")
     model = (_load_folder if path.is_dir() else _load_file)(path, tokenizer, dtype)
@@ -235,4 +232,4 @@ def _load_file(path: Path, tokenizer: Path | None, dtype) -> SDXL:
 
 
 def load_controlnet(folder: Path, dtype=None) -> ControlNet:
-    return load_component(Path(folder), ControlNet, ControlNetConfig, dtype)
+    return load_component(folder, ControlNet, ControlNetConfig, dtype)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import cli
@@ -60,12 +59,6 @@ class Update(nn.Module):
         up = self.up.detach().float() * (self.scale / scale)
         return Update(self.down.detach().float(), up, scale * len(self.down))
 
-    def delta(self) -> Tensor:
-        """The whole update of the layer's weight, in float32."""
-        # In float32: in half precision the product would lose what small updates consist of.
-        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return self.scale * product.view(len(self.up), *self.down.shape[1:])
-
 
 class LoRA(nn.ModuleDict):
     """Updates by the name of their layer, whose dots stand as slashes in parameter names.
@@ -89,9 +82,7 @@ class LoRA(nn.ModuleDict):
         return cls(own | ({} if told is None else {"number": told}))
 
     @classmethod
-    def fresh(
-        cls, base: nn.Module, rank: int, alpha: float, generator: torch.Generator, told: str = ""
-    ) -> "LoRA":
+    def fresh(cls, base: nn.Module, rank: int, alpha: float, generator, told: str = "") -> "LoRA":
         """A LoRA over the base's TARGETS that changes nothing yet: up is zero.
 
         told: "s" or "K", to have a `Told` of it, which changes nothing yet either.
@@ -153,8 +144,7 @@ class UpdatedConv2d(_Updated, nn.Conv2d):
 def attach(base: nn.Module, name: str, lora: LoRA) -> None:
     """Give the base's layers the updates of a LoRA, switched off, under a name."""
     layers = _layers(base)
-    if not hasattr(base, "active_loras"):
-        base.active_loras = {}
+    base.active_loras = getattr(base, "active_loras", {})
     for layer_name, update in lora.items():
         layer = layers[layer_name]
         if not isinstance(layer, _Updated):
@@ -189,8 +179,10 @@ def merge(base: nn.Module, lora: LoRA, weight: float = 1.0) -> None:
     layers = _layers(base)
     for name, update in lora.items():
         own = layers[name].weight
+        # In float32: in half precision the product would lose what small updates consist of.
+        product = update.up.float().flatten(1) @ update.down.float().flatten(1)
+        delta = weight * (update.scale * product.view(own.shape)).to(own.device)
         # A new tensor: the old one may be a file's memory-mapped pages.
-        delta = weight * update.delta().to(own.device)
         layers[name].weight = nn.Parameter((own.float() + delta).to(own.dtype), requires_grad=False)
 
 
@@ -224,11 +216,8 @@ def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module
     found, strangers = {}, []
     # The oldest diffusers files hold attention processors: .processor.to_out_lora.up.weight
     oldest = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)")
-    tensors = {
-        oldest.sub(r".\1.lora.\2", key).replace(".to_out.lora.", ".to_out.0.lora."): tensor
-        for key, tensor in tensors.items()
-    }
     for key, tensor in tensors.items():
+        key = oldest.sub(r".\1.lora.\2", key).replace(".to_out.lora.", ".to_out.0.lora.")
         suffix = next((s for s in SUFFIXES if key.endswith(s)), None)
         place = table.get(key.removesuffix(suffix or "").removeprefix("base_model.model."))
         if suffix is None or place is None:
@@ -237,9 +226,8 @@ def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module
             found.setdefault(place, {})[SUFFIXES[suffix]] = tensor
     if strangers or not found:
         some = ", ".join(strangers[:3]) or "no LoRA key at all"
-        raise ValueError(
-            f"{path} is no LoRA for this model: {len(strangers)} keys fit nothing: {some}"
-        )
+        count = f"{len(strangers)} keys fit nothing"
+        raise ValueError(f"{path} is no LoRA for this model: {count}: {some}")
     updates, header = [{}, {}, {}], _header(path, metadata)
     # Raw PEFT files keep their settings beside them, and only there.
     if any(key.startswith("base_model.model.") for key in tensors):
@@ -339,7 +327,8 @@ def write_peft(path: Path, lora: LoRA, **metadata: str) -> None:
     if lora.told is not None:
         tensors |= {TOLD + k: v.contiguous() for k, v in lora.told.state_dict().items()}
         metadata["told"] = lora.told.of
-    _write(path, tensors, {**metadata, "lora_adapter_metadata": json.dumps(config)})
+    metadata["lora_adapter_metadata"] = json.dumps(config)
+    cli.write_tensors(path, tensors, format="pt", **metadata)
 
 
 def write_kohya(path: Path, lora: LoRA, **metadata: str) -> None:
@@ -350,9 +339,4 @@ def write_kohya(path: Path, lora: LoRA, **metadata: str) -> None:
         tensors[f"{key}.lora_down.weight"] = update.down.detach().contiguous()
         tensors[f"{key}.lora_up.weight"] = (update.scale * update.up).detach().contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(float(len(update.down)))
-    _write(path, tensors, metadata)
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    with cli.whole(path) as part:
-        save_file(tensors, part, {"format": "pt", **metadata})
+    cli.write_tensors(path, tensors, format="pt", **metadata)

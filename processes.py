@@ -6,7 +6,6 @@ here does what that one needs.
 
 import os
 import signal
-import sys
 from datetime import timedelta
 
 import torch
@@ -55,12 +54,6 @@ def rank() -> int:
 
 def is_main() -> bool:
     return rank() == 0
-
-
-def say(words: str) -> None:
-    """A line on stderr, from one process for all."""
-    if is_main():
-        print(words, file=sys.stderr)
 
 
 def barrier() -> None:

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 import cache
 import cli
@@ -129,18 +128,13 @@ def check_method(args) -> None:
 
 def algorithm_of(args, device) -> Algorithm:
     """Algorithm 1 as the flags have it."""
+    targets = targets_of(args.method, args.solver_steps, args.kmin, args.kmax)
+    w = tuple(args.guidance_range or (args.guidance, args.guidance))
+    distance = {"l2": squared_l2, "huber": pseudo_huber}[args.loss]
     return Algorithm(
-        targets_of(args.method, args.solver_steps, args.kmin, args.kmax),
-        sdxl_schedule().to(device),
-        args.eta,
-        args.rho,
-        tuple(args.guidance_range or (args.guidance, args.guidance)),
-        args.ema,
-        SOLVERS[args.solver],
-        TCF[args.tcf],
-        {"l2": squared_l2, "huber": pseudo_huber}[args.loss],
-        args.adv_weight,
-    )
+        targets, sdxl_schedule().to(device), args.eta, args.rho, w, args.ema, SOLVERS[args.solver],
+        TCF[args.tcf], distance, args.adv_weight,
+    )  # fmt: skip
 
 
 def distillation_of(args, unet, device, init: LoRA | None = None) -> Distillation | Matching:
@@ -238,8 +232,7 @@ def write(args, nets: Distillation | Matching, folder: Path, step: int, weights:
         unet, name = cli.output_folder(folder / "unet"), "target" if args.ema else "student"
         own = {k.partition("/base.")[2]: v for k, v in weights.items() if k.startswith(f"{name}/")}
         config = read_json(args.model / "unet" / "config.json") | {"told": nets.own.config.told}
-        with cli.whole(unet / "diffusion_pytorch_model.safetensors") as part:
-            save_file(own, part, {"format": "pt", **told})
+        cli.write_tensors(unet / "diffusion_pytorch_model.safetensors", own, format="pt", **told)
         cli.write_json(unet / "config.json", config)
         return
     write_peft(folder / "lora.safetensors", nets.result.lora, **told)
@@ -260,8 +253,7 @@ def batches_of(args, model: SDXL, rank: int, world: int, device, position) -> Lo
     settings = {k: str(getattr(args, k)) for k in kept}
     full = args.cache is not None and cache.is_full(args.cache, settings)
     if not full:
-        for module in (model.vae, model.encoder_1, model.encoder_2):
-            module.to(device)
+        model.to(device)
     if args.method == "tdm":
         prompts = read_lines("--data", args.data)
         return Prompts(prompts, args.batch_size, args.seed, rank, world, position)
@@ -301,20 +293,18 @@ def main(args) -> None:
     nets.distribute(processes.parallel)
 
     def losses(batch: dict) -> dict:
+        # TDM has no x_0: of what it is to draw, only the size is given.
+        data, side = [], args.resolution // model.vae.factor
         if args.method == "tdm":
             cond, _ = conditions(model, batch["captions"], None, *[args.resolution] * 2)
-            shape = len(batch["names"]), 4, *[args.resolution // model.vae.factor] * 2
-            draws = nets.draw(shape, generator, device)
-            batch["timesteps"] = draws.timesteps
-            return nets.losses(cond, null_of(cond), draws)
-        if args.cache is None:
-            x_0, cond = encode(model, batch, generator, device)
+        elif args.cache is None:
+            *data, cond = encode(model, batch, generator, device)
         else:
-            move = {k: batch[k].to(device, non_blocking=True) for k in cache.TENSORS}
-            x_0, cond = move.pop("latents"), move
-        draws = nets.draw(x_0.shape, generator, device)
+            cond = {k: batch[k].to(device, non_blocking=True) for k in cache.TENSORS}
+            data = [cond.pop("latents")]
+        draws = nets.draw((len(batch["names"]), 4, side, side), generator, device)
         batch["timesteps"] = draws.timesteps
-        return nets.losses(x_0, cond, null_of(cond), draws)
+        return nets.losses(*data, cond, null_of(cond), draws)
 
     plan = trainer.Plan(
         args.steps, lambda step: min(1.0, (step + 1) / (args.warmup + 1)), args.grad_accum,

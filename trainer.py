@@ -15,11 +15,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -70,8 +70,7 @@ class Run:
         found = self.weights()
         for k, optimizer in self.optimizers.items():
             for i, state in optimizer.state_dict()["state"].items():
-                moments = {name: processes.joined(value) for name, value in state.items()}
-                found |= {f"{k}/{i}/{name}": value for name, value in moments.items()}
+                found |= {f"{k}/{i}/{name}": processes.joined(v) for name, v in state.items()}
         return {name: value.detach().contiguous() for name, value in found.items()}
 
     def save(self, keep: int) -> None:
@@ -79,9 +78,11 @@ class Run:
         parts = processes.gather((self.generator.get_state(), self.loader.position))
         tensors = self.tensors()
         if processes.is_main():
-            part = _fresh(self.output / f".checkpoint-{self.step}.part")
+            part = self.output / f".checkpoint-{self.step}.part"
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
             states = {f"rng/{i}": state for i, (state, _) in enumerate(parts)}
-            save_file(tensors | states, part / "state.safetensors", {"format": "pt"})
+            cli.write_tensors(part / "state.safetensors", tensors | states, format="pt")
             self.export(part, self.step, tensors)
             positions = [position for _, position in parts]
             content = {"step": self.step, "positions": positions, "settings": self.settings}
@@ -104,12 +105,12 @@ class Run:
         if strange := names ^ {k for k in tensors if not k.startswith(others)}:
             raise ValueError(f"{folder} holds another model's state: {min(strange)} does not fit")
         for name, module in self.modules.items():
-            like = module.state_dict()
-            own = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if _of(k, name)}
-            module.load_state_dict({k: processes.parted(v, like[k]) for k, v in own.items()})
+            like = module.state_dict().items()
+            own = {k: processes.parted(tensors[f"{name}/{k}"], v) for k, v in like}
+            module.load_state_dict(own)
         for name, optimizer in self.optimizers.items():
             own, state = _parameters(optimizer), {}
-            for key in (k for k in tensors if _of(k, name)):
+            for key in (k for k in tensors if k.startswith(f"{name}/")):
                 _, i, part = key.split("/")
                 # Laid out in memory like the weight: a fused optimizer takes that for granted.
                 like = own[int(i)] if tensors[key].ndim else tensors[key]
@@ -129,16 +130,6 @@ def adamw(parameters, lr: float, weight_decay=0.0, betas=(0.9, 0.999)) -> torch.
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _of(key: str, name: str) -> bool:
-    return key.startswith(f"{name}/")
-
-
-def _fresh(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
 
 
 def _discard(folder: Path) -> None:
@@ -208,10 +199,7 @@ def draw_loss(path: Path, log: list[dict]) -> None:
     step, loss = (np.array(column) for column in zip(*kept, strict=True))
     width = max(1, len(loss) // 50)
     # The mean of what has been seen so far, exponentially weighted over a fiftieth of the run.
-    mean, smooth = loss[0], []
-    for value in loss:
-        mean += (value - mean) / width
-        smooth.append(mean)
+    smooth = list(accumulate(loss, lambda mean, value: mean + (value - mean) / width))
     figure, low, high = Figure(900, 500), loss.min() * 0.9, loss.max() * 1.1
     axes = Axes(figure, (90, 60, 770, 360), (step[0], step[-1]), (low, high), log_y=True)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -272,7 +260,9 @@ def fit(run: Run, plan: Plan, losses, after=lambda: None, ddp=(), picture=None) 
                 run.save(plan.keep)
             if stopping:
                 bar.close()
-                processes.say(f"stopped after step {run.step}; {plan.again} goes on from there")
+                if main:
+                    said = f"stopped after step {run.step}; {plan.again} goes on from there"
+                    print(said, file=sys.stderr)
                 processes.close()
                 raise SystemExit(128 + (stop.signal or signal.SIGTERM))
             if main and plan.sample_every and run.step % plan.sample_every == 0:
