@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, PngImagePlugin
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -306,8 +305,7 @@ def main(args) -> None:
     ]  # fmt: skip
     latents = sample_all(args, prompts, todo, paths) if todo else []
     if args.save_latents:
-        with cli.whole(args.save_latents) as part:
-            save_file({"latents": torch.cat(latents)}, part)
+        cli.write_tensors(args.save_latents, {"latents": torch.cat(latents)})
     if not single and args.prompts is None:
         save_grid([Image.open(path) for path in paths], args.output / "grid.png")
     print(f"{len(todo)} pictures sampled, {len(paths)} in {args.output}")
