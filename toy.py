@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from solvers import Schedule
-from tdd import told
 from unet import timestep_embedding
 
 CLASSES = 4
@@ -108,10 +107,6 @@ class Ensemble(nn.Module):
         bias = [p.detach().clone() for p in self.bias]
         return Ensemble([first, *rest], bias, self.schedule, of).requires_grad_(False)
 
-    def knowing(self, k: int):
-        """The network for sampling in k steps: with that filled in, if it is what it is told."""
-        return told(self, k) if self.told == "K" else self
-
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor, *n: Tensor) -> Tensor:
         numbers = [timestep_embedding(each, 32) for each in n]
         h = torch.cat([x_t, timestep_embedding(t, 32), cond, *numbers], 1)  # (bm, 2 + 32 + 4 ..)
@@ -134,14 +129,9 @@ PASSES = {"1": 6, "2": 10, "s": 6, "tdm4": 10.5, "tdm_unify": 9.67}
 
 
 def fit(
-    network: Ensemble,
-    loss_of_step,
-    steps: int,
-    lr: float,
-    name: str,
-    after=None,
-    betas=(0.9, 0.999),
-):
+    network: Ensemble, loss_of_step, steps: int, lr: float, name: str,
+    after=lambda: None, betas=(0.9, 0.999),
+):  # fmt: skip
     """Adam with a cosine to zero on loss_of_step() -> (b*m,); the mean of each member's loss.
 
     Members share no weights, so the gradient is each member's own. Raises ValueError for a loss
@@ -157,8 +147,7 @@ def fit(
         (loss * network.members).backward()
         optimizer.step()
         cosine.step()
-        if after is not None:
-            after()
+        after()
         # Now and then only: looking at the loss waits for it.
         if step % 100 == 0 or step == steps - 1:
             if not loss.isfinite():

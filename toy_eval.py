@@ -7,7 +7,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from solvers import Schedule, ddim, dpmpp_2m, solve
-from tdd import bind, clip_x0, equidistant, gamma_sample, guided, nonequidistant, tuned
+from tdd import bind, clip_x0, equidistant, gamma_sample, guided, nonequidistant, told, tuned
 from toy import CLASSES, Data, Ensemble, one_hot, rmse, sliced_wasserstein
 
 # The paper's Fig. 5: deterministic sampling, and the little noise that TCD and TDD advise.
@@ -31,6 +31,12 @@ class Case:
     w: float = 0.0
     tune: float | None = None
     clip_steps: int = 0
+
+
+def steps_of(args) -> list[int]:
+    """The numbers of steps that methods are compared in."""
+    # 1 and 2 lie outside of what TDD trains for; they show what that costs.
+    return sorted({1, 2, *range(args.kmin, args.kmax + 1)})
 
 
 def timesteps_of(args, case: Case) -> list[int]:
@@ -77,7 +83,7 @@ class Evaluation:
 
     def sample(self, network, members: int, case: Case, w: float, callback=None, **options):
         """The gamma-sampler's x_0 of an ensemble, (m, s, n, 2)."""
-        network = network.knowing(case.k)
+        network = told(network, case.k) if network.told == "K" else network
         # C clips to [-1, 1], where pixels live; this data reaches to `bound` instead.
         eps = guided(network, self.cond(members), torch.zeros(1, CLASSES), w)
         noise, clip = self.noise(members), lambda x: self.data.bound * clip_x0(x / self.data.bound)
@@ -163,16 +169,14 @@ class Evaluation:
 
     def table(self, metric: str, gamma: float) -> str:
         """A metric's mean for every method over k, with * on the non-equidistant schedule."""
-        ks = sorted({row["k"] for row in self.rows})
-        lines = [
-            f"{metric + f' at gamma = {gamma:g}':21}" + "".join(f"{'k = ' + str(k):>9}" for k in ks)
-        ]
+        ks, rows = sorted({row["k"] for row in self.rows}), []
         for schedule, mark in (("equidistant", ""), ("nonequidistant", " *")):
             for method in self.methods:
                 found = [self.find(method, Case(k, gamma, schedule), metric) for k in ks]
-                cells = [f"{row['mean']:9.3f}" if row else " " * 9 for row in found]
-                lines += [f"{method + mark:21}" + "".join(cells)] * any(found)
-        return "\n".join(lines)
+                if any(found):
+                    cells = [f"{row['mean']:.3f}" if row else "" for row in found]
+                    rows.append((method + mark, cells))
+        return table_of(f"{metric} at gamma = {gamma:g}", ks, rows, 21, 9)
 
     def noise_floor(self) -> dict:
         """sw between independent halves of the main references: below it nothing can be told."""
@@ -184,3 +188,9 @@ class Evaluation:
                 each = torch.stack([self._sw(x, x) for x in exact]).mean(0)
                 floors[f"gamma {gamma:g}"] = {"per_seed": each.tolist(), "mean": each.mean().item()}
         return {"sw": floors}
+
+
+def table_of(title: str, ks: list[int], rows, width: int, cell: int) -> str:
+    """Text over the numbers of steps; rows: a name, `width` wide, and cells, `cell` wide each."""
+    rows = [(title, [f"k = {k}" for k in ks]), *rows]
+    return "\n".join(f"{name:{width}}" + "".join(f"{x:>{cell}}" for x in xs) for name, xs in rows)

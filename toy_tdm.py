@@ -8,7 +8,7 @@ import tdm
 from solvers import CLEAN, SOLVERS, Schedule, solve
 from tdd import bind, equidistant, guided, told
 from toy import CLASSES, PASSES, Ensemble, fit, one_hot
-from toy_eval import Case, Evaluation
+from toy_eval import Case, Evaluation, table_of
 
 BETAS = (0.0, 0.999)
 STUDENT_LR, FAKE_LR = 0.2, 2.0  # of --lr; a tenth, as in the paper's 2e-6 against 2e-5
@@ -161,11 +161,8 @@ def distance(ev: Evaluation, network: Ensemble, k: int, w: float, solver: str) -
 def table(rows: list[dict]) -> str:
     """The ablations over the number of steps."""
     ks = sorted({row["k"] for row in rows})
-    lines = [f"{'TDM: sw, deterministic':42}" + "".join(f"{'k = ' + str(k):>16}" for k in ks)]
-    for name in dict.fromkeys(row["name"] for row in rows):
-        found = {row["k"]: row for row in rows if row["name"] == name}
-        cells = [
-            f"{found[k]['mean']:.3f} ({found[k]['std']:.3f})" if k in found else "" for k in ks
-        ]
-        lines.append(f"{name:42}" + "".join(f"{cell:>16}" for cell in cells))
-    return "\n".join(lines)
+    named = {row["name"]: {} for row in rows}
+    for row in rows:
+        named[row["name"]][row["k"]] = f"{row['mean']:.3f} ({row['std']:.3f})"
+    cells = [(name, [own.get(k, "") for k in ks]) for name, own in named.items()]
+    return table_of("TDM: sw, deterministic", ks, cells, 42, 16)
