@@ -250,9 +250,7 @@ class Evaluation:
         """Guidance at inference, Eq. 13, clipping and non-equidistant timesteps: a row a case."""
         main = {(m, self.case_of(m, case(k))) for m in self.methods for k in steps_of(self.args)}
         names = "agreement", "frechet_data", "frechet_teacher", "rmse"
-        lines = [
-            f"{'method':9} k  w  w'  C in  timesteps     " + "".join(f"{n:>16}" for n in names)
-        ]
+        lines = ["method    k  w  w'  C in  timesteps     " + "".join(f"{n:>16}" for n in names)]
         for (method, c), row in self.found.items():
             if method in ("teacher", "real") or c.gamma or (method, c) in main:
                 continue

@@ -171,11 +171,6 @@ def train_classifier(args, stage: Stage) -> None:
     )  # fmt: skip
 
 
-def load_classifier(args) -> Classifier:
-    path = args.output / "classifier/model.safetensors"
-    return assign(Classifier(), read_tensors(path)[0], path).to(args.device)
-
-
 def teacher_stage(args, data) -> Stage:
     kept = ("channels", "teacher_lr", "teacher_ema", "drop", "dtype")
     settings = {name: getattr(args, name) for name in kept}
@@ -318,7 +313,9 @@ def main(args) -> None:
     if args.samples > (most := min(len(train[1]), len(test[1]))):
         raise ValueError(f"--samples {args.samples}: there are {most} real ones to compare with")
     train_all(args, train)
-    ev = Evaluation(args, load_classifier(args), train, test)
+    path = args.output / "classifier/model.safetensors"
+    classifier = assign(Classifier(), read_tensors(path)[0], path).to(args.device)
+    ev = Evaluation(args, classifier, train, test)
     ev.run(args.methods)
     write_metrics(args, ev)
     cifar_figures.draw_all(args.output, ev)

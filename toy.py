@@ -87,9 +87,9 @@ class Ensemble(nn.Module):
         self.bias = nn.ParameterList(bias)  # (m, 1, out)
 
     @classmethod
-    def fresh(cls, members: int, schedule: Schedule, generator, width: int = 96, depth: int = 3):
+    def fresh(cls, members: int, schedule: Schedule, generator, width: int = 96):
         """Random weights, the last layer's zero: eps = sigma_t x_t to begin with."""
-        sizes = [2 + 32 + CLASSES] + [width] * depth + [2]
+        sizes = [2 + 32 + CLASSES, width, width, width, 2]
         normal = [torch.randn(members, *io, generator=generator) for io in pairwise(sizes)]
         weight = [w / w.shape[1] ** 0.5 for w in normal]
         bias = [torch.zeros(members, 1, o) for o in sizes[1:]]

@@ -6,7 +6,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from solvers import Schedule, ddim, dpmpp_2m, solve
+from solvers import Schedule, dpmpp_2m, solve
 from tdd import bind, clip_x0, equidistant, gamma_sample, guided, nonequidistant, told, tuned
 from toy import CLASSES, Data, Ensemble, one_hot, rmse, sliced_wasserstein
 
@@ -81,14 +81,14 @@ class Evaluation:
 
     # -------------------------------------------------------------------------------- sampling
 
-    def sample(self, network, members: int, case: Case, w: float, callback=None, **options):
+    def sample(self, network, members: int, case: Case, w: float, **options):
         """The gamma-sampler's x_0 of an ensemble, (m, s, n, 2)."""
         network = told(network, case.k) if network.told == "K" else network
         # C clips to [-1, 1], where pixels live; this data reaches to `bound` instead.
         eps = guided(network, self.cond(members), torch.zeros(1, CLASSES), w)
         noise, clip = self.noise(members), lambda x: self.data.bound * clip_x0(x / self.data.bound)
         given = timesteps_of(self.args, case), self.schedule, case.gamma, noise, clip
-        x = gamma_sample(eps, next(noise), *given, case.clip_steps, callback=callback, **options)
+        x = gamma_sample(eps, next(noise), *given, case.clip_steps, **options)
         return rearrange(x, "(n m s) d -> m s n d", m=members, s=self.args.seeds)
 
     def reference(self, case: Case, w: float, w_distilled: float) -> Tensor:
@@ -123,13 +123,13 @@ class Evaluation:
         x = self.sample(self.teacher, 1, case, w)[0]
         self._keep("teacher", "", case, x, self.reference(case, 0.0, w))
 
-    def student_rows(self, students, network: Ensemble, members, case: Case, jump=ddim) -> None:
-        """The students (methods) numbered `members`, sampled with a jump; all seeds of each."""
+    def student_rows(self, group, members: list[int], case: Case) -> None:
+        """The students numbered `members` of a train_toy.Group; all seeds of each."""
         seeds = self.args.seeds
-        picked = network.pick([m * seeds + s for m in members for s in range(seeds)])
+        picked = group.network.pick([m * seeds + s for m in members for s in range(seeds)])
         w = case.w if case.tune is None else tuned(case.w, case.tune)
-        samples = self.sample(picked, len(members), case, w, jump=jump)
-        for student, x in zip(students, samples, strict=True):
+        samples = self.sample(picked, len(members), case, w, jump=group.jump)
+        for student, x in zip([group.students[m] for m in members], samples, strict=True):
             reference = self.reference(case, w, student.w)
             # Eq. 22: guidance on top of distilled guidance multiplies, in terms of g = 1 + w.
             W = (1 + w) * (1 + student.w) - 1

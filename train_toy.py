@@ -193,22 +193,20 @@ def guidance_cases(args, students: list[Student]) -> list[tuple[list[int], Case]
 
 def evaluate(args, groups: list[Group], ev: Evaluation) -> None:
     """Every row of metrics.json: the main cases for teacher and students, then guided students."""
-    jobs = [(None, None, case) for case in main_cases(args)]
+    cases = main_cases(args)
+    jobs = [(ev.teacher_row, case) for case in cases]
     for group in groups:
         plain = [i for i, student in enumerate(group.students) if not student.variant]
         # Between kmin and kmax the other schedule is TDD's own question.
-        jobs += [
-            (group, plain, case) for case in main_cases(args)
+        own = [
+            (plain, case) for case in cases
             if plain and (group.jump is tcf_1 or case.schedule == "equidistant")
         ]  # fmt: skip
         if group.jump is tcf_1:
-            jobs += [(group, *job) for job in guidance_cases(args, group.students)]
-    for group, members, case in tqdm(jobs, desc="evaluate", mininterval=0.5, dynamic_ncols=True):
-        if group is None:
-            ev.teacher_row(case)
-        else:
-            students = [group.students[i] for i in members]
-            ev.student_rows(students, group.network, members, case, group.jump)
+            own += guidance_cases(args, group.students)
+        jobs += [(ev.student_rows, group, *job) for job in own]
+    for rows, *about in tqdm(jobs, desc="evaluate", mininterval=0.5, dynamic_ncols=True):
+        rows(*about)
 
 
 # ------------------------------------------------------------------------------------------ main
