@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,15 +22,14 @@ from safetensors.torch import save_file
 
 import cli
 from load import cast, load_component
+from sample import null_of
 from solvers import sdxl_schedule
 from tdd import equidistant, gamma_sample, guided, noise_stream
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 # SDXL in small: the same levels and kinds of blocks, for machines that would wait a minute a pass.
-MID = replace(
-    UNetConfig(), channels=(128, 256, 512), depths=(0, 2, 4), heads=(2, 4, 8), mid_depth=4
-)
+MID = UNetConfig(channels=(128, 256, 512), depths=(0, 2, 4), heads=(2, 4, 8), mid_depth=4)
 
 # --------------------------------------------------------------------------------------- measuring
 #
@@ -122,16 +120,14 @@ def both_unets(config: UNetConfig, device: str, dtype):
 
 
 def inputs(config: UNetConfig, batch: int, side: int, device: str, dtype):
+    """x_t (batch, 4, side, side), t and the condition, at random."""
     cond = {
         "tokens": torch.randn(batch, 77, config.tokens, device=device, dtype=dtype),
         "pooled": torch.randn(batch, config.added - 6 * 256, device=device, dtype=dtype),
         "time_ids": torch.full((batch, 6), 8 * side, device=device),
     }
-    return (
-        torch.randn(batch, 4, side, side, device=device),
-        torch.full((batch,), 751, device=device),
-        cond,
-    )
+    x_t = torch.randn(batch, 4, side, side, device=device)
+    return x_t, torch.full((batch,), 751, device=device), cond
 
 
 def as_theirs(unet, x, t, cond):
@@ -175,13 +171,12 @@ def bench_sample(args, config: UNetConfig, side: int):
     vae.load_state_dict(their_vae.state_dict())
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     scheduler = TCDScheduler(**betas, original_inference_steps=250)
-    none = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    pipeline = StableDiffusionXLPipeline(
-        vae=their_vae, unet=their_unet, scheduler=scheduler, **none
-    )
+    parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    parts |= {"vae": their_vae, "unet": their_unet, "scheduler": scheduler}
+    pipeline = StableDiffusionXLPipeline(**parts)
     pipeline.set_progress_bar_config(disable=True)
     _, _, cond = inputs(config, 1, side, args.device, dtype)
-    null = {k: v if k == "time_ids" else torch.zeros_like(v) for k, v in cond.items()}
+    null = null_of(cond)
 
     def ours():
         noise = noise_stream([0], (4, side, side), args.device)
@@ -216,10 +211,8 @@ def bench_load(args, config: UNetConfig, side: int) -> None:
         for name, measured in runs.items():
             measured += [child(args, name)] * (i > 0)
     stands, touched, peak = (
-        {name: statistics.median(column) for name, column in zip(runs, columns, strict=True)}
-        for columns in zip(
-            *(zip(*measured, strict=True) for measured in runs.values()), strict=True
-        )
+        {name: statistics.median(run[i] for run in measured) for name, measured in runs.items()}
+        for i in range(3)
     )
     report(f"loading {size / 2**30:.2f} GiB of float16", stands)
     memory = {f"peak over file, {k}": f"{v * 1024 / size:.2f}" for k, v in peak.items()}
@@ -279,9 +272,8 @@ def parser() -> cli.Parser:
     p.add_argument("--batch-size", type=cli.number(int, 1), default=2, help="of train")
     p.add_argument("--dtype", choices=["bf16", "float32"], default="bf16" if gpu else "float32",
         help="of our frozen base in train")  # fmt: skip
-    p.add_argument(
-        "--profile", action="store_true", help="where ours spends its time, but for load"
-    )
+    p.add_argument("--profile", action="store_true",
+        help="where ours spends its time, but for load")  # fmt: skip
     p.add_argument("--device", default="cuda" if gpu else "cpu", help="cpu or cuda")
     return p
 

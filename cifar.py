@@ -36,13 +36,11 @@ def read_split(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
             content = np.fromfile(path, dtype=np.uint8)
         except OSError:
             raise ValueError(f"no CIFAR-10 here, {path} is missing: {HELP}") from None
-        rows = len(content) // RECORD
-        if rows * RECORD != len(content) or not rows or content[::RECORD].max() > 9:
+        if not len(content) or len(content) % RECORD or content[::RECORD].max() > 9:
             raise ValueError(f"{path} is no whole CIFAR-10 batch: {HELP}")
-        parts.append(content.reshape(rows, RECORD))
-    records = torch.from_numpy(np.concatenate(parts))
-    images = records[:, 1:].contiguous().view(-1, 3, 32, 32)
-    return images, records[:, 0].long()
+        parts.append(content)
+    records = torch.from_numpy(np.concatenate(parts)).view(-1, RECORD)
+    return records[:, 1:].contiguous().view(-1, 3, 32, 32), records[:, 0].long()
 
 
 class Batches:
@@ -150,24 +148,13 @@ class Classifier(nn.Module):
 def shifted(x: Tensor, by: Tensor) -> Tensor:
     """Pictures (b, c, h, w), each moved by its row of `by` (b, 2) in 0..8, less 4; zeros around."""
     padded, (h, w) = F.pad(x, (4, 4, 4, 4)), x.shape[2:]
-    rows = by[:, 0, None] + torch.arange(h)
-    columns = by[:, 1, None] + torch.arange(w)
-    b, c = (torch.arange(n) for n in x.shape[:2])
-    return padded[
-        b[:, None, None, None], c[:, None, None], rows[:, None, :, None], columns[:, None, None]
-    ]
-
-
-def classifier_loss(classifier: Classifier, images: Tensor, label: Tensor) -> Tensor:
-    """Cross entropy, with a tenth of the label spread over all classes."""
-    return F.cross_entropy(classifier(fold(images))[1], label, label_smoothing=0.1)
+    pairs = zip(padded, by.tolist(), strict=True)
+    return torch.stack([one[:, i : i + h, j : j + w] for one, (i, j) in pairs])
 
 
 @torch.no_grad()
-def judge(
-    classifier: Classifier, images: Tensor, device, batch: int = 500
-) -> tuple[Tensor, Tensor]:
+def judge(classifier: Classifier, images: Tensor, device) -> tuple[Tensor, Tensor]:
     """Features (n, 256) in float64 and answers (n,) for pictures (n, 3, 32, 32) in uint8."""
-    found = [classifier(fold(part.to(device))) for part in images.split(batch)]
+    found = [classifier(fold(part.to(device))) for part in images.split(500)]
     features, logits = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
     return features.double(), logits.argmax(1)

@@ -20,7 +20,7 @@ from cifar import CLASSES, Classifier, judge
 from cifar_sample import Sampled, digest, load_student, load_teacher, pictures
 from load import read_tensors
 from tdd import tuned
-from toy_eval import GAMMAS, Case, timesteps_of
+from toy_eval import GAMMAS, Case, steps_of, table_of, timesteps_of
 
 GROUPS = 10  # of seeds, for the errors
 HIGH = 5.0  # w' of the student that Eq. 13 tunes down
@@ -90,11 +90,6 @@ def jackknife(values: list[float]) -> dict[str, float]:
 
 def case(k: int, clip_steps: int | None = None, **more) -> Case:
     return Case(k, clip_steps=k if clip_steps is None else clip_steps, **more)
-
-
-def steps_of(args) -> list[int]:
-    # 1 and 2 lie outside of what TDD trains for; they show what that costs.
-    return sorted({1, 2, *range(args.kmin, args.kmax + 1)})
 
 
 def cases_of(args, method: str) -> list[Case]:
@@ -241,25 +236,21 @@ class Evaluation:
 
     def table(self, metric: str, gamma: float = 0.0) -> str:
         """A figure of every method over k, with its standard error in brackets."""
-        ks = steps_of(self.args)
-        head = f"{metric} at gamma = {gamma:g}"
-        lines = [f"{head:30}" + "".join(f"{'k = ' + str(k):>16}" for k in ks)]
+        ks, rows = steps_of(self.args), []
         for method in self.methods:
             found = [self.find(method, case(k, gamma=gamma)) for k in ks]
-            lines += [f"{method:30}" + "".join(_cell(r, metric) for r in found)] * any(found)
-        others = [(f"teacher, {k} steps", "teacher", case(k))
-                  for k in (self.args.solver_steps // 2, self.args.solver_steps)]  # fmt: skip
-        for name, *key in [*others, ("test pictures", "real", case(0))]:
-            lines.append(f"{name:30}" + _cell(self.find(*key), metric))
-        return "\n".join(lines)
+            if any(found):
+                rows.append((method, [_cell(row, metric) for row in found]))
+        for k in (self.args.solver_steps // 2, self.args.solver_steps):
+            rows.append((f"teacher, {k} steps", [_cell(self.find("teacher", case(k)), metric)]))
+        rows.append(("test pictures", [_cell(self.find("real", case(0)), metric)]))
+        return table_of(f"{metric} at gamma = {gamma:g}", ks, rows, 30, 16)
 
     def study(self) -> str:
         """Guidance at inference, Eq. 13, clipping and non-equidistant timesteps: a row a case."""
         main = {(m, self.case_of(m, case(k))) for m in self.methods for k in steps_of(self.args)}
         names = "agreement", "frechet_data", "frechet_teacher", "rmse"
-        lines = [
-            f"{'method':9} k  w  w'  C in  timesteps     " + "".join(f"{n:>16}" for n in names)
-        ]
+        lines = ["method    k  w  w'  C in  timesteps     " + "".join(f"{n:>16}" for n in names)]
         for (method, c), row in self.found.items():
             if method in ("teacher", "real") or c.gamma or (method, c) in main:
                 continue

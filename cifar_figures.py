@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from cifar import CLASSES
-from cifar_eval import GUIDED, HIGH, Evaluation, case, steps_of
+from cifar_eval import GUIDED, HIGH, Evaluation, case
 from plots import GREY, INK, Axes, Figure
-from toy_eval import GAMMAS, Case
+from toy_eval import GAMMAS, Case, steps_of
 from toy_figures import COLOURS as TOY_COLOURS
 from toy_figures import NAMES as TOY_NAMES
 
@@ -41,11 +41,11 @@ def sheet(path: Path, title: str, panels: list[tuple[str, list[Column]]], across
 
     Columns that this run has no samples for are left out, and so are panels without columns.
     """
-    rows, note = len(CLASSES), "over each column: class agreement; Frechet distance to the data"
+    note = "over each column: class agreement; Frechet distance to the data"
     panels = [(name, [c for c in columns if c[1:] in ev.samples]) for name, columns in panels]
     panels = [(name, columns) for name, columns in panels if columns]
     wide = max(len(columns) for _, columns in panels) * SIDE + 30
-    high, across = rows * SIDE + 110, min(across, len(panels))
+    high, across = len(CLASSES) * SIDE + 110, min(across, len(panels))
     width = max(24 + across * wide, 30 + 10 * max(len(title), len(note)))
     figure = Figure(width, 90 + high * -(-len(panels) // across))
     figure.text(24, 28, title, 20)
@@ -55,15 +55,10 @@ def sheet(path: Path, title: str, panels: list[tuple[str, list[Column]]], across
         figure.text(left, top, name, 17, COLOURS.get(columns[0][1], INK))
         for j, (heading, *key) in enumerate(columns):
             x, row = left + j * SIDE, ev.find(*key)
-            words = (
-                heading,
-                f"{row['agreement']['value']:.0%}",
-                f"{row['frechet_data']['value']:.3g}",
-            )
-            for line, word in enumerate(words):
+            agreement, distance = row["agreement"]["value"], row["frechet_data"]["value"]
+            for line, word in enumerate((heading, f"{agreement:.0%}", f"{distance:.3g}")):
                 figure.text(x + SIDE / 2, top + 24 + 16 * line, word, 13, GREY, "mm")
-            for y, x_0 in enumerate(ev.samples[tuple(key)][:rows]):
-                picture = x_0.permute(1, 2, 0).numpy()
+            for y, picture in enumerate(ev.samples[tuple(key)].permute(0, 2, 3, 1).numpy()):
                 figure.paste(picture, x, top + 66 + y * SIDE, SIDE - 2, SIDE - 2)
     figure.save(path)
 

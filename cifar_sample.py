@@ -49,7 +49,7 @@ def load_teacher(runs: Path, device, dtype: str = "float32") -> UNet:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A teacher, or a student with its LoRA merged in: for k steps, its network and its jump.
+    """A teacher, or a student with its LoRA merged in, and the jump to sample it with.
 
     N: the grid that it was trained on; to the teacher all are one.
     """
@@ -58,9 +58,6 @@ class Sampled:
     lora: LoRA | None = None
     jump: object = ddim
     N: int = 50
-
-    def network(self, k: int):
-        return tell(self.unet, self.lora, k)
 
 
 def load_student(runs: Path, name: str, teacher: UNet) -> Sampled:
@@ -94,7 +91,7 @@ def pictures(
     w of Eq. 12, gamma of Eq. 18; C of Eq. 17, which clips x_0 to [-1, 1], in the first clip_steps.
     """
     device, schedule = model.unet.conv_in.weight.device, sdxl_schedule()
-    network, clip = model.network(len(timesteps)), (clip_x0, clip_steps)
+    network, clip = tell(model.unet, model.lora, len(timesteps)), (clip_x0, clip_steps)
     # On a CPU no more at a time than its caches hold: a fifth faster than 200.
     batch = 50 if device.type == "cpu" else 500
     for start in range(0, len(label), batch):

@@ -20,23 +20,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 import cifar_figures
 import cli
 import processes
 import train_sdxl
 import trainer
-from cifar import (
-    Batches,
-    Classifier,
-    classifier_loss,
-    condition,
-    fold,
-    read_split,
-    shifted,
-    teacher_loss,
-    unet_json,
-)
+from cifar import Batches, Classifier, condition, fold, read_split, shifted, teacher_loss, unet_json
 from cifar_eval import HIGH, Evaluation
 from cifar_sample import digest, load_teacher
 from load import assign, read_json, read_tensors
@@ -167,7 +158,9 @@ def train_classifier(args, stage: Stage) -> None:
         by = torch.randint(0, 9, (len(batch["labels"]), 2), generator=generator)
         images = shifted(batch["images"], by).to(args.device)
         batch["timesteps"] = torch.zeros(0)
-        loss = classifier_loss(classifier, images, batch["labels"].to(args.device))
+        logits = classifier(fold(images))[1]
+        # A tenth of the label is spread over all classes.
+        loss = cross_entropy(logits, batch["labels"].to(args.device), label_smoothing=0.1)
         return {"total": loss, "loss": loss}
 
     # A fifth of the way up, then down to zero.
@@ -176,11 +169,6 @@ def train_classifier(args, stage: Stage) -> None:
         {"classifier": classifier}, optimizers, losses, partial(save_network, classifier, "model"),
         rate=lambda s: min((s + 0.001) / 0.2, (1 - s) / 0.8),
     )  # fmt: skip
-
-
-def load_classifier(args) -> Classifier:
-    path = args.output / "classifier/model.safetensors"
-    return assign(Classifier(), read_tensors(path)[0], path).to(args.device)
 
 
 def teacher_stage(args, data) -> Stage:
@@ -274,10 +262,8 @@ def train_student(args, stage: Stage) -> None:
     nets = train_sdxl.distillation_of(own, teacher, args.device)
 
     def losses(batch: dict, generator) -> dict:
-        x_0, cond = (
-            fold(batch["images"]).to(args.device),
-            condition(batch["labels"].to(args.device)),
-        )
+        x_0 = fold(batch["images"]).to(args.device)
+        cond = condition(batch["labels"].to(args.device))
         draws = nets.draw(x_0.shape, generator, args.device)
         batch["timesteps"] = draws.timesteps
         # TDM has no use for pictures, only for their labels.
@@ -327,7 +313,9 @@ def main(args) -> None:
     if args.samples > (most := min(len(train[1]), len(test[1]))):
         raise ValueError(f"--samples {args.samples}: there are {most} real ones to compare with")
     train_all(args, train)
-    ev = Evaluation(args, load_classifier(args), train, test)
+    path = args.output / "classifier/model.safetensors"
+    classifier = assign(Classifier(), read_tensors(path)[0], path).to(args.device)
+    ev = Evaluation(args, classifier, train, test)
     ev.run(args.methods)
     write_metrics(args, ev)
     cifar_figures.draw_all(args.output, ev)

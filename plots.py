@@ -28,16 +28,13 @@ class Figure:
         """Words at (x, y), turned left if asked; anchor as in pillow, "l m r" by "t m b"."""
         # The font that comes inside pillow; it has no Greek, so eta is spelt out.
         font = ImageFont.load_default(size * self.SCALE)
-        if not turned:
-            self.pen.text((x * self.SCALE, y * self.SCALE), words, colour, font, anchor)
-            return
-        # pillow draws level text only, so it goes onto a strip of its own that is then turned.
-        _, top, right, bottom = font.getbbox(words)
-        strip = Image.new("L", (right, bottom + top), 0)
-        ImageDraw.Draw(strip).text((0, 0), words, 255, font)
-        strip = strip.rotate(90, expand=True)
-        corner = round(x * self.SCALE - strip.width / 2), round(y * self.SCALE - strip.height / 2)
-        self.image.paste(colour, corner, strip)
+        x, y = x * self.SCALE, y * self.SCALE
+        if turned:
+            # Turned text has no anchor in pillow, only an upper left corner.
+            font, anchor = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90), None
+            _, _, width, height = font.getbbox(words)
+            x, y = x - width / 2, y - height / 2
+        self.pen.text((x, y), words, colour, font, anchor)
 
     def line(self, points, colour=INK, width=1.5, dash: float | None = None) -> None:
         points = [(x * self.SCALE, y * self.SCALE) for x, y in points]

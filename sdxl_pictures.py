@@ -32,9 +32,8 @@ class Pictures:
 
     def __init__(self, args, model: SDXL, nets: Distillation | Matching, device):
         self.args, self.vae, self.nets, self.device = args, model.vae, nets, device
-        self.prompts = PROMPTS
-        if args.sample_prompts is not None:
-            self.prompts = read_lines("--sample-prompts", args.sample_prompts)
+        own = args.sample_prompts
+        self.prompts = PROMPTS if own is None else read_lines("--sample-prompts", own)
         cond, _ = conditions(model, self.prompts, None, args.resolution, args.resolution)
         # With a full cache the text encoders never left the CPU.
         self.cond = {name: tensor.to(device) for name, tensor in cond.items()}

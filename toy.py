@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from solvers import Schedule
-from tdd import told
 from unet import timestep_embedding
 
 CLASSES = 4
@@ -88,9 +87,9 @@ class Ensemble(nn.Module):
         self.bias = nn.ParameterList(bias)  # (m, 1, out)
 
     @classmethod
-    def fresh(cls, members: int, schedule: Schedule, generator, width: int = 96, depth: int = 3):
+    def fresh(cls, members: int, schedule: Schedule, generator, width: int = 96):
         """Random weights, the last layer's zero: eps = sigma_t x_t to begin with."""
-        sizes = [2 + 32 + CLASSES] + [width] * depth + [2]
+        sizes = [2 + 32 + CLASSES, width, width, width, 2]
         normal = [torch.randn(members, *io, generator=generator) for io in pairwise(sizes)]
         weight = [w / w.shape[1] ** 0.5 for w in normal]
         bias = [torch.zeros(members, 1, o) for o in sizes[1:]]
@@ -107,10 +106,6 @@ class Ensemble(nn.Module):
         first = torch.cat([first, first.new_zeros(self.members, 32, first.shape[2])], 1)
         bias = [p.detach().clone() for p in self.bias]
         return Ensemble([first, *rest], bias, self.schedule, of).requires_grad_(False)
-
-    def knowing(self, k: int):
-        """The network for sampling in k steps: with that filled in, if it is what it is told."""
-        return told(self, k) if self.told == "K" else self
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor, *n: Tensor) -> Tensor:
         numbers = [timestep_embedding(each, 32) for each in n]
@@ -134,14 +129,9 @@ PASSES = {"1": 6, "2": 10, "s": 6, "tdm4": 10.5, "tdm_unify": 9.67}
 
 
 def fit(
-    network: Ensemble,
-    loss_of_step,
-    steps: int,
-    lr: float,
-    name: str,
-    after=None,
-    betas=(0.9, 0.999),
-):
+    network: Ensemble, loss_of_step, steps: int, lr: float, name: str,
+    after=lambda: None, betas=(0.9, 0.999),
+):  # fmt: skip
     """Adam with a cosine to zero on loss_of_step() -> (b*m,); the mean of each member's loss.
 
     Members share no weights, so the gradient is each member's own. Raises ValueError for a loss
@@ -157,8 +147,7 @@ def fit(
         (loss * network.members).backward()
         optimizer.step()
         cosine.step()
-        if after is not None:
-            after()
+        after()
         # Now and then only: looking at the loss waits for it.
         if step % 100 == 0 or step == steps - 1:
             if not loss.isfinite():

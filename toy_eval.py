@@ -6,8 +6,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from solvers import Schedule, ddim, dpmpp_2m, solve
-from tdd import bind, clip_x0, equidistant, gamma_sample, guided, nonequidistant, tuned
+from solvers import Schedule, dpmpp_2m, solve
+from tdd import bind, clip_x0, equidistant, gamma_sample, guided, nonequidistant, told, tuned
 from toy import CLASSES, Data, Ensemble, one_hot, rmse, sliced_wasserstein
 
 # The paper's Fig. 5: deterministic sampling, and the little noise that TCD and TDD advise.
@@ -31,6 +31,12 @@ class Case:
     w: float = 0.0
     tune: float | None = None
     clip_steps: int = 0
+
+
+def steps_of(args) -> list[int]:
+    """The numbers of steps that methods are compared in."""
+    # 1 and 2 lie outside of what TDD trains for; they show what that costs.
+    return sorted({1, 2, *range(args.kmin, args.kmax + 1)})
 
 
 def timesteps_of(args, case: Case) -> list[int]:
@@ -75,14 +81,14 @@ class Evaluation:
 
     # -------------------------------------------------------------------------------- sampling
 
-    def sample(self, network, members: int, case: Case, w: float, callback=None, **options):
+    def sample(self, network, members: int, case: Case, w: float, **options):
         """The gamma-sampler's x_0 of an ensemble, (m, s, n, 2)."""
-        network = network.knowing(case.k)
+        network = told(network, case.k) if network.told == "K" else network
         # C clips to [-1, 1], where pixels live; this data reaches to `bound` instead.
         eps = guided(network, self.cond(members), torch.zeros(1, CLASSES), w)
         noise, clip = self.noise(members), lambda x: self.data.bound * clip_x0(x / self.data.bound)
         given = timesteps_of(self.args, case), self.schedule, case.gamma, noise, clip
-        x = gamma_sample(eps, next(noise), *given, case.clip_steps, callback=callback, **options)
+        x = gamma_sample(eps, next(noise), *given, case.clip_steps, **options)
         return rearrange(x, "(n m s) d -> m s n d", m=members, s=self.args.seeds)
 
     def reference(self, case: Case, w: float, w_distilled: float) -> Tensor:
@@ -117,13 +123,13 @@ class Evaluation:
         x = self.sample(self.teacher, 1, case, w)[0]
         self._keep("teacher", "", case, x, self.reference(case, 0.0, w))
 
-    def student_rows(self, students, network: Ensemble, members, case: Case, jump=ddim) -> None:
-        """The students (methods) numbered `members`, sampled with a jump; all seeds of each."""
+    def student_rows(self, group, members: list[int], case: Case) -> None:
+        """The students numbered `members` of a train_toy.Group; all seeds of each."""
         seeds = self.args.seeds
-        picked = network.pick([m * seeds + s for m in members for s in range(seeds)])
+        picked = group.network.pick([m * seeds + s for m in members for s in range(seeds)])
         w = case.w if case.tune is None else tuned(case.w, case.tune)
-        samples = self.sample(picked, len(members), case, w, jump=jump)
-        for student, x in zip(students, samples, strict=True):
+        samples = self.sample(picked, len(members), case, w, jump=group.jump)
+        for student, x in zip([group.students[m] for m in members], samples, strict=True):
             reference = self.reference(case, w, student.w)
             # Eq. 22: guidance on top of distilled guidance multiplies, in terms of g = 1 + w.
             W = (1 + w) * (1 + student.w) - 1
@@ -163,16 +169,14 @@ class Evaluation:
 
     def table(self, metric: str, gamma: float) -> str:
         """A metric's mean for every method over k, with * on the non-equidistant schedule."""
-        ks = sorted({row["k"] for row in self.rows})
-        lines = [
-            f"{metric + f' at gamma = {gamma:g}':21}" + "".join(f"{'k = ' + str(k):>9}" for k in ks)
-        ]
+        ks, rows = sorted({row["k"] for row in self.rows}), []
         for schedule, mark in (("equidistant", ""), ("nonequidistant", " *")):
             for method in self.methods:
                 found = [self.find(method, Case(k, gamma, schedule), metric) for k in ks]
-                cells = [f"{row['mean']:9.3f}" if row else " " * 9 for row in found]
-                lines += [f"{method + mark:21}" + "".join(cells)] * any(found)
-        return "\n".join(lines)
+                if any(found):
+                    cells = [f"{row['mean']:.3f}" if row else "" for row in found]
+                    rows.append((method + mark, cells))
+        return table_of(f"{metric} at gamma = {gamma:g}", ks, rows, 21, 9)
 
     def noise_floor(self) -> dict:
         """sw between independent halves of the main references: below it nothing can be told."""
@@ -184,3 +188,9 @@ class Evaluation:
                 each = torch.stack([self._sw(x, x) for x in exact]).mean(0)
                 floors[f"gamma {gamma:g}"] = {"per_seed": each.tolist(), "mean": each.mean().item()}
         return {"sw": floors}
+
+
+def table_of(title: str, ks: list[int], rows, width: int, cell: int) -> str:
+    """Text over the numbers of steps; rows: a name, `width` wide, and cells, `cell` wide each."""
+    rows = [(title, [f"k = {k}" for k in ks]), *rows]
+    return "\n".join(f"{name:{width}}" + "".join(f"{x:>{cell}}" for x in xs) for name, xs in rows)

@@ -11,7 +11,7 @@ from torch import Tensor
 from plots import FAINT, GREY, INK, Axes, Figure
 from solvers import CLEAN
 from tdd import draw, guided
-from toy_eval import GAMMAS, Case, Evaluation
+from toy_eval import GAMMAS, Case, Evaluation, steps_of
 
 # A method keeps its colour and its name through all of the pictures.
 COLOURS = {
@@ -103,7 +103,7 @@ def samples(path: Path, ev: Evaluation, methods: list[str]) -> None:
 
 def curves(path: Path, ev: Evaluation, methods: list[str]) -> None:
     """Distance to the reference over the number of steps, for each gamma; bands are seeds."""
-    figure, ks = Figure(1240, 640), sorted({1, 2, *range(ev.args.kmin, ev.args.kmax + 1)})
+    figure, ks = Figure(1240, 640), steps_of(ev.args)
     figure.text(30, 30, "Distance to the teacher's exact sampler over the number of steps", 24)
     means = [
         row["mean"] for row in ev.rows
@@ -128,9 +128,9 @@ def curves(path: Path, ev: Evaluation, methods: list[str]) -> None:
         figure.line([(1075, y), (1105, y)], COLOURS[method], 3, None if i else 7)
         figure.text(1115, y, NAMES[method], 17, COLOURS[method])
     if any(row["schedule"] == "nonequidistant" and row["method"] == "tdd" for row in ev.rows):
-        y = 130 + 34 * (len(methods) - 1)
-        figure.dot(1090, y + 34, COLOURS["tdd"], 5, hollow=True)
-        figure.text(1115, y + 34, "TDD, non-eq.", 17, COLOURS["tdd"])
+        y = 130 + 34 * len(methods)
+        figure.dot(1090, y, COLOURS["tdd"], 5, hollow=True)
+        figure.text(1115, y, "TDD, non-eq.", 17, COLOURS["tdd"])
     note = f"{ev.args.data}; mean and deviation over {ev.args.seeds} teachers; same noise for all"
     figure.text(30, 615, note, 15, GREY)
     figure.save(path)

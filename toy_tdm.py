@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 
 import tdm
-from solvers import CLEAN, SOLVERS, Schedule, solve
+from solvers import CLEAN, SOLVERS, Schedule, ddim, solve
 from tdd import bind, equidistant, guided, told
 from toy import CLASSES, PASSES, Ensemble, fit, one_hot
-from toy_eval import Case, Evaluation
+from toy_eval import Case, Evaluation, table_of
 
 BETAS = (0.0, 0.999)
 STUDENT_LR, FAKE_LR = 0.2, 2.0  # of --lr; a tenth, as in the paper's 2e-6 against 2e-5
@@ -112,36 +112,35 @@ def ablate(args, teacher, groups, schedule: Schedule, ev: Evaluation, rows: list
     # Some are variants of nothing, or have been trained for the tables already.
     trained = {g.students[0]: g.network for g in groups if isinstance(g.students[0], Matched)}
 
-    def train(m: Matched) -> Ensemble:
+    def keep(name: str, m: Matched, ks=(4,), solver: str = "ddim") -> None:
         if m not in trained:
             trained[m] = train_matched(args, m, teacher, schedule)
-        return trained[m]
-
-    def keep(name: str, network: Ensemble, ks, w: float, solver: str = "ddim") -> None:
         for k in ks:
-            each = distance(ev, network, k, w, solver)
+            each = distance(ev, trained[m], k, m.w, solver)
             row = {"name": name, "k": k, "per_seed": each.tolist(), "mean": each.mean().item()}
             rows.append({**row, "std": each.std().item() if len(each) > 1 else 0.0})
 
     for name, (m, ks) in ABLATIONS.items():
-        keep(name, train(replace(m, w=w)), ks, w)
+        keep(name, replace(m, w=w), ks)
     # Without guidance what the teacher says is the score of a distribution, and of one alone.
     for weight in ("exact", "none", "density"):
-        plain = replace(MATCHED["tdm4"], weight=weight)
-        keep(f"unguided, weight {weight}", train(plain), (4,), 0.0)
+        keep(f"unguided, weight {weight}", replace(MATCHED["tdm4"], weight=weight))
+    plain = replace(MATCHED["tdm4"], w=w)
     for own in ("ddim", "dpm++2m"):
-        network = train(replace(MATCHED["tdm4"], w=w, solver=own))
+        m = replace(plain, solver=own)
         for test in ("ddim", "dpm++2m"):
-            keep(f"trained with {own}, sampled with {test}", network, (4,), w, test)
+            keep(f"trained with {own}, sampled with {test}", m, solver=test)
     names = groups[0].names if groups else []
     if "cm" in names:
         first = names.index("cm") * args.seeds
         start = groups[0].network.pick(range(first, first + args.seeds))
-        keep("LCM", start, (4,), w)
+        lcm = replace(plain, variant="LCM")
+        trained[lcm] = start
+        keep("LCM", lcm)
         for steps in (100, 400):
-            m = replace(MATCHED["tdm4"], w=w)
-            fixed = train_matched(args, m, teacher, schedule, start, steps)
-            keep(f"LCM and {steps} steps of TDM", fixed, (4,), w)
+            m = replace(plain, variant=f"LCM and {steps} steps of TDM")
+            trained[m] = train_matched(args, m, teacher, schedule, start, steps)
+            keep(m.variant, m)
 
 
 def distance(ev: Evaluation, network: Ensemble, k: int, w: float, solver: str) -> torch.Tensor:
@@ -152,20 +151,16 @@ def distance(ev: Evaluation, network: Ensemble, k: int, w: float, solver: str) -
         # One jump that is the whole solution: solvers that look back do not fit the gamma-sampler.
         return solve(model, x_t, [*timesteps, CLEAN], schedule, SOLVERS[solver]), past
 
-    case = Case(k) if solver == "ddim" else Case(1)
-    more = {} if solver == "ddim" else {"jump": whole}
-    x = ev.sample(network, 1, case, 0.0, **more)[0]
+    case, jump = (Case(k), ddim) if solver == "ddim" else (Case(1), whole)
+    x = ev.sample(network, 1, case, 0.0, jump=jump)[0]
     return ev._sw(x, ev.reference(Case(k), 0.0, w))
 
 
 def table(rows: list[dict]) -> str:
     """The ablations over the number of steps."""
     ks = sorted({row["k"] for row in rows})
-    lines = [f"{'TDM: sw, deterministic':42}" + "".join(f"{'k = ' + str(k):>16}" for k in ks)]
-    for name in dict.fromkeys(row["name"] for row in rows):
-        found = {row["k"]: row for row in rows if row["name"] == name}
-        cells = [
-            f"{found[k]['mean']:.3f} ({found[k]['std']:.3f})" if k in found else "" for k in ks
-        ]
-        lines.append(f"{name:42}" + "".join(f"{cell:>16}" for cell in cells))
-    return "\n".join(lines)
+    named = {row["name"]: {} for row in rows}
+    for row in rows:
+        named[row["name"]][row["k"]] = f"{row['mean']:.3f} ({row['std']:.3f})"
+    cells = [(name, [own.get(k, "") for k in ks]) for name, own in named.items()]
+    return table_of("TDM: sw, deterministic", ks, cells, 42, 16)

@@ -27,7 +27,7 @@ from solvers import SOLVERS, Schedule, ddim, sdxl_schedule
 from tcd import TCF, tcf_1
 from tdd import Draws, TargetSet, draw, ema_update, targets_of, tdd_loss
 from toy import CLASSES, DATA, PASSES, Data, Ensemble, fit, one_hot
-from toy_eval import GAMMAS, Case, Evaluation
+from toy_eval import GAMMAS, Case, Evaluation, steps_of
 from toy_tdm import MATCHED, Matched, matched_of, train_matched
 
 # Guidance needs the unconditional branch as well; 0.1 to 0.2 is what teachers are trained with.
@@ -174,8 +174,7 @@ def join(draws: list[Draws], seeds: int) -> Draws:
 
 def main_cases(args) -> list[Case]:
     """Every k and gamma on the equidistant schedule; between kmin and kmax on the other as well."""
-    # 1 and 2 lie outside of what TDD trains for; they show what that costs.
-    plans = [(k, "equidistant") for k in sorted({1, 2, *range(args.kmin, args.kmax + 1)})]
+    plans = [(k, "equidistant") for k in steps_of(args)]
     plans += [(k, "nonequidistant") for k in range(args.kmin + 1, args.kmax)]
     return [Case(k, gamma, schedule) for gamma in GAMMAS for k, schedule in plans]
 
@@ -194,22 +193,20 @@ def guidance_cases(args, students: list[Student]) -> list[tuple[list[int], Case]
 
 def evaluate(args, groups: list[Group], ev: Evaluation) -> None:
     """Every row of metrics.json: the main cases for teacher and students, then guided students."""
-    jobs = [(None, None, case) for case in main_cases(args)]
+    cases = main_cases(args)
+    jobs = [(ev.teacher_row, case) for case in cases]
     for group in groups:
         plain = [i for i, student in enumerate(group.students) if not student.variant]
         # Between kmin and kmax the other schedule is TDD's own question.
-        jobs += [
-            (group, plain, case) for case in main_cases(args)
+        own = [
+            (plain, case) for case in cases
             if plain and (group.jump is tcf_1 or case.schedule == "equidistant")
         ]  # fmt: skip
         if group.jump is tcf_1:
-            jobs += [(group, *job) for job in guidance_cases(args, group.students)]
-    for group, members, case in tqdm(jobs, desc="evaluate", mininterval=0.5, dynamic_ncols=True):
-        if group is None:
-            ev.teacher_row(case)
-        else:
-            students = [group.students[i] for i in members]
-            ev.student_rows(students, group.network, members, case, group.jump)
+            own += guidance_cases(args, group.students)
+        jobs += [(ev.student_rows, group, *job) for job in own]
+    for rows, *about in tqdm(jobs, desc="evaluate", mininterval=0.5, dynamic_ncols=True):
+        rows(*about)
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -255,20 +252,13 @@ def parser() -> cli.Parser:
     whole, share, above = number(int, 1), number(float, 0, 1), number(float, 1, 100)
     some = f"students, of {' '.join(STUDENTS)}; tdd_rho0 brings the guidance study"
     # The defaults are the results' settings; the paper's own (N = 250, w' = 3.5) are SDXL's.
-    flag(
-        "--data",
-        choices=DATA,
-        default="spirals",
-        help="the 2-D distribution; or cifar10, which has flags of its own: --data cifar10 --help",
-    )
+    sets = "the 2-D distribution; or cifar10, which has flags of its own: --data cifar10 --help"
+    flag("--data", choices=DATA, default="spirals", help=sets)
     flag("--methods", nargs="+", choices=STUDENTS, default=STUDENTS, metavar="M", help=some)
     flag("--tcf", nargs="+", choices=TCF, default=list(TCF), metavar="F",
          help="f of tcd and tdd: of order 1, order 2, told of its end s")  # fmt: skip
-    flag(
-        "--ablations",
-        action="store_true",
-        help="of TDM (its Tables 5-8, Fig. 8): 3 to 4 minutes more",
-    )
+    flag("--ablations", action="store_true",
+         help="of TDM (its Tables 5-8, Fig. 8): 3 to 4 minutes more")  # fmt: skip
     flag("--steps", type=whole, default=3000, help="training steps, teacher and students")
     flag("--seeds", type=whole, default=3, help="independent teachers, each distilled")
     flag("--seed", type=number(int, 0, 2**31), default=0, help="of all random numbers")
