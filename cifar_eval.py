@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -186,8 +185,7 @@ class Evaluation:
             return read_tensors(path)[0]["images"]
         parts = pictures(model, self.label, self.seeds, timesteps, w, c.gamma, c.clip_steps)
         images = torch.cat(list(parts))
-        with cli.whole(path) as part:
-            save_file({"images": images}, part, {"about": json.dumps(about)})
+        cli.write_tensors(path, {"images": images}, about=json.dumps(about))
         return images
 
     def _keep(self, method: str, c: Case, images, features, right, w: float | None) -> None:

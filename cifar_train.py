@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -135,8 +134,7 @@ class Stage:
 
 def save_network(network: nn.Module, name: str, folder: Path) -> None:
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-    with cli.whole(folder / f"{name}.safetensors") as part:
-        save_file(tensors, part, {"format": "pt"})
+    cli.write_tensors(folder / f"{name}.safetensors", tensors, format="pt")
 
 
 # -------------------------------------------------------------------------- classifier and teacher
