@@ -103,10 +103,11 @@ def clipping(path: Path, ev: Evaluation) -> None:
 
 def schedules(path: Path, ev: Evaluation) -> None:
     """Equidistant beside non-equidistant timesteps: the paper's Ours and Ours*."""
-    kinds, between = ("equidistant", "nonequidistant"), range(ev.args.kmin + 1, ev.args.kmax)
+    between = range(ev.args.kmin + 1, ev.args.kmax)
+    kinds = {"TDD, equidistant": "equidistant", "TDD, non-equid.": "nonequidistant"}
     panels = [
-        (f"TDD, {kind}", [(f"k={k}", "tdd", case(k, schedule=kind)) for k in between])
-        for kind in kinds
+        (name, [(f"k={k}", "tdd", case(k, schedule=kind)) for k in between])
+        for name, kind in kinds.items()
     ]
     last, w = ev.args.solver_steps, ev.args.guidance - 1
     panels += [("teacher", [(f"k={last}", "teacher", case(last, w=w))])]

@@ -26,6 +26,7 @@ import plots
 import trainer
 from solvers import sdxl_schedule
 from test_solvers import ALPHA, SIGMA, randn, run
+from test_toy import readme_table
 
 HERE = Path(__file__).parent
 # 32 channels alone would be groups of one each, from which GroupNorm takes all that temb has added.
@@ -650,3 +651,97 @@ def test_presets_fill_the_flags():
         size = sum(p.numel() for p in UNet2DConditionModel.from_config(config).parameters())
     # "About 35 million", as asked for.
     assert 30e6 < size < 40e6
+
+
+# ------------------------------------------------------------------------------- the measured run
+
+NAMES = {
+    "teacher, guided DDIM": "teacher", "CM / LCM": "lcm", "PCM-4": "pcm4", "TCD / CTM": "tcd",
+    "TDD": "tdd", "TDD, eta = 0": "tdd_eta0", "TDD, adversarial": "tdd_adv",
+    "TCD, TCF(2)": "tcd2", "TCD, TCF(S+)": "tcds", "TDD, TCF(S+)": "tdds",
+    "TDM-4": "tdm4", "TDM-unify (1, 2, 4)": "tdm_unify",
+}  # fmt: skip
+
+
+def kept():
+    """docs/cifar.json, and its figures by method, number of steps and metric."""
+    result = json.loads((HERE / "docs" / "cifar.json").read_text())
+
+    def figure(method, k, metric, **more):
+        wanted = {"method": method, "k": k, "gamma": 0.0, "schedule": "equidistant", "tune": None,
+                  "w": W if method == "teacher" else 0.0, "clip_steps": k, **more}  # fmt: skip
+        (row,) = [row for row in result["rows"] if wanted.items() <= row.items()]
+        return row[metric]["value"]
+
+    return result, figure
+
+
+def test_measured_run_is_what_the_readme_says():
+    """What holds, and what does not; one training each, so without more slack than sampling has."""
+    result, figure = kept()
+    defaults = vars(cifar_train.parser().parse_args([]))
+    assert {k: v for k, v in result["settings"].items() if k != "torch"} == {
+        k: str(v) for k, v in defaults.items()
+    }
+    assert {row["n"] for row in result["rows"]} == {2000}
+    for metric in ("rmse", "frechet_teacher"):
+        over_k = {m: np.array([figure(m, k, metric) for k in range(4, 9)]) for m in NAMES.values()}
+        tdd = over_k["tdd"]
+        assert tdd[0] < 0.8 * over_k["teacher"][0] and tdd[4] > over_k["teacher"][4]
+        assert (tdd < over_k["tcd"]).all() and (tdd < over_k["lcm"]).all()
+        assert (over_k["pcm4"][1:] < tdd[1:]).all() and (over_k["tdd_eta0"] < tdd).all()
+        told = over_k["tdds"]
+        assert told.max() < 1.07 * told.min() and tdd[4] > 1.2 * tdd[0]
+        clipped = [figure("tdd", 4, metric, clip_steps=n) for n in (4, 1, 0)]
+        assert clipped == sorted(clipped)
+    noisy = {m: [figure(m, k, "frechet_teacher", gamma=0.2) for k in (4, 6, 8)]
+             for m in ("tdd", "tcd", "lcm", "teacher")}  # fmt: skip
+    assert (np.array(noisy.pop("tdd")) < np.array(list(noisy.values()))).all()
+    for k in (5, 6, 7):
+        other = figure("tdd", k, "frechet_teacher", schedule="nonequidistant")
+        assert other < 0.75 * figure("tdd", k, "frechet_teacher")
+    (real,) = [row for row in result["rows"] if row["method"] == "real"]
+    assert 0.67 < figure("teacher", 50, "agreement") < 0.70
+    assert figure("teacher", 50, "frechet_data") < 31 * real["frechet_data"]["value"]
+    assert figure("tdd", 4, "agreement") < figure("teacher", 4, "agreement")
+    assert figure("tdm4", 4, "agreement") > figure("teacher", 50, "agreement")
+    assert figure("tdm4", 4, "frechet_data") < figure("teacher", 50, "frechet_data")
+    for w in (0.0, *cifar_eval.GUIDED):
+        with_null, without = (figure(m, 4, "agreement", w=w) for m in ("tdd", "tdd_rho0"))
+        assert abs(with_null - without) < 0.01
+
+
+def test_the_readmes_tables_are_the_measured_run():
+    _, figure = kept()
+
+    def same(cells, values):
+        for cell, value in zip(cells, values, strict=True):
+            shown = cell.split(" ± ")[0]
+            assert float(shown) == pytest.approx(
+                value, abs=0.51 * 10.0 ** -len(shown.split(".")[1])
+            )
+
+    ks, two, three = (1, 2, 4, 5, 6, 7, 8), (4, 8), (4, 6, 8)
+    tables = {
+        "Distance (rmse, x_0 in": [("rmse", k, 0.0) for k in ks],
+        "Fréchet distance to the same samples": [("frechet_teacher", k, 0.0) for k in ks],
+        "Fréchet distance to the training pictures": [
+            (metric, k, 0.0) for metric in ("frechet_data", "agreement", "png_bits") for k in two
+        ],
+        "With gamma = 0.2, Fréchet": [
+            (metric, k, 0.2)
+            for metric in ("frechet_teacher", "frechet_data", "agreement") for k in three
+        ],
+    }  # fmt: skip
+    for after, columns in tables.items():
+        found = readme_table(after)
+        for name, method in NAMES.items():
+            values = [figure(method, k, metric, gamma=gamma) for metric, k, gamma in columns]
+            same(found.pop(name), values)
+        # What is left has a figure for its own number of steps alone.
+        for name in [name for name in found if name.startswith("teacher, ")]:
+            k = int(name.split()[1])
+            metrics = ("frechet_data", "agreement", "png_bits")
+            values = [figure("teacher", k, metric) for metric in metrics]
+            same([cell for cell in found.pop(name) if cell], values)
+        assert set(found) <= {"test pictures"}
