@@ -87,7 +87,7 @@ def guidance(path: Path, ev: Evaluation) -> None:
     panels += [(NAMES["tdd_high"] + ", tuned", [("as it is", "tdd_high", case(k)), *tuned])]
     last = ev.args.solver_steps
     panels += [("teacher", [(f"k={last}", "teacher", case(last, w=w))])]
-    title = f"Guidance at inference, students distilled at w' = {w:g}: {k} steps, gamma = 0"
+    title = f"Guidance at inference, distilled at w' = {w:g} or {HIGH:g}: {k} steps, gamma = 0"
     sheet(path, title, panels, 4, ev)
 
 

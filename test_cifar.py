@@ -706,6 +706,9 @@ def test_measured_run_is_what_the_readme_says():
     assert figure("tdd", 4, "agreement") < figure("teacher", 4, "agreement")
     assert figure("tdm4", 4, "agreement") > figure("teacher", 50, "agreement")
     assert figure("tdm4", 4, "frechet_data") < figure("teacher", 50, "frechet_data")
+    for w in cifar_eval.GUIDED[:2]:
+        clipped, free = (figure("tdd", 4, "agreement", w=w, clip_steps=n) for n in (4, 0))
+        assert clipped > free + 0.01
     for w in (0.0, *cifar_eval.GUIDED):
         with_null, without = (figure(m, 4, "agreement", w=w) for m in ("tdd", "tdd_rho0"))
         assert abs(with_null - without) < 0.01

@@ -302,7 +302,8 @@ def main(args) -> None:
         else:
             cond = {k: batch[k].to(device, non_blocking=True) for k in cache.TENSORS}
             data = [cond.pop("latents")]
-        draws = nets.draw((len(batch["names"]), 4, side, side), generator, device)
+        shape = len(batch["names"]), model.unet.config.in_channels, side, side
+        draws = nets.draw(shape, generator, device)
         batch["timesteps"] = draws.timesteps
         return nets.losses(*data, cond, null_of(cond), draws)
 
