@@ -273,7 +273,7 @@ def test_guidance_range(folder):
 
 
 def test_optimizers_are_the_papers(folder):
-    """TDM without momentum, at a rate for each network; TDD with Adam's own betas, heads without."""
+    """TDM without momentum, a rate for each network; TDD with Adam's own betas, heads without."""
 
     def found(nets, *words):
         given = ["--model", folder, "--data", folder, *words]
