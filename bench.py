@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 import cli
 from load import cast, load_component
@@ -242,7 +241,7 @@ def write_full_unet(folder: Path) -> None:
         shapes = {name: p.shape for name, p in UNet(UNetConfig()).state_dict().items()}
     cli.output_folder(folder)
     tensors = {k: torch.empty(s, dtype=torch.float16).normal_(0, 0.02) for k, s in shapes.items()}
-    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    cli.write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors, format="pt")
     config = {"_class_name": "UNet2DConditionModel", **theirs_config(UNetConfig())}
     cli.write_json(folder / "config.json", config)
 

@@ -20,7 +20,7 @@ from cifar import CLASSES, condition, unfold
 from distill import tell
 from load import load_component, read_tensors
 from lora import LoRA, merge, read_lora
-from sample import DTYPES, null_of, save_grid, timesteps_of
+from sample import DTYPES, SCHEDULES, null_of, save_grid, timesteps_of
 from solvers import ddim, sdxl_schedule
 from tcd import TCF
 from tdd import clip_x0, gamma_sample, guided, noise_stream, tuned
@@ -143,7 +143,7 @@ def parser() -> cli.Parser:
     flag("--tune-guidance", type=number(float, 0), metavar="W'",
          help="w' of the student's training: --cfg then acts as the teacher's, Eq. 13")  # fmt: skip
     flag("--gamma", type=share, default=0.2, help="gamma of Eq. 18")
-    flag("--schedule", choices=["equidistant", "nonequidistant"], default="equidistant",
+    flag("--schedule", choices=SCHEDULES, default="equidistant",
          help="the k timesteps; the latter for 4 to 8 steps")  # fmt: skip
     flag("--solver-steps", type=whole, help="N, the grid of the schedules; else the student's own")
     flag("--clip-steps", type=number(int, 0), help="first steps with C (Eq. 17); all unless given")

@@ -116,5 +116,6 @@ def write_json(path: Path, content) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
+    """A safetensors file, whole or not at all, with the metadata in its header."""
     with whole(path) as part:
         save_file(tensors, part, metadata or None)
