@@ -667,11 +667,11 @@ def kept():
     """docs/cifar.json, and its figures by method, number of steps and metric."""
     result = json.loads((HERE / "docs" / "cifar.json").read_text())
 
-    def figure(method, k, metric, **more):
+    def figure(method, k, metric, part="value", **more):
         wanted = {"method": method, "k": k, "gamma": 0.0, "schedule": "equidistant", "tune": None,
                   "w": W if method == "teacher" else 0.0, "clip_steps": k, **more}  # fmt: skip
         (row,) = [row for row in result["rows"] if wanted.items() <= row.items()]
-        return row[metric]["value"]
+        return row[metric][part]
 
     return result, figure
 
@@ -717,12 +717,13 @@ def test_measured_run_is_what_the_readme_says():
 def test_the_readmes_tables_are_the_measured_run():
     _, figure = kept()
 
-    def same(cells, values):
-        for cell, value in zip(cells, values, strict=True):
-            shown = cell.split(" ± ")[0]
-            assert float(shown) == pytest.approx(
-                value, abs=0.51 * 10.0 ** -len(shown.split(".")[1])
-            )
+    def same(cells, columns, method):
+        """Every cell to its last digit, and the error behind it where there is one."""
+        for cell, (metric, k, gamma) in zip(cells, columns, strict=True):
+            for shown, part in zip(cell.split(" ± "), ("value", "error"), strict=False):
+                value = figure(method, k, metric, part, gamma=gamma)
+                digit = 10.0 ** -len(shown.split(".")[1])
+                assert float(shown) == pytest.approx(value, abs=0.51 * digit)
 
     ks, two, three = (1, 2, 4, 5, 6, 7, 8), (4, 8), (4, 6, 8)
     tables = {
@@ -739,12 +740,18 @@ def test_the_readmes_tables_are_the_measured_run():
     for after, columns in tables.items():
         found = readme_table(after)
         for name, method in NAMES.items():
-            values = [figure(method, k, metric, gamma=gamma) for metric, k, gamma in columns]
-            same(found.pop(name), values)
-        # What is left has a figure for its own number of steps alone.
-        for name in [name for name in found if name.startswith("teacher, ")]:
-            k = int(name.split()[1])
-            metrics = ("frechet_data", "agreement", "png_bits")
-            values = [figure("teacher", k, metric) for metric in metrics]
-            same([cell for cell in found.pop(name) if cell], values)
-        assert set(found) <= {"test pictures"}
+            same(found.pop(name), columns, method)
+    # Of the third, what is left has a figure for its own number of steps alone.
+    found = readme_table("Fréchet distance to the training pictures")
+    metrics = ("frechet_data", "agreement", "png_bits")
+    for name, (method, k) in {
+        "teacher, 25 steps": ("teacher", 25), "teacher, 50 steps": ("teacher", 50),
+        "test pictures": ("real", 0),
+    }.items():  # fmt: skip
+        columns = [(metric, k, 0.0) for metric in metrics]
+        same(filter(None, found[name]), columns, method)
+    assert found.keys() == NAMES.keys() | {
+        "teacher, 25 steps",
+        "teacher, 50 steps",
+        "test pictures",
+    }
