@@ -744,14 +744,9 @@ def test_the_readmes_tables_are_the_measured_run():
     # Of the third, what is left has a figure for its own number of steps alone.
     found = readme_table("Fréchet distance to the training pictures")
     metrics = ("frechet_data", "agreement", "png_bits")
-    for name, (method, k) in {
-        "teacher, 25 steps": ("teacher", 25), "teacher, 50 steps": ("teacher", 50),
-        "test pictures": ("real", 0),
-    }.items():  # fmt: skip
+    others = {f"teacher, {k} steps": ("teacher", k) for k in (25, 50)}
+    others["test pictures"] = "real", 0
+    for name, (method, k) in others.items():
         columns = [(metric, k, 0.0) for metric in metrics]
         same(filter(None, found[name]), columns, method)
-    assert found.keys() == NAMES.keys() | {
-        "teacher, 25 steps",
-        "teacher, 50 steps",
-        "test pictures",
-    }
+    assert found.keys() == NAMES.keys() | others.keys()
