@@ -82,8 +82,7 @@ def _shards(loader: Loader, encode: Callable, bar: tqdm) -> Iterator[tuple[dict,
             bar.update(len(batch["names"]))
         # Only between batches is there a position to go on from.
         if names and (batch is None or len(names) >= SHARD):
-            joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-            yield {key: tensor.contiguous() for key, tensor in joined.items()}, names
+            yield {key: torch.cat([part[key] for part in parts]) for key in parts[0]}, names
             parts, names = [], []
 
 

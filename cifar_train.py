@@ -33,7 +33,7 @@ from load import assign, read_json, read_tensors
 from lora import write_peft
 from sample import null_of
 from solvers import sdxl_schedule
-from tdd import ema_update
+from tdd import ema_update, targets_of
 from toy import PASSES
 from toy_tdm import MATCHED
 from unet import UNet, UNetConfig
@@ -133,8 +133,7 @@ class Stage:
 
 
 def save_network(network: nn.Module, name: str, folder: Path) -> None:
-    tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-    cli.write_tensors(folder / f"{name}.safetensors", tensors, format="pt")
+    cli.write_tensors(folder / f"{name}.safetensors", network.state_dict(), format="pt")
 
 
 # -------------------------------------------------------------------------- classifier and teacher
@@ -288,6 +287,8 @@ def check(args) -> None:
         raise ValueError("CIFAR-10 takes one process: start it without torchrun")
     if any(c % 32 for c in args.channels) or len(args.channels) > 4:
         raise ValueError(f"--channels {args.channels}: up to 4 levels, of a multiple of 32 each")
+    # Of whatever targets: all are sampled in kmin to kmax steps.
+    targets_of("tdd", args.solver_steps, args.kmin, args.kmax)
     args.methods = list(dict.fromkeys(args.methods))
     for name in args.methods:
         student_args(args, name)

@@ -117,5 +117,7 @@ def write_json(path: Path, content) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
     """A safetensors file, whole or not at all, with the metadata in its header."""
+    # The format knows nothing of strides, channels_last included.
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with whole(path) as part:
         save_file(tensors, part, metadata or None)

@@ -67,7 +67,6 @@ class LoRA(nn.ModuleDict):
     added to a base besides updates.
     """
 
-    # Names of layers have dots, which torch does not allow in names of parameters.
     def items(self):
         own = super().items()
         return [(name.replace("/", "."), update) for name, update in own if name != "number"]
@@ -315,8 +314,8 @@ def write_peft(path: Path, lora: LoRA, **metadata: str) -> None:
     # Layers may differ in rank; the header names the largest, and the others one by one.
     tensors, ranks = {}, {}
     for name, update in lora.items():
-        tensors[f"unet.{name}.lora_A.weight"] = update.down.detach().contiguous()
-        tensors[f"unet.{name}.lora_B.weight"] = (update.scale * update.up).detach().contiguous()
+        tensors[f"unet.{name}.lora_A.weight"] = update.down
+        tensors[f"unet.{name}.lora_B.weight"] = update.scale * update.up
         ranks[name] = len(update.down)
     rank = max(ranks.values())
     config = {
@@ -325,7 +324,7 @@ def write_peft(path: Path, lora: LoRA, **metadata: str) -> None:
         "unet.alpha_pattern": {k: r for k, r in ranks.items() if r != rank},
     }  # fmt: skip
     if lora.told is not None:
-        tensors |= {TOLD + k: v.contiguous() for k, v in lora.told.state_dict().items()}
+        tensors |= {TOLD + k: v for k, v in lora.told.state_dict().items()}
         metadata["told"] = lora.told.of
     metadata["lora_adapter_metadata"] = json.dumps(config)
     cli.write_tensors(path, tensors, format="pt", **metadata)
@@ -336,7 +335,7 @@ def write_kohya(path: Path, lora: LoRA, **metadata: str) -> None:
     tensors = {}
     for name, update in lora.items():
         key = f"lora_unet_{name.replace('.', '_')}"
-        tensors[f"{key}.lora_down.weight"] = update.down.detach().contiguous()
-        tensors[f"{key}.lora_up.weight"] = (update.scale * update.up).detach().contiguous()
+        tensors[f"{key}.lora_down.weight"] = update.down
+        tensors[f"{key}.lora_up.weight"] = update.scale * update.up
         tensors[f"{key}.alpha"] = torch.tensor(float(len(update.down)))
     cli.write_tensors(path, tensors, format="pt", **metadata)

@@ -134,9 +134,9 @@ class Axes:
 
 def _blur(grid: np.ndarray, radius: float) -> np.ndarray:
     """A Gaussian blur, as a product with a band matrix along each axis."""
-    # Along each axis by itself: a Gaussian in the plane is the product of two on the line.
-    for axis in (0, 1):
-        i = np.arange(grid.shape[axis])
-        kernel = np.exp(-0.5 * ((i[:, None] - i) / radius) ** 2) / (radius * math.sqrt(2 * math.pi))
-        grid = kernel @ grid if axis == 0 else grid @ kernel
-    return grid
+
+    def band(size: int) -> np.ndarray:
+        i = np.arange(size)
+        return np.exp(-0.5 * ((i[:, None] - i) / radius) ** 2) / (radius * math.sqrt(2 * math.pi))
+
+    return band(len(grid)) @ grid @ band(len(grid[0]))

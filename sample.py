@@ -78,8 +78,8 @@ def latents_of(args, model: SDXL, network, prompts: list[str], seeds: list[int])
     w = args.cfg - 1
     if args.tune_guidance is not None:
         w = tuned(w, args.tune_guidance)
-    # Image i draws from its own CPU generator: alone, in a batch or on a GPU it is the same image.
     eps = guided(network, cond, null, w)
+    # Image i draws from its own CPU generator: alone, in a batch or on a GPU it is the same image.
     noise = noise_stream(seeds, (4, args.height // 8, args.width // 8), device)
     x_T, timesteps = next(noise), timesteps_of(args)
     if args.sampler != "tdd":
@@ -111,15 +111,25 @@ def check(args) -> None:
         cli.output_folder(args.save_latents.parent)
         if args.save_latents.is_dir():
             raise ValueError(f"--save-latents {args.save_latents} is a folder; name a file")
+    # The same weights under another function would draw something, and nothing would say so.
+    for path, made in trained_with(args, "tdd_tcf").items():
+        if made != args.tcf:
+            raise ValueError(f"{path} was trained with --tcf {made}: sample it with that")
     args.solver_steps = args.solver_steps or trained_grid(args)
     timesteps_of(args)
 
 
-def trained_grid(args) -> int:
-    """N of the LoRAs, or the --unet, that tell what they were trained with; else the paper's."""
+def trained_with(args, name: str) -> dict[Path, str]:
+    """What the headers of the LoRAs and of --unet say about a setting, where they say it."""
     files = [Path(split_scale(entry)[0]) for entry in args.lora]
     files += [] if args.unet is None else find_weights(args.unet)
-    made = {read_tensors(path)[1].get("tdd_solver_steps", "") for path in files} - {""}
+    headers = {path: read_tensors(path)[1] for path in files}
+    return {path: header[name] for path, header in headers.items() if name in header}
+
+
+def trained_grid(args) -> int:
+    """N of the LoRAs, or the --unet, that tell what they were trained with; else the paper's."""
+    made = set(trained_with(args, "tdd_solver_steps").values())
     if len(made) > 1 or not all(N.isdecimal() for N in made):
         some = " and ".join(sorted(made))
         raise ValueError(f"--lora or --unet is of {some} solver steps: give --solver-steps")
@@ -134,15 +144,11 @@ def build(args) -> tuple[SDXL, object]:
     model = load_sdxl(args.model, args.tokenizer, None if args.lora else dtype).to(args.device)
     if args.unet is not None:
         model.unet = load_component(args.unet, UNet, UNetConfig).to(args.device)
-        if model.unet.config.told and args.tcf != "s":
-            raise ValueError(f"--unet {args.unet} is told of s: give --tcf s with it")
+    if model.unet.config.told and args.tcf != "s":
+        raise ValueError(f"{args.unet or args.model}: its UNet is told of s: give --tcf s with it")
     network = tell(model.unet)
     for entry in args.lora:
         path, scale = split_scale(entry)
-        made = read_tensors(Path(path))[1].get("tdd_tcf", args.tcf)
-        # The same weights under another function would draw something, and nothing would say so.
-        if made != args.tcf:
-            raise ValueError(f"--lora {entry} was trained with --tcf {made}: sample it with that")
         loras = read_lora(Path(path), model.unet, model.encoder_1, model.encoder_2)
         for base, lora in zip((model.unet, model.encoder_1, model.encoder_2), loras, strict=True):
             merge(base, lora, scale)
@@ -257,13 +263,14 @@ def is_made(path: Path, args, prompt: str, seed: int) -> bool:
     try:
         with Image.open(path) as image:
             image.load()
-            made = json.loads(image.text["settings"])
-    except (OSError, ValueError, KeyError, SyntaxError):
+            made = json.loads(getattr(image, "text", {}).get("settings", "{}"))
+    except (OSError, ValueError, SyntaxError):
         return False
     wanted = json.loads(json.dumps(settings_of(args, prompt, seed), default=str))
     other = [k for k in {**wanted, **made} if k != "device" and wanted.get(k) != made.get(k)]
     if other:
-        raise ValueError(f"{path} was made with another {', '.join(other)}: name another --output")
+        how = f"was made with another {', '.join(other)}" if made else "is not sample.py's"
+        raise ValueError(f"{path} {how}: name another --output")
     return True
 
 

@@ -134,7 +134,6 @@ def draw(targets: TargetSet, shape, eta: float, rho: float, generator: torch.Gen
 
     Drawn on the CPU, they are the same on every device and the GPU is never waited for.
     """
-    # In float64: u * count in float32 could round up to count, a target above t_n.
     u_n, u_tau, u_eta, u_kept = torch.rand((4, shape[0]), generator=generator, dtype=torch.float64)
     n = 1 + (u_n * (len(targets.count) - 1)).floor().long()  # n ~ U[1, N - 1]
     tau = offset(targets.select(n, u_tau), eta, u_eta)
@@ -318,7 +317,7 @@ def gamma_sample(
     gamma: 0 is deterministic (DDIM), 1 is multistep consistency sampling. noise: a z for each step
     but the last, unless gamma = 0. clip: C, used in the first clip_steps steps. jump: a one-step
     solver, or any function of that signature. callback(p, x_p) is called after each step.
-    Raises ValueError for a gamma outside [0, 1].
+    Raises ValueError for a gamma outside [0, 1], or above 0 without noise.
     """
     if not 0 <= gamma <= 1 or (gamma > 0 and noise is None):
         raise ValueError(f"gamma = {gamma} must lie in [0, 1], and above 0 noise must be given")

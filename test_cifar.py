@@ -290,6 +290,9 @@ def test_second_run_uses_what_is_there(runs, data, monkeypatch, capsys):
         text[text.index("frechet_teacher") : text.rindex("\n", 0, -1)] for text in (printed, out)
     ]
     assert tables[0] == tables[1]
+    # With noise between the steps the teacher has no samples of its many steps.
+    noisy = out[out.index("frechet_teacher at gamma = 0.2") :]
+    assert out.count("teacher, 10 steps") == 5 and "teacher, 10 steps" not in noisy
 
 
 @pytest.mark.parametrize(
@@ -301,7 +304,7 @@ def test_second_run_uses_what_is_there(runs, data, monkeypatch, capsys):
         ({"classifier-steps": 13}, "classifier was made with steps 12, not 13"),
         ({"samples": 31}, "--samples 31: there are 30 real ones to compare with"),
         ({"channels": "32 48"}, "--channels [32, 48]: up to 4 levels, of a multiple of 32 each"),
-        ({"kmax": 11}, "11 steps: from 1 to 10 (the solver steps N) are possible"),
+        ({"kmax": 11, "methods": "lcm"}, "kmax 11 steps do not fit N = 10 solver steps"),
     ],
 )
 def test_changed_settings_never_reuse_anothers_weights(

@@ -454,6 +454,11 @@ def test_prompts_file_is_resumed_and_shared_out(folder, monkeypatch, capsys, tmp
     )
     code, _, err = run(monkeypatch, capsys, *words, "--cfg", 3)
     assert (code, "was made with another cfg" in err) == (2, True)
+    # Nor is a picture from elsewhere written over, of whatever format.
+    for kind in ("PNG", "JPEG"):
+        Image.new("RGB", (8, 8)).save(out / "00000.png", kind)
+        code, _, err = run(monkeypatch, capsys, *words)
+        assert (code, "00000.png is not sample.py's: name another --output" in err) == (2, True)
 
 
 def test_a_line_is_a_prompt(tmp_path):

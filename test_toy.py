@@ -106,6 +106,7 @@ run_script = partial(test_solvers.run, train_toy)
     [
         (["--kmin", 9, "--kmax", 4], "kmin 9 to kmax 4"),
         (["--kmax", 51], "to kmax 51"),
+        (["--methods", "cm", "--kmin", 9, "--kmax", 4], "kmin 9 to kmax 4"),
         (["--kmin", 0], "at least 1"),
         (["--eta", 1.5], "at most 1"),
         (["--eta", "nan"], "at least 0"),

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -423,8 +424,14 @@ def test_the_whole_unet_is_trained_in_parts_killed_resumed_and_sampled(
             e = theirs.eps(None, x, t, c, max(s, 0))
             x = ALPHA[s + 1] * (x - SIGMA[t + 1] * e) / ALPHA[t + 1] + SIGMA[s + 1] * e
     assert (x - got).abs().max() <= 2e-4 * got.abs().max()
-    with pytest.raises(AssertionError, match="is told of s: give --tcf s with it"):
-        ours(monkeypatch, capsys, folder, tmp_path, *words)
+    for f in "12":
+        with pytest.raises(AssertionError, match="was trained with --tcf s: sample it with that"):
+            ours(monkeypatch, capsys, folder, tmp_path, *words, "--tcf", f)
+    told_of_s(folder, whole / "unet", tmp_path / "sdxl")
+    with pytest.raises(AssertionError, match="its UNet is told of s: give --tcf s with it"):
+        ours(monkeypatch, capsys, tmp_path / "sdxl", tmp_path, *words[2:])
+    refused = run(command(tmp_path / "sdxl", shards, tmp_path / "again"))
+    assert refused.returncode == 2 and "is told of s: it is no teacher" in told(refused)
 
 
 def test_tdm_unify_samples_as_diffusers_with_an_embedding(
@@ -454,6 +461,13 @@ def test_tdm_unify_samples_as_diffusers_with_an_embedding(
              "--tcf", "s")  # fmt: skip
     with pytest.raises(AssertionError, match="was trained with --tcf 1"):
         ours(monkeypatch, capsys, folder, tmp_path, "--lora", lora, *words, "--tcf", "2")
+
+
+def told_of_s(folder, unet, whole):
+    """The model's folder with such a UNet in it, whose header --model does not read."""
+    shutil.copytree(folder, whole)
+    shutil.rmtree(whole / "unet")
+    shutil.copytree(unet, whole / "unet")
 
 
 def twice_told(lora, tmp_path):

@@ -139,6 +139,8 @@ def algorithm_of(args, device) -> Algorithm:
 
 def distillation_of(args, unet, device, init: LoRA | None = None) -> Distillation | Matching:
     """The UNet on its device, frozen, and all that is trained on it; init: a LoRA to go on from."""
+    if unet.config.told:
+        raise ValueError(f"{args.model}: its UNet is told of {unet.config.told}: it is no teacher")
     unet.to(device, memory_format=torch.channels_last)
     unet.checkpoint_blocks(args.checkpointing)
     # From the seed alone: every process starts from the same LoRA.

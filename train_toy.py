@@ -217,6 +217,8 @@ def main(args) -> None:
     if args.quick:
         args.steps, args.seeds, args.samples = min(args.steps, 500), 1, 512
         print(f"--quick: a first look ({args.steps} steps, 1 seed, 512 samples), not a result")
+    # Of whatever targets: all are sampled in kmin to kmax steps.
+    targets_of("tdd", args.solver_steps, args.kmin, args.kmax)
     students, output = students_of(args), cli.output_folder(args.output)
     data, schedule = Data(args.data), sdxl_schedule()
     generator = torch.Generator().manual_seed(args.seed)

@@ -71,7 +71,7 @@ class Run:
         for k, optimizer in self.optimizers.items():
             for i, state in optimizer.state_dict()["state"].items():
                 found |= {f"{k}/{i}/{name}": processes.joined(v) for name, v in state.items()}
-        return {name: value.detach().contiguous() for name, value in found.items()}
+        return found
 
     def save(self, keep: int) -> None:
         """checkpoint-STEP, and of those before it all but the newest keep - 1 away."""
