@@ -239,9 +239,8 @@ class Evaluation:
             found = [self.find(method, case(k, gamma=gamma)) for k in ks]
             if any(found):
                 rows.append((method, [_cell(row, metric) for row in found]))
-        many = (self.args.solver_steps // 2, self.args.solver_steps)
         # The teacher's many steps are sampled without noise alone.
-        for k in () if gamma else many:
+        for k in () if gamma else (self.args.solver_steps // 2, self.args.solver_steps):
             rows.append((f"teacher, {k} steps", [_cell(self.find("teacher", case(k)), metric)]))
         rows.append(("test pictures", [_cell(self.find("real", case(0)), metric)]))
         return table_of(f"{metric} at gamma = {gamma:g}", ks, rows, 30, 16)
