@@ -89,7 +89,7 @@ def targets_of(method: str, N: int, kmin: int = 4, kmax: int = 8, T: int = 1000)
     """The targets in which consistency distillation's methods differ (the remark below Eq. 5).
 
     kmin is PCM's number of segments; kmin and kmax matter to TDD alone otherwise. TCD/CTM may reach
-    anywhere below t_n: with Eq. 7's e = T/N they would be left one or two targets.
+    anywhere below t_n: with Eq. 7's e = T/N they would be left two targets.
     """
     match method:
         case "cm" | "lcm":

@@ -193,7 +193,7 @@ class Reference:
 
     @torch.no_grad()
     def latents(self, prompt, seed, height, width, times, gamma=0.2, cfg=2.0, negative=None,
-                tune=None, clip_steps=0, control=None):  # fmt: skip
+                tune=None, clip_steps=0, percentile=0.995, highest=1.0, control=None):  # fmt: skip
         cond = self.encode(prompt)
         null = (
             tuple(torch.zeros_like(c) for c in cond) if negative is None else self.encode(negative)
@@ -215,7 +215,8 @@ class Reference:
                 e = (e + tune * e_u) / (1 + tune)
             x_0 = (x - SIGMA[t + 1] * e) / ALPHA[t + 1]
             if i < clip_steps:
-                x_0 = x_0.clamp(-1, 1)
+                limit = np.quantile(np.abs(x_0.numpy()), percentile).clip(1, highest)
+                x_0 = (x_0 / limit).clamp(-1, 1)
                 e = (x - ALPHA[t + 1] * x_0) / SIGMA[t + 1]
             if i == len(times) - 1:
                 return x_0
@@ -258,10 +259,12 @@ CASES = [
     ("nonequidistant", 6, {"gamma": 0.0, "cfg": 3.5}),
     ("nonequidistant", 7, {"negative": "grey, 7"}),
     ("equidistant", 4, {"cfg": 3.5, "clip_steps": 2}),
+    ("equidistant", 4, {"clip_steps": 4, "percentile": 0.8, "highest": 2.0}),
     ("equidistant", 4, {"cfg": 3.0, "tune": 3.5}),
 ]
 FLAGS = {"gamma": "--gamma", "cfg": "--cfg", "negative": "--negative-prompt",
-         "tune": "--tune-guidance", "clip_steps": "--clip-steps"}  # fmt: skip
+         "tune": "--tune-guidance", "clip_steps": "--clip-steps",
+         "percentile": "--clip-percentile", "highest": "--clip-max"}  # fmt: skip
 
 
 @pytest.mark.parametrize(("schedule", "k", "options"), CASES)
