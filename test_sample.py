@@ -259,7 +259,7 @@ CASES = [
     ("nonequidistant", 6, {"gamma": 0.0, "cfg": 3.5}),
     ("nonequidistant", 7, {"negative": "grey, 7"}),
     ("equidistant", 4, {"cfg": 3.5, "clip_steps": 2}),
-    ("equidistant", 4, {"clip_steps": 4, "percentile": 0.8, "highest": 2.0}),
+    ("equidistant", 4, {"clip_steps": 4, "percentile": 0.8, "highest": 20.0}),
     ("equidistant", 4, {"cfg": 3.0, "tune": 3.5}),
 ]
 FLAGS = {"gamma": "--gamma", "cfg": "--cfg", "negative": "--negative-prompt",
