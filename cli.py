@@ -120,4 +120,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str)
     # The format knows nothing of strides, channels_last included.
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with whole(path) as part:
+        part.touch()
+        mode = part.stat().st_mode
         save_file(tensors, part, metadata or None)
+        # safetensors shuts out everyone but the owner, whatever the umask.
+        part.chmod(mode)

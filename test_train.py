@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from peft import LoraConfig
 
+import cli
 import load
 import train_sdxl
 import trainer
@@ -628,6 +629,15 @@ def test_checkpoints_whole_kept_and_refused(tmp_path):
     trainer.fit(run, plan(2), losses)
     log = [json.loads(x)["step"] for x in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log == [1, 2]
+
+
+def test_tensors_are_for_whom_the_umask_lets_read(tmp_path):
+    before = os.umask(0o027)
+    try:
+        cli.write_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 def test_another_models_state_is_refused(tmp_path):
