@@ -53,7 +53,7 @@ STUDENTS = {
 PRESETS = {
     "cpu": {
         "device": "cpu", "dtype": "float32", "compile": False, "channels": [64, 128],
-        "classifier_steps": 2400, "teacher_steps": 5125, "teacher_batch": 32,
+        "classifier_steps": 2400, "teacher_steps": 10_250, "teacher_batch": 32,
         "steps": 1600, "batch_size": 16, "samples": 2000,
     },
     "gpu": {

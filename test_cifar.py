@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -666,9 +667,16 @@ NAMES = {
 }  # fmt: skip
 
 
-def kept():
-    """docs/cifar.json, and its figures by method, number of steps and metric."""
-    result = json.loads((HERE / "docs" / "cifar.json").read_text())
+def kept(name, **other):
+    """A metrics.json in docs, and its figures by method, number of steps and metric.
+
+    All of its settings are the parser's defaults but for these.
+    """
+    result = json.loads((HERE / "docs" / name).read_text())
+    settings = vars(cifar_train.parser().parse_args([])) | other
+    settings = {k: str(v) for k, v in settings.items()}
+    assert {k: v for k, v in result["settings"].items() if k != "torch"} == settings
+    assert {row["n"] for row in result["rows"]} == {2000}
 
     def figure(method, k, metric, part="value", **more):
         wanted = {"method": method, "k": k, "gamma": 0.0, "schedule": "equidistant", "tune": None,
@@ -681,12 +689,7 @@ def kept():
 
 def test_measured_run_is_what_the_readme_says():
     """What holds, and what does not; one training each, so without more slack than sampling has."""
-    result, figure = kept()
-    defaults = vars(cifar_train.parser().parse_args([]))
-    assert {k: v for k, v in result["settings"].items() if k != "torch"} == {
-        k: str(v) for k, v in defaults.items()
-    }
-    assert {row["n"] for row in result["rows"]} == {2000}
+    result, figure = kept("cifar.json", teacher_steps=5125)
     for metric in ("rmse", "frechet_teacher"):
         over_k = {m: np.array([figure(m, k, metric) for k in range(4, 9)]) for m in NAMES.values()}
         tdd = over_k["tdd"]
@@ -717,17 +720,39 @@ def test_measured_run_is_what_the_readme_says():
         assert abs(with_null - without) < 0.01
 
 
+def same_cells(figure, cells, columns, method):
+    """Every cell to its last digit, and the error behind it where there is one."""
+    for cell, (metric, k, gamma) in zip(cells, columns, strict=True):
+        for shown, part in zip(cell.split(" ± "), ("value", "error"), strict=False):
+            value = figure(method, k, metric, part, gamma=gamma)
+            digit = 10.0 ** -len(shown.split(".")[1])
+            assert float(shown) == pytest.approx(value, abs=0.51 * digit)
+
+
+def test_the_presets_teacher_and_tdd_are_what_the_readme_says():
+    """A teacher of the length that is the default, which fewer rows were taken from."""
+    _, figure = kept("cifar_tdd.json", dtype="bf16", methods=["tdd"])
+    for metric in ("rmse", "frechet_teacher"):
+        over_k = [figure("tdd", k, metric) for k in range(4, 9)]
+        assert over_k[0] < 0.8 * figure("teacher", 4, metric)
+        assert over_k == sorted(over_k) and over_k[4] > figure("teacher", 8, metric)
+    assert figure("teacher", 50, "agreement") > 0.70
+    assert figure("teacher", 50, "frechet_data") < 31 * figure("real", 0, "frechet_data")
+    assert figure("tdd", 4, "frechet_data") < figure("teacher", 8, "frechet_data")
+    assert figure("tdd", 4, "agreement") < figure("teacher", 4, "agreement")
+    cases = {f"teacher, {k} steps": ("teacher", k) for k in (50, 4, 8)}
+    cases |= {f"TDD, {k} steps": ("tdd", k) for k in range(4, 9)} | {"test pictures": ("real", 0)}
+    metrics = ("rmse", "frechet_teacher", "frechet_data", "agreement", "png_bits")
+    found = readme_table("### The preset's teacher and TDD")
+    assert found.keys() == cases.keys()
+    for cells, (method, k) in zip(found.values(), cases.values(), strict=True):
+        columns = [(m, k, 0.0) for m, cell in zip(metrics, cells, strict=True) if cell]
+        same_cells(figure, filter(None, cells), columns, method)
+
+
 def test_the_readmes_tables_are_the_measured_run():
-    _, figure = kept()
-
-    def same(cells, columns, method):
-        """Every cell to its last digit, and the error behind it where there is one."""
-        for cell, (metric, k, gamma) in zip(cells, columns, strict=True):
-            for shown, part in zip(cell.split(" ± "), ("value", "error"), strict=False):
-                value = figure(method, k, metric, part, gamma=gamma)
-                digit = 10.0 ** -len(shown.split(".")[1])
-                assert float(shown) == pytest.approx(value, abs=0.51 * digit)
-
+    _, figure = kept("cifar.json", teacher_steps=5125)
+    same = partial(same_cells, figure)
     ks, two, three = (1, 2, 4, 5, 6, 7, 8), (4, 8), (4, 6, 8)
     tables = {
         "Distance (rmse, x_0 in": [("rmse", k, 0.0) for k in ks],
