@@ -161,7 +161,7 @@ def test_stacked_loras_with_weights(folder, model):
                 kept[layer] = update
         attach(model.unet, name, LoRA.of(kept))
     with using(model.unet, one=0.5, two=-1.2):
-        assert close(model.unet(*inputs()), theirs(unet), 1e-5)
+        assert close(model.unet(*inputs()), theirs(unet), 1e-4)
         with using(model.unet, two=0.3):  # blocks nest, and the outer one comes back
             unet.set_adapters(["two"], [0.3])
             assert close(model.unet(*inputs()), theirs(unet), 1e-5)

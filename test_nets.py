@@ -246,9 +246,9 @@ def test_controlnet_is_diffusers(h, w):
         down, middle = theirs_of(theirs, *given, conditioning_scale=scale, return_dict=False)
         found = ours(*given, scale)
         assert len(found) == len(down) + 1 == 10
-        assert all(error(a, b) <= 1e-5 for a, b in zip(found, (*down, middle)))
+        assert all(error(a, b) <= 1e-4 for a, b in zip(found, (*down, middle)))
     default = ours(*given)
-    assert all(error(a, b / 0.4) <= 1e-5 for a, b in zip(default, found))
+    assert all(error(a, b / 0.4) <= 1e-4 for a, b in zip(default, found))
 
 
 @pytest.mark.parametrize("h, w", SIZES)
@@ -259,7 +259,7 @@ def test_unet_with_a_controlnet_is_diffusers(h, w):
     more = dict(down_block_additional_residuals=down, mid_block_additional_residual=middle)
     y = theirs_of(unets()[0], *given, **more).sample
     ours = unets()[1](*given, controlnets()[1](*given, image))
-    assert error(ours, y) <= 1e-5
+    assert error(ours, y) <= 1e-4
     assert error(unets()[1](*given), y) > 0.1
 
 
