@@ -42,18 +42,19 @@ def peft_unet(folder, rank=4, alpha=2, seed=0, unet=None, name="default", target
     return unet.requires_grad_(False)
 
 
-def inputs(seed=0):
+def inputs(seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     cond = {
-        "tokens": torch.randn((2, 77, 128), generator=generator),
-        "pooled": torch.randn((2, 48), generator=generator),
+        "tokens": torch.randn((2, 77, 128), generator=generator).to(dtype),
+        "pooled": torch.randn((2, 48), generator=generator).to(dtype),
         "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64], [128, 64, 8, 0, 64, 64]]),
     }
-    return torch.randn((2, 4, 8, 8), generator=generator), torch.tensor([999, 250]), cond
+    x = torch.randn((2, 4, 8, 8), generator=generator)
+    return x.to(dtype), torch.tensor([999, 250]), cond
 
 
 def theirs(unet):
-    x, t, cond = inputs()
+    x, t, cond = inputs(dtype=unet.dtype)
     added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
     return unet(x, t, cond["tokens"], added_cond_kwargs=added).sample
 
@@ -159,14 +160,17 @@ def test_stacked_loras_with_weights(folder, model):
                 update.down.data = state[f"{layer}.lora_A.weight"]
                 update.up.data = state[f"{layer}.lora_B.weight"]
                 kept[layer] = update
-        attach(model.unet, name, LoRA.of(kept))
+        attach(model.unet, name, LoRA.of(kept).double())
+    # -1.2 times an alpha of twice the rank magnifies float32's rounding to 1e-5 of the output.
+    exact, unet = inputs(dtype=torch.float64), unet.double()
+    model.unet.double()
     with using(model.unet, one=0.5, two=-1.2):
-        assert close(model.unet(*inputs()), theirs(unet), 1e-4)
+        assert close(model.unet(*exact), theirs(unet), 1e-12)
         with using(model.unet, two=0.3):  # blocks nest, and the outer one comes back
             unet.set_adapters(["two"], [0.3])
-            assert close(model.unet(*inputs()), theirs(unet), 1e-5)
+            assert close(model.unet(*exact), theirs(unet), 1e-12)
         unet.set_adapters(["one", "two"], [0.5, -1.2])
-        assert close(model.unet(*inputs()), theirs(unet), 1e-5)
+        assert close(model.unet(*exact), theirs(unet), 1e-12)
 
 
 def test_gradients_are_pefts(folder, model):

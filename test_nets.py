@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 
 import load
@@ -138,33 +139,27 @@ def error(ours, theirs):
 
 @pytest.mark.parametrize("h, w", SIZES)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.float64, 1e-12)])
 @torch.no_grad()
-def test_unet_is_diffusers(h, w, layout):
-    theirs, ours = unets()
-    x_t, t, cond = inputs(h, w)
+def test_unet_is_diffusers(h, w, layout, dtype, bound):
+    theirs, ours = unets(dtype=dtype)
+    x_t, t, cond = inputs(h, w, dtype=dtype)
     y = theirs_of(theirs, x_t, t, cond).sample
     assert 0.2 < y.std() < 5
     ours.to(memory_format=layout)
-    assert error(ours(x_t.to(memory_format=layout), t, cond), y) <= 1e-5
+    assert error(ours(x_t.to(memory_format=layout), t, cond), y) <= bound
     # An example does not see the rest of its batch, and t may be real.
     one = {k: v[1:] for k, v in cond.items()}
-    assert error(ours(x_t[1:], t[1:].float(), one), y[1:]) <= 1e-5
+    assert error(ours(x_t[1:], t[1:].float(), one), y[1:]) <= bound
     ours.to(memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()
 def test_unet_of_other_sizes_is_diffusers():
-    theirs, ours = unets("small")
+    theirs, ours = unets("small", torch.float64)
     for h, w in SIZES:
-        given = inputs(h, w, channels=9)
-        assert error(ours(*given), theirs_of(theirs, *given).sample) <= 1e-5
-
-
-@torch.no_grad()
-def test_unet_is_diffusers_to_float64():
-    theirs, ours = unets(dtype=torch.float64)
-    given = inputs(13, 18, dtype=torch.float64)
-    assert error(ours(*given), theirs_of(theirs, *given).sample) <= 1e-12
+        given = inputs(h, w, channels=9, dtype=torch.float64)
+        assert error(ours(*given), theirs_of(theirs, *given).sample) <= 1e-12
 
 
 def gradients(model, forward, x_t):
@@ -221,7 +216,7 @@ def test_bfloat16_is_as_near_to_float32_as_diffusers():
 
 @torch.no_grad()
 def test_loaded_in_half_precision_the_last_layers_stay_in_float32():
-    (_, exact), (_, half) = unets(), unets(dtype=torch.bfloat16)
+    exact = unets()[1]
     x_t, t, cond = inputs(16, 16)
     weights = {k: v.half() for k, v in exact.state_dict().items()}
     exact = load.assign(load.empty(UNet, exact.config), weights, "a file", torch.float32)
@@ -229,9 +224,13 @@ def test_loaded_in_half_precision_the_last_layers_stay_in_float32():
     kinds = {k.split(".")[0] for k, p in loaded.named_parameters() if p.dtype == torch.float32}
     assert kinds == {"conv_norm_out", "conv_out"}
     assert torch.equal(loaded.conv_out.weight, exact.conv_out.weight)
-    want, got = exact(x_t, t, cond), loaded(x_t, t, cond)
+    seen = []
+    loaded.conv_norm_out.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    got, norm, out = loaded(x_t, t, cond), exact.conv_norm_out, exact.conv_out
+    h = seen[0].bfloat16().float()  # what comes before is in bfloat16
+    h = F.silu(F.group_norm(h, 8, norm.weight, norm.bias))
     assert got.dtype == torch.float32
-    assert error(got, want) < 0.9 * error(half(x_t, t, cond).float(), want)
+    assert error(got, F.conv2d(h, out.weight, out.bias, padding=1)) <= 1e-5
 
 
 # ------------------------------------------------------------------------------------- ControlNet
@@ -240,27 +239,29 @@ def test_loaded_in_half_precision_the_last_layers_stay_in_float32():
 @pytest.mark.parametrize("h, w", SIZES)
 @torch.no_grad()
 def test_controlnet_is_diffusers(h, w):
-    theirs, ours = controlnets()
-    given = (*inputs(h, w), randn(2, 3, 8 * h, 8 * w, seed=4).sigmoid())
+    theirs, ours = controlnets(torch.float64)
+    image = randn(2, 3, 8 * h, 8 * w, seed=4, dtype=torch.float64).sigmoid()
+    given = (*inputs(h, w, dtype=torch.float64), image)
     for scale in (1.0, 0.4):
         down, middle = theirs_of(theirs, *given, conditioning_scale=scale, return_dict=False)
         found = ours(*given, scale)
         assert len(found) == len(down) + 1 == 10
-        assert all(error(a, b) <= 1e-4 for a, b in zip(found, (*down, middle)))
+        assert all(error(a, b) <= 1e-12 for a, b in zip(found, (*down, middle)))
     default = ours(*given)
-    assert all(error(a, b / 0.4) <= 1e-4 for a, b in zip(default, found))
+    assert all(error(a, b / 0.4) <= 1e-12 for a, b in zip(default, found))
 
 
 @pytest.mark.parametrize("h, w", SIZES)
 @torch.no_grad()
 def test_unet_with_a_controlnet_is_diffusers(h, w):
-    given, image = inputs(h, w), randn(2, 3, 8 * h, 8 * w, seed=4).sigmoid()
-    down, middle = theirs_of(controlnets()[0], *given, image, return_dict=False)
+    (theirs, ours), (base, unet) = (nets(dtype=torch.float64) for nets in (controlnets, unets))
+    given = inputs(h, w, dtype=torch.float64)
+    image = randn(2, 3, 8 * h, 8 * w, seed=4, dtype=torch.float64).sigmoid()
+    down, middle = theirs_of(theirs, *given, image, return_dict=False)
     more = dict(down_block_additional_residuals=down, mid_block_additional_residual=middle)
-    y = theirs_of(unets()[0], *given, **more).sample
-    ours = unets()[1](*given, controlnets()[1](*given, image))
-    assert error(ours, y) <= 1e-4
-    assert error(unets()[1](*given), y) > 0.1
+    y = theirs_of(base, *given, **more).sample
+    assert error(unet(*given, ours(*given, image)), y) <= 1e-12
+    assert error(unet(*given), y) > 0.1
 
 
 def test_controlnet_gradients_are_diffusers():
@@ -288,7 +289,7 @@ def test_controlnet_gradients_are_diffusers():
 
 @pytest.mark.parametrize("which", ["tiny", "short"])
 @pytest.mark.parametrize("h, w", SIZES)
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.float64, 1e-12)])
 @torch.no_grad()
 def test_vae_is_diffusers(which, h, w, dtype, bound):
     theirs, ours = vaes(which, dtype)
