@@ -667,6 +667,9 @@ NAMES = {
 }  # fmt: skip
 
 
+PAPERS = ["lcm", "pcm4", "tcd", "tdd_eta0", "tdd", "tdd_adv"]  # the comparison of its Table 1
+
+
 def kept(name, **other):
     """A metrics.json in docs, and its figures by method, number of steps and metric.
 
@@ -729,31 +732,50 @@ def same_cells(figure, cells, columns, method):
             assert float(shown) == pytest.approx(value, abs=0.51 * digit)
 
 
-def test_the_presets_teacher_and_tdd_are_what_the_readme_says():
-    """A teacher of the length that is the default, which fewer rows were taken from."""
-    _, figure = kept("cifar_tdd.json", dtype="bf16", methods=["tdd"])
+def test_the_presets_run_is_what_the_readme_says():
+    """A teacher of the length that is the default, and the paper's own comparison."""
+    _, figure = kept("cifar_preset.json", dtype="bf16", methods=PAPERS)
+    ks = range(4, 9)
+    by = {
+        metric: {m: np.array([figure(m, k, metric) for k in ks]) for m in ("teacher", *PAPERS)}
+        for metric in ("rmse", "frechet_teacher", "frechet_data", "agreement")
+    }
     for metric in ("rmse", "frechet_teacher"):
-        over_k = [figure("tdd", k, metric) for k in range(4, 9)]
-        assert over_k[0] < 0.8 * figure("teacher", 4, metric)
-        assert over_k == sorted(over_k) and over_k[4] > figure("teacher", 8, metric)
+        over_k, tdd = by[metric], by[metric]["tdd"]
+        assert tdd[0] < 0.8 * over_k["teacher"][0] and tdd[4] > over_k["teacher"][4]
+        assert (np.diff(tdd) > 0).all() and (over_k["pcm4"] < tdd).all()
+        assert all((over_k["tdd_eta0"] < over_k[m]).all() for m in PAPERS if m != "tdd_eta0")
+        assert (tdd < over_k["tcd"]).all() and (tdd < over_k["lcm"]).all()
+    for rival in ("tcd", "lcm"):
+        assert (by["frechet_data"]["tdd"] < by["frechet_data"][rival]).all()
+        assert (by["agreement"]["tdd"] > by["agreement"][rival]).all()
+    assert all((by["agreement"]["tdd_eta0"] >= by["agreement"][m]).all() for m in PAPERS)
+    assert all(by["agreement"]["teacher"][0] > by["agreement"][m].max() for m in PAPERS)
+    noisy = {
+        m: np.array([figure(m, k, "frechet_teacher", gamma=0.2) for k in (4, 8)])
+        for m in by["rmse"]
+    }
+    assert all((noisy["tdd"] < noisy[m]).all() for m in ("teacher", "tcd", "lcm"))
+    assert list(noisy["tdd"] < noisy["tdd_eta0"]) == [True, False]
     assert figure("teacher", 50, "agreement") > 0.70
     assert figure("teacher", 50, "frechet_data") < 31 * figure("real", 0, "frechet_data")
     assert figure("tdd", 4, "frechet_data") < figure("teacher", 8, "frechet_data")
-    assert figure("tdd", 4, "agreement") < figure("teacher", 4, "agreement")
-    cases = {f"teacher, {k} steps": ("teacher", k) for k in (50, 4, 8)}
-    cases |= {f"TDD, {k} steps": ("tdd", k) for k in range(4, 9)} | {"test pictures": ("real", 0)}
-    metrics = ("rmse", "frechet_teacher", "frechet_data", "agreement", "png_bits")
-    found = readme_table("### The preset's teacher and TDD")
-    assert found.keys() == cases.keys()
-    for cells, (method, k) in zip(found.values(), cases.values(), strict=True):
-        columns = [(m, k, 0.0) for m, cell in zip(metrics, cells, strict=True) if cell]
-        same_cells(figure, filter(None, cells), columns, method)
 
 
-def test_the_readmes_tables_are_the_measured_run():
-    _, figure = kept("cifar.json", teacher_steps=5125)
-    same = partial(same_cells, figure)
-    ks, two, three = (1, 2, 4, 5, 6, 7, 8), (4, 8), (4, 6, 8)
+HALF = "### All methods, with a teacher trained half as long"
+RUNS = [
+    ("cifar_preset.json", "### The preset's run", (4, 8), {"dtype": "bf16", "methods": PAPERS}),
+    ("cifar.json", HALF, (4, 6, 8), {"teacher_steps": 5125}),
+]
+
+
+@pytest.mark.parametrize("name, under, noisy, other", RUNS)
+def test_the_readmes_tables_are_the_measured_run(name, under, noisy, other):
+    _, figure = kept(name, **other)
+    same, table = partial(same_cells, figure), partial(readme_table, under=under)
+    trained = ("teacher", *other.get("methods", cifar_train.STUDENTS))
+    names = {row: method for row, method in NAMES.items() if method in trained}
+    ks, two = (1, 2, 4, 5, 6, 7, 8), (4, 8)
     tables = {
         "Distance (rmse, x_0 in": [("rmse", k, 0.0) for k in ks],
         "Fréchet distance to the same samples": [("frechet_teacher", k, 0.0) for k in ks],
@@ -762,19 +784,19 @@ def test_the_readmes_tables_are_the_measured_run():
         ],
         "With gamma = 0.2, Fréchet": [
             (metric, k, 0.2)
-            for metric in ("frechet_teacher", "frechet_data", "agreement") for k in three
+            for metric in ("frechet_teacher", "frechet_data", "agreement") for k in noisy
         ],
     }  # fmt: skip
     for after, columns in tables.items():
-        found = readme_table(after)
-        for name, method in NAMES.items():
-            same(found.pop(name), columns, method)
+        found = table(after)
+        for row, method in names.items():
+            same(found.pop(row), columns, method)
     # Of the third, what is left has a figure for its own number of steps alone.
-    found = readme_table("Fréchet distance to the training pictures")
+    found = table("Fréchet distance to the training pictures")
     metrics = ("frechet_data", "agreement", "png_bits")
     others = {f"teacher, {k} steps": ("teacher", k) for k in (25, 50)}
     others["test pictures"] = "real", 0
-    for name, (method, k) in others.items():
+    for row, (method, k) in others.items():
         columns = [(metric, k, 0.0) for metric in metrics]
-        same(filter(None, found[name]), columns, method)
-    assert found.keys() == NAMES.keys() | others.keys()
+        same(filter(None, found[row]), columns, method)
+    assert found.keys() == names.keys() | others.keys()
