@@ -751,12 +751,9 @@ def test_the_presets_run_is_what_the_readme_says():
         assert (by["agreement"]["tdd"] > by["agreement"][rival]).all()
     assert all((by["agreement"]["tdd_eta0"] >= by["agreement"][m]).all() for m in PAPERS)
     assert all(by["agreement"]["teacher"][0] > by["agreement"][m].max() for m in PAPERS)
-    noisy = {
-        m: np.array([figure(m, k, "frechet_teacher", gamma=0.2) for k in (4, 8)])
-        for m in by["rmse"]
-    }
-    assert all((noisy["tdd"] < noisy[m]).all() for m in ("teacher", "tcd", "lcm"))
-    assert list(noisy["tdd"] < noisy["tdd_eta0"]) == [True, False]
+    for k in (4, 8):
+        noisy = {m: figure(m, k, "frechet_teacher", gamma=0.2) for m in ("teacher", *PAPERS)}
+        assert noisy["tdd"] < min(noisy[m] for m in ("teacher", "tcd", "lcm"))
     assert figure("teacher", 50, "agreement") > 0.70
     assert figure("teacher", 50, "frechet_data") < 31 * figure("real", 0, "frechet_data")
     assert figure("tdd", 4, "frechet_data") < figure("teacher", 8, "frechet_data")
