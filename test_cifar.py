@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -670,13 +669,14 @@ NAMES = {
 PAPERS = ["lcm", "pcm4", "tcd", "tdd_eta0", "tdd", "tdd_adv"]  # the comparison of its Table 1
 
 
-def kept(name, **other):
-    """A metrics.json in docs, and its figures by method, number of steps and metric.
+@pytest.fixture(scope="module")
+def figure():
+    """The figures of docs/cifar.json by method, number of steps and metric.
 
-    All of its settings are the parser's defaults but for these.
+    All of that run's settings are the parser's defaults but for one.
     """
-    result = json.loads((HERE / "docs" / name).read_text())
-    settings = vars(cifar_train.parser().parse_args([])) | other
+    result = json.loads((HERE / "docs" / "cifar.json").read_text())
+    settings = vars(cifar_train.parser().parse_args([])) | {"dtype": "bf16"}
     settings = {k: str(v) for k, v in settings.items()}
     assert {k: v for k, v in result["settings"].items() if k != "torch"} == settings
     assert {row["n"] for row in result["rows"]} == {2000}
@@ -687,81 +687,57 @@ def kept(name, **other):
         (row,) = [row for row in result["rows"] if wanted.items() <= row.items()]
         return row[metric][part]
 
-    return result, figure
+    return figure
 
 
-def test_measured_run_is_what_the_readme_says():
+def over_k(figure, metric):
+    """Each method's figures from 4 to 8 steps at gamma = 0."""
+    return {m: np.array([figure(m, k, metric) for k in range(4, 9)]) for m in NAMES.values()}
+
+
+@pytest.mark.parametrize("metric", ["rmse", "frechet_teacher"])
+def test_distances_are_what_the_readme_says(figure, metric):
     """What holds, and what does not; one training each, so without more slack than sampling has."""
-    result, figure = kept("cifar.json", teacher_steps=5125)
-    for metric in ("rmse", "frechet_teacher"):
-        over_k = {m: np.array([figure(m, k, metric) for k in range(4, 9)]) for m in NAMES.values()}
-        tdd = over_k["tdd"]
-        assert tdd[0] < 0.8 * over_k["teacher"][0] and tdd[4] > over_k["teacher"][4]
-        assert (tdd < over_k["tcd"]).all() and (tdd < over_k["lcm"]).all()
-        assert (over_k["pcm4"][1:] < tdd[1:]).all() and (over_k["tdd_eta0"] < tdd).all()
-        told = over_k["tdds"]
-        assert told.max() < 1.07 * told.min() and tdd[4] > 1.2 * tdd[0]
-        clipped = [figure("tdd", 4, metric, clip_steps=n) for n in (4, 1, 0)]
-        assert clipped == sorted(clipped)
-    noisy = {m: [figure(m, k, "frechet_teacher", gamma=0.2) for k in (4, 6, 8)]
-             for m in ("tdd", "tcd", "lcm", "teacher")}  # fmt: skip
-    assert (np.array(noisy.pop("tdd")) < np.array(list(noisy.values()))).all()
+    by = over_k(figure, metric)
+    tdd, told = by["tdd"], by["tdds"]
+    assert tdd[0] < 0.8 * by["teacher"][0] and tdd[4] > by["teacher"][4]
+    assert (tdd < by["tcd"]).all() and (tdd < by["lcm"]).all()
+    assert (np.diff(tdd) > 0).all() and (by["pcm4"][1:] < tdd[1:]).all()
+    rivals = by.keys() - {"teacher", "tdd_eta0"}
+    assert all((by["tdd_eta0"] < by[m]).all() for m in rivals)
+    assert (np.diff(told) < np.diff(tdd)).all() and told[4] < 0.85 * tdd[4]
+    clipped = [figure("tdd", 4, metric, clip_steps=n) for n in (4, 1, 0)]
+    assert clipped == sorted(clipped)
+
+
+def test_noise_between_the_steps_is_what_the_readme_says(figure):
+    for k in (4, 8):
+        noisy = {m: figure(m, k, "frechet_teacher", gamma=0.2) for m in NAMES.values()}
+        assert noisy["tdd"] < min(noisy[m] for m in ("teacher", "tcd", "lcm"))
+
+
+def test_schedules_and_guidance_are_what_the_readme_says(figure):
     for k in (5, 6, 7):
         other = figure("tdd", k, "frechet_teacher", schedule="nonequidistant")
-        assert other < 0.75 * figure("tdd", k, "frechet_teacher")
-    (real,) = [row for row in result["rows"] if row["method"] == "real"]
-    assert 0.67 < figure("teacher", 50, "agreement") < 0.70
-    assert figure("teacher", 50, "frechet_data") < 31 * real["frechet_data"]["value"]
-    assert figure("tdd", 4, "agreement") < figure("teacher", 4, "agreement")
-    assert figure("tdm4", 4, "agreement") > figure("teacher", 50, "agreement")
-    assert figure("tdm4", 4, "frechet_data") < figure("teacher", 50, "frechet_data")
-    for w in cifar_eval.GUIDED[:2]:
-        clipped, free = (figure("tdd", 4, "agreement", w=w, clip_steps=n) for n in (4, 0))
-        assert clipped > free + 0.01
+        assert other < 0.8 * figure("tdd", k, "frechet_teacher")
     for w in (0.0, *cifar_eval.GUIDED):
         with_null, without = (figure(m, 4, "agreement", w=w) for m in ("tdd", "tdd_rho0"))
         assert abs(with_null - without) < 0.01
 
 
-def test_the_presets_run_is_what_the_readme_says():
-    """A teacher of the length that is the default, and the paper's own comparison."""
-    _, figure = kept("cifar_preset.json", dtype="bf16", methods=PAPERS)
-    ks = range(4, 9)
-    by = {
-        metric: {m: np.array([figure(m, k, metric) for k in ks]) for m in ("teacher", *PAPERS)}
-        for metric in ("rmse", "frechet_teacher", "frechet_data", "agreement")
-    }
-    for metric in ("rmse", "frechet_teacher"):
-        over_k, tdd = by[metric], by[metric]["tdd"]
-        assert tdd[0] < 0.8 * over_k["teacher"][0] and tdd[4] > over_k["teacher"][4]
-        assert (np.diff(tdd) > 0).all() and (over_k["pcm4"] < tdd).all()
-        assert all((over_k["tdd_eta0"] < over_k[m]).all() for m in PAPERS if m != "tdd_eta0")
-        assert (tdd < over_k["tcd"]).all() and (tdd < over_k["lcm"]).all()
+def test_agreement_and_distance_to_the_data_are_what_the_readme_says(figure):
+    data, agreement = over_k(figure, "frechet_data"), over_k(figure, "agreement")
     for rival in ("tcd", "lcm"):
-        assert (by["frechet_data"]["tdd"] < by["frechet_data"][rival]).all()
-        assert (by["agreement"]["tdd"] > by["agreement"][rival]).all()
-    assert all((by["agreement"]["tdd_eta0"] >= by["agreement"][m]).all() for m in PAPERS)
-    assert all(by["agreement"]["teacher"][0] > by["agreement"][m].max() for m in PAPERS)
-    for k in (4, 8):
-        noisy = {m: figure(m, k, "frechet_teacher", gamma=0.2) for m in ("teacher", *PAPERS)}
-        assert noisy["tdd"] < min(noisy[m] for m in ("teacher", "tcd", "lcm"))
+        assert (data["tdd"] < data[rival]).all() and (agreement["tdd"] > agreement[rival]).all()
     assert figure("teacher", 50, "agreement") > 0.70
     assert figure("teacher", 50, "frechet_data") < 31 * figure("real", 0, "frechet_data")
-    assert figure("tdd", 4, "frechet_data") < figure("teacher", 8, "frechet_data")
+    assert data["tdd"][0] < data["teacher"][4]
+    assert all(agreement["teacher"][0] > agreement[m].max() for m in PAPERS)
+    many = figure("teacher", 50, "agreement") - figure("teacher", 50, "agreement", "error")
+    assert agreement["tdm4"][0] > many and figure("tdm_unify", 2, "agreement") > many
 
 
-HALF = "### All methods, with a teacher trained half as long"
-RUNS = [
-    ("cifar_preset.json", "### The preset's run", (4, 8), {"dtype": "bf16", "methods": PAPERS}),
-    ("cifar.json", HALF, (4, 6, 8), {"teacher_steps": 5125}),
-]
-
-
-@pytest.mark.parametrize("name, under, noisy, other", RUNS)
-def test_the_readmes_tables_are_the_measured_run(name, under, noisy, other):
-    _, figure = kept(name, **other)
-    table = partial(readme_table, under=under)
-
+def test_the_readmes_tables_are_the_measured_run(figure):
     def same(cells, columns, method):
         """Every cell to its last digit, and the error behind it where there is one."""
         for cell, (metric, k, gamma) in zip(cells, columns, strict=True):
@@ -770,30 +746,25 @@ def test_the_readmes_tables_are_the_measured_run(name, under, noisy, other):
                 digit = 10.0 ** -len(shown.split(".")[1])
                 assert float(shown) == pytest.approx(value, abs=0.51 * digit)
 
-    trained = ("teacher", *other.get("methods", cifar_train.STUDENTS))
-    names = {row: method for row, method in NAMES.items() if method in trained}
     ks, two = (1, 2, 4, 5, 6, 7, 8), (4, 8)
+    data = "Fréchet distance to the training pictures"
+    metrics = ("frechet_data", "agreement", "png_bits")
     tables = {
         "Distance (rmse, x_0 in": [("rmse", k, 0.0) for k in ks],
         "Fréchet distance to the same samples": [("frechet_teacher", k, 0.0) for k in ks],
-        "Fréchet distance to the training pictures": [
-            (metric, k, 0.0) for metric in ("frechet_data", "agreement", "png_bits") for k in two
-        ],
+        data: [(metric, k, 0.0) for metric in metrics for k in two],
         "With gamma = 0.2, Fréchet": [
             (metric, k, 0.2)
-            for metric in ("frechet_teacher", "frechet_data", "agreement") for k in noisy
+            for metric in ("frechet_teacher", "frechet_data", "agreement") for k in two
         ],
     }  # fmt: skip
-    for after, columns in tables.items():
-        found = table(after)
-        for row, method in names.items():
-            same(found.pop(row), columns, method)
-    # Of the third, what is left has a figure for its own number of steps alone.
-    found = table("Fréchet distance to the training pictures")
-    metrics = ("frechet_data", "agreement", "png_bits")
+    # Of the third, these have a figure for their own number of steps alone.
     others = {f"teacher, {k} steps": ("teacher", k) for k in (25, 50)}
     others["test pictures"] = "real", 0
-    for row, (method, k) in others.items():
-        columns = [(metric, k, 0.0) for metric in metrics]
-        same(filter(None, found[row]), columns, method)
-    assert found.keys() == names.keys() | others.keys()
+    for after, columns in tables.items():
+        found = readme_table(after, under="## CIFAR-10")
+        for row, method in NAMES.items():
+            same(found.pop(row), columns, method)
+        for row, (method, k) in others.items() if after == data else ():
+            same(filter(None, found.pop(row)), [(metric, k, 0.0) for metric in metrics], method)
+        assert not found
