@@ -331,10 +331,10 @@ def test_measured_run_of_the_family_is_what_the_readme_says():
     assert (found["LCM and 100 steps of TDM", 4] < 0.75 * found["LCM", 4]).all()
 
 
-def readme_table(after, under=""):
-    """The README's first table after these words of a section: its rows' cells by their first."""
+def readme_table(after):
+    """The README's first table after these words: its rows' cells by their first."""
     text = (Path(__file__).parent / "README.md").read_text()
-    lines = text[text.index(after, text.index(under)) :].splitlines()
+    lines = text[text.index(after) :].splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("| ---"))
     rows = [line.split("|")[1:-1] for line in lines[first + 1 :]]
     end = next(i for i, row in enumerate(rows) if not row)
