@@ -1,5 +1,8 @@
-"""The tiny SDXL of test_sample.py, for every test that needs a model on disk."""
+"""Two workers of one thread each are faster than one of two."""
 
-from test_sample import folder, single
+import os
 
-__all__ = ["folder", "single"]
+import torch
+
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)

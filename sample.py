@@ -1,7 +1,7 @@
 """Pictures from SDXL in 4 to 8 steps, with a TDD LoRA: prompts in, PNG files out.
 
     python sample.py --model sdxl/ --lora tdd.safetensors --prompt "a red fox in the snow"
-    torchrun --nproc-per-node 8 sample.py --model sdxl/ --lora tdd.safetensors \\
+    torchrun --nproc-per-node 8 sample.py --model sdxl/ --lora tdd.safetensors \
         --prompts coco30k.txt --output coco/
 """
 
@@ -18,57 +18,18 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
-import processes
-from clip import encode_prompts
-from distill import tell
-from load import SDXL, cast, find_weights, load_component, load_controlnet, load_sdxl, read_tensors
-from lora import LoRA, merge, read_lora
+from common import cli, files
+from common.files import read_lines, read_tensors
+from common.pictures import open_image, save_grid, to_images
+from sdxl.load import SDXL, cast, find_weights, load_component, load_controlnet, load_sdxl
+from sdxl.lora import LoRA, merge
+from sdxl.lora_files import read_lora
+from sdxl.pipeline import DTYPES, SCHEDULES, conditions, controlled, tell, timesteps_of
 from solvers import CLEAN, SOLVERS, sdxl_schedule, solve
 from tcd import TCF
-from tdd import clip_x0, equidistant, gamma_sample, guided, noise_stream, nonequidistant, tuned
+from tdd import clip_x0, gamma_sample, guided, noise_stream, tuned
+from training import distributed
 from unet import UNet, UNetConfig
-
-SCHEDULES = {"equidistant": equidistant, "nonequidistant": nonequidistant}
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# ----------------------------------------------------------------------------------------- sampling
-#
-# The loop itself is tdd.gamma_sample (or solvers.solve for the plain model); here SDXL is brought
-# into its terms: a condition, a null condition and a network eps(x_t, t, cond).
-
-
-def conditions(model: SDXL, prompts: list[str], negative: str | None, height: int, width: int):
-    """The condition of each prompt and the null condition: zeros, or the negative prompt's."""
-    device = model.unet.conv_in.weight.device
-    cond = encode_prompts(prompts, model.tokenizer, model.encoder_1, model.encoder_2)
-    # As if the picture had been that large from the start, and nothing cut off.
-    sizes = torch.tensor([[height, width, 0, 0, height, width]], device=device)
-    cond = {**cond, "time_ids": sizes.expand(len(prompts), 6)}
-    if negative is None:
-        return cond, null_of(cond)
-    null = encode_prompts([negative], model.tokenizer, model.encoder_1, model.encoder_2)
-    return cond, {**null, "time_ids": sizes}
-
-
-def null_of(cond: dict) -> dict:
-    """The null condition that goes with a condition: no prompt, and the same sizes."""
-    return {k: v if k == "time_ids" else torch.zeros_like(v[:1]) for k, v in cond.items()}
-
-
-def controlled(unet, controlnet, image: Tensor, scale: float):
-    """The UNet with a ControlNet's residuals of an image (1, 3, H, W) in [0, 1]."""
-
-    def model(x_t: Tensor, t: Tensor, cond: dict, *told: Tensor) -> Tensor:
-        images = image.expand(len(x_t), -1, -1, -1)
-        return unet(x_t, t, cond, *told, controlnet(x_t, t, cond, images, scale))
-
-    return model
-
-
-def timesteps_of(args) -> list[int]:
-    """The k timesteps of the chosen schedule; ValueError if there is none."""
-    return SCHEDULES[args.schedule](args.steps, args.solver_steps)
 
 
 def latents_of(args, model: SDXL, network, prompts: list[str], seeds: list[int]) -> Tensor:
@@ -108,7 +69,7 @@ def check(args) -> None:
         raise ValueError(f"--{name} works with --sampler tdd, not {args.sampler}")
     cli.check_device(args.device)
     if args.save_latents is not None:
-        cli.output_folder(args.save_latents.parent)
+        files.output_folder(args.save_latents.parent)
         if args.save_latents.is_dir():
             raise ValueError(f"--save-latents {args.save_latents} is a folder; name a file")
     # The same weights under another function would draw something, and nothing would say so.
@@ -195,45 +156,10 @@ def split_scale(entry: str) -> tuple[str, float]:
     return path or entry, weight
 
 
-def open_image(path: Path) -> Image.Image:
-    """A picture in RGB; depth maps in 16 bit come down to 8."""
-    try:
-        image = Image.open(path)
-        # convert() would clip, and leave a depth map white.
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
-        raise ValueError(f"{path} is no picture that can be read: {problem}") from None
-
-
 def read_prompts(args) -> list[str]:
     """One prompt an image: each --prompt num_images times over, or a file's lines."""
     prompts = args.prompt if args.prompts is None else read_lines("--prompts", args.prompts)
     return [prompt for prompt in prompts for _ in range(args.num_images)]
-
-
-def read_lines(flag: str, path: Path) -> list[str]:
-    """A file's lines that are not blank; ValueError if there are none."""
-    try:
-        # Lines end with a line feed: splitlines() would cut captions at a dozen other characters.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise ValueError(f"{flag} {path} cannot be read: {problem}") from None
-    if not any(line.strip() for line in lines):
-        raise ValueError(f"{flag} {path} holds no prompt")
-    return [line.rstrip("\r") for line in lines if line.strip()]
-
-
-# ----------------------------------------------------------------------------------------- pictures
-#
-# An image file carries its settings, and a command line that makes the same image again.
-
-
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    """Pixels (b, 3, H, W) in [-1, 1] as pictures."""
-    bytes_ = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
-    return [Image.fromarray(x) for x in rearrange(bytes_, "b c h w -> b h w c").cpu().numpy()]
 
 
 def settings_of(args, prompt: str, seed: int) -> dict:
@@ -254,7 +180,7 @@ def save_png(image: Image.Image, path: Path, args, prompt: str, seed: int) -> No
     info = PngImagePlugin.PngInfo()
     info.add_itxt("settings", json.dumps(settings, default=str))
     info.add_itxt("command", shlex.join([*words, f"--output={path.name}"]))
-    with cli.whole(path) as part:
+    with files.whole(path) as part:
         image.save(part, "PNG", pnginfo=info)
 
 
@@ -274,24 +200,13 @@ def is_made(path: Path, args, prompt: str, seed: int) -> bool:
     return True
 
 
-def save_grid(images: list[Image.Image], path: Path, columns: int = 0) -> None:
-    # As near to a square as whole rows allow, unless told otherwise.
-    columns = columns or round(len(images) ** 0.5 + 0.49)
-    width, height = images[0].size
-    grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
-    for i, image in enumerate(images):
-        grid.paste(image, (i % columns * width, i // columns * height))
-    with cli.whole(path) as part:
-        grid.save(part, "PNG")
-
-
 # --------------------------------------------------------------------------------------------- main
 #
 # Under torchrun every process takes each world-th prompt; they never need to talk to each other.
 
 
 def main(args) -> None:
-    rank, world, args.device = processes.identity(args.device)
+    rank, world, args.device = distributed.identity(args.device)
     check(args)
     prompts = read_prompts(args)
     if world > 1 and (args.save_latents or args.prompts is None):
@@ -302,7 +217,7 @@ def main(args) -> None:
         raise ValueError(
             f"--output {args.output} is a folder; name a PNG file for a single picture"
         )
-    cli.output_folder(args.output.parent if single else args.output)
+    files.output_folder(args.output.parent if single else args.output)
     paths = [args.output if single else args.output / f"{i:05}.png" for i in range(len(prompts))]
     # Thirty thousand captions are not sampled twice: what an earlier run has left is kept.
     keep = args.prompts is not None and args.save_latents is None
@@ -312,7 +227,7 @@ def main(args) -> None:
     ]  # fmt: skip
     latents = sample_all(args, prompts, todo, paths) if todo else []
     if args.save_latents:
-        cli.write_tensors(args.save_latents, {"latents": torch.cat(latents)})
+        files.write_tensors(args.save_latents, {"latents": torch.cat(latents)})
     if not single and args.prompts is None:
         save_grid([Image.open(path) for path in paths], args.output / "grid.png")
     print(f"{len(todo)} pictures sampled, {len(paths)} in {args.output}")

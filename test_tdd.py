@@ -30,7 +30,8 @@ from tdd import (
     tdd_loss,
     tuned,
 )
-from test_solvers import ALPHA, SCHEDULE, SDXL, SIGMA, V, diffusers_run, randn, toy_eps
+from tests.helpers import ALPHA, SCHEDULE, SDXL, SIGMA, Net, V, randn, toy_eps
+from tests.oracles import diffusers_run
 
 # --------------------------------------------------------------------- schedules, target sets
 
@@ -180,23 +181,6 @@ def test_draws_follow_rho_eta_and_the_generator():
 
 
 # ------------------------------------------------------------------------------------- the loss
-
-
-class Net(torch.nn.Module):
-    """A small nonlinear eps-network with a condition."""
-
-    def __init__(self, seed, shape=(2, 3)):
-        super().__init__()
-        size = math.prod(shape)
-        self.a, self.b = (
-            torch.nn.Parameter(randn(size, size, seed=seed)),
-            randn(4, size, seed=seed + 1),
-        )
-
-    def forward(self, x_t, t, cond):
-        cond = cond["label"] if isinstance(cond, dict) else cond
-        h = x_t.flatten(1) @ self.a / 3 + cond.double() @ self.b + t[:, None] / 500
-        return h.sin().reshape(x_t.shape)
 
 
 def slow_loss(student, target, teacher, x_0, cond, null, draws, w, distance):

@@ -8,37 +8,35 @@ The losses are tdd.py's and tdm.py's, the networks are distill.py's, the loop is
 """
 
 import argparse
-import copy
 import zlib
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-import cache
-import cli
-import processes
-import trainer
-from adversarial import Adversary
-from clip import encode_prompts
-from data import Images, Loader, Prompts
-from distill import Algorithm, Distillation, Matching
-from load import SDXL, load_sdxl, read_json
-from lora import LoRA, fresh_told, read_lora, write_kohya, write_peft
-from sample import DTYPES, conditions, null_of, read_lines
-from sdxl_pictures import Pictures, ends_of
-from solvers import SOLVERS, sdxl_schedule
+from common import cli, files
+from common.files import read_json, read_lines
+from sdxl.clip import encode_prompts
+from sdxl.load import SDXL, load_sdxl
+from sdxl.lora import LoRA
+from sdxl.lora_files import read_lora, write_kohya, write_peft
+from sdxl.pipeline import DTYPES, conditions, null_of
+from solvers import SOLVERS
 from tcd import TCF
-from tdd import equidistant, pseudo_huber, squared_l2, targets_of
+from tdd import equidistant
 from tdm import LOSSES, WEIGHTS
-from unet import Block, UNet
+from training import cache, distributed, loop
+from training.build import algorithm_of, distillation_of, optimizers_of
+from training.distill import Distillation, Matching
+from training.images import Images, Loader, Prompts
+from training.preview import Pictures, ends_of
 
 # What is not given is the papers' own: 512 images a step on 8 GPUs for TDD, 64 for TDM.
 TDD = {"steps": 20_000, "batch_size": 16, "grad_accum": 4, "guidance": 3.5, "loss": "l2",
        "kmin": 4, "kmax": 8, "rho": 0.2}  # fmt: skip
 TDM = {"steps": 1000, "batch_size": 8, "grad_accum": 1, "guidance": 7.0, "loss": "huber",
        "ks": [4], "fake_lr": 5e-6, "fake_weight": "exact"}  # fmt: skip
+
 
 # --------------------------------------------------------------------------------------------- data
 #
@@ -69,7 +67,7 @@ def fill_cache(args, model: SDXL, rank: int, world: int, device, settings: dict)
         return {name: tensor.cpu() for name, tensor in {"latents": x_0, **cond}.items()}
 
     loader = Loader(images, args.workers, args.max_bad)
-    cache.fill(args.cache, loader, encoded, settings, rank, world, processes.barrier)
+    cache.fill(args.cache, loader, encoded, settings, rank, world, distributed.barrier)
 
 
 # -------------------------------------------------------------------------------------------- setup
@@ -83,7 +81,7 @@ def check(args) -> None:
     check_method(args)
     if args.full and (args.init or args.compile or not args.model.is_dir()):
         raise ValueError("--full is for a model's folder, without --init and --compile")
-    if args.full and args.sample_every and processes.identity(args.device)[1] > 1:
+    if args.full and args.sample_every and distributed.identity(args.device)[1] > 1:
         raise ValueError("--full: no process has all weights to draw with: --sample-every 0")
     if args.init is not None and not args.init.is_file():
         raise ValueError(f"--init {args.init} is no file")
@@ -126,55 +124,6 @@ def check_method(args) -> None:
         raise ValueError(f"--method {args.method} has no use for --{name} as it is given")
 
 
-def algorithm_of(args, device) -> Algorithm:
-    """Algorithm 1 as the flags have it."""
-    targets = targets_of(args.method, args.solver_steps, args.kmin, args.kmax)
-    w = tuple(args.guidance_range or (args.guidance, args.guidance))
-    distance = {"l2": squared_l2, "huber": pseudo_huber}[args.loss]
-    return Algorithm(
-        targets, sdxl_schedule().to(device), args.eta, args.rho, w, args.ema, SOLVERS[args.solver],
-        TCF[args.tcf], distance, args.adv_weight,
-    )  # fmt: skip
-
-
-def distillation_of(args, unet, device, init: LoRA | None = None) -> Distillation | Matching:
-    """The UNet on its device, frozen, and all that is trained on it; init: a LoRA to go on from."""
-    if unet.config.told:
-        raise ValueError(f"{args.model}: its UNet is told of {unet.config.told}: it is no teacher")
-    unet.to(device, memory_format=torch.channels_last)
-    unet.checkpoint_blocks(args.checkpointing)
-    # From the seed alone: every process starts from the same LoRA.
-    generator, tdm = torch.Generator().manual_seed(args.seed), args.method == "tdm"
-    told = "s" if args.tcf == "s" else "K" * (tdm and len(args.ks) > 1)
-    own = copy_of(unet, told, generator) if args.full else None
-    lora = None if args.full else lora_of(args, unet, told, generator, init).to(device)
-    if tdm:
-        fake = LoRA.fresh(unet, args.rank, args.lora_alpha, generator, told).to(device)
-        nets = Matching(
-            unet, lora, fake, sdxl_schedule().to(device), tuple(args.ks), args.solver_steps,
-            args.guidance, args.fake_weight, args.loss, SOLVERS[args.solver],
-        )  # fmt: skip
-    else:
-        adversary = Adversary.fresh(unet, 1000 // args.kmin, args.seed) if args.adv else None
-        nets = Distillation(unet, lora, algorithm_of(args, device), adversary, own)
-    if args.compile:
-        compile_blocks(unet)
-    return nets
-
-
-def lora_of(args, unet: UNet, told: str, generator, init: LoRA | None) -> LoRA:
-    """The student's LoRA, fresh or from init; ValueError if init is told of something else."""
-    fresh = LoRA.fresh(unet, args.rank, args.lora_alpha, generator, told)
-    if init is None:
-        return fresh
-    if init.told is not None and init.told.of != told:
-        other = f"of {told}" if told else "nothing"
-        raise ValueError(f"--init {args.init} is told of {init.told.of}, this student {other}")
-    # What a file holds is at its full strength: it is to be so under this run's alpha too.
-    updates = {name: u.scaled(args.lora_alpha / args.rank) for name, u in init.items()}
-    return LoRA.of(updates, init.told or fresh.told).requires_grad_()
-
-
 def init_of(args, model: SDXL) -> LoRA | None:
     """--init; ValueError where it is not of the UNet alone."""
     if args.init is None:
@@ -183,41 +132,6 @@ def init_of(args, model: SDXL) -> LoRA | None:
     if any(map(len, others)):
         raise ValueError(f"--init {args.init} changes the text encoders, which stay as they are")
     return init
-
-
-def copy_of(unet: UNet, told: str, generator: torch.Generator) -> UNet:
-    """--full: a float32 UNet to train as a whole, with an embedding of what it is told."""
-    # Not channels_last: what is to be sharded must lie in memory as it is indexed.
-    own = copy.deepcopy(unet).float().to(memory_format=torch.contiguous_format)
-    own.config = replace(unet.config, told=told)
-    if told:
-        own.told = fresh_told(unet, told, generator).to(unet.conv_in.weight.device)
-    return own.requires_grad_()
-
-
-def compile_blocks(unet: UNet, **how) -> None:
-    """torch.compile each block of the UNet, for any batch."""
-    # Blocks, not the network: a dozen shapes instead of one huge graph, and the switches stay
-    # outside. Only the batch may vary, for that of the teacher does from step to step.
-    torch._dynamo.config.automatic_dynamic_shapes = False
-    torch._dynamo.config.recompile_limit = 256
-    for module in unet.modules():
-        if isinstance(module, Block):
-            module.compile(**how)
-
-
-def optimizers_of(args, nets: Distillation | Matching) -> dict[str, torch.optim.Optimizer]:
-    student = nets.student.parameters()
-    if args.method == "tdm":
-        rates = {"adam": (student, args.lr), "adam_fake": (nets.fake.parameters(), args.fake_lr)}
-        # Each of the two is what the other aims at: momentum would lead where it no longer is.
-        betas = args.weight_decay, (0.0, 0.999)
-        return {name: trainer.adamw(*given, *betas) for name, given in rates.items()}
-    made = {"adam": trainer.adamw(student, args.lr, args.weight_decay)}
-    if nets.adversary is not None:
-        heads = nets.adversary.heads.parameters()
-        made["adam_heads"] = trainer.adamw(heads, args.adv_lr, args.weight_decay, (0.0, 0.999))
-    return made
 
 
 def write(args, nets: Distillation | Matching, folder: Path, step: int, weights: dict) -> None:
@@ -231,11 +145,11 @@ def write(args, nets: Distillation | Matching, folder: Path, step: int, weights:
     # Prefixed, for other programs write into this header too.
     told = {f"tdd_{name}": str(value) for name, value in told.items() if value is not None}
     if args.full:
-        unet, name = cli.output_folder(folder / "unet"), "target" if args.ema else "student"
+        unet, name = files.output_folder(folder / "unet"), "target" if args.ema else "student"
         own = {k.partition("/base.")[2]: v for k, v in weights.items() if k.startswith(f"{name}/")}
         config = read_json(args.model / "unet" / "config.json") | {"told": nets.own.config.told}
-        cli.write_tensors(unet / "diffusion_pytorch_model.safetensors", own, format="pt", **told)
-        cli.write_json(unet / "config.json", config)
+        files.write_tensors(unet / "diffusion_pytorch_model.safetensors", own, format="pt", **told)
+        files.write_json(unet / "config.json", config)
         return
     write_peft(folder / "lora.safetensors", nets.result.lora, **told)
     # Kohya's naming has no place for an embedding, without which the LoRA would be another model.
@@ -245,7 +159,7 @@ def write(args, nets: Distillation | Matching, folder: Path, step: int, weights:
 
 # --------------------------------------------------------------------------------------------- main
 #
-# The step itself is distill.py's `losses`, the loop around it trainer.fit; here the parts are
+# The step itself is distill.py's `losses`, the loop around it loop.fit; here the parts are
 # chosen.
 
 
@@ -273,14 +187,14 @@ def main(args) -> None:
     if args.method == "tdm":
         # Its folder is not looked at before the model is; a file can be.
         read_lines("--data", args.data)
-    rank, world, device = processes.start(args.device)
-    output, settings = cli.output_folder(args.output), {k: str(v) for k, v in vars(args).items()}
-    folder, config = trainer.resume_point(output, args.resume, settings)
+    rank, world, device = distributed.start(args.device)
+    output, settings = files.output_folder(args.output), {k: str(v) for k, v in vars(args).items()}
+    folder, config = loop.resume_point(output, args.resume, settings)
     model = load_sdxl(args.model, args.tokenizer, DTYPES[args.dtype])
     nets = distillation_of(args, model.unet, device, init_of(args, model))
     position = config["positions"][rank] if folder else None
     loader = batches_of(args, model, rank, world, device, position)
-    draws_pictures = args.sample_every and processes.is_main()
+    draws_pictures = args.sample_every and distributed.is_main()
     pictures = Pictures(args, model, nets, device) if draws_pictures else None
     if args.cache is not None:
         # From here on everything needed of them lies in the cache.
@@ -289,10 +203,10 @@ def main(args) -> None:
     # Each process has draws of its own.
     generator = torch.Generator().manual_seed(args.seed * 10_000 + rank)
     optimizers, export = optimizers_of(args, nets), partial(write, args, nets)
-    run = trainer.Run(output, nets.modules, optimizers, generator, loader, settings, export)
+    run = loop.Run(output, nets.modules, optimizers, generator, loader, settings, export)
     if folder is not None:
         run.restore(folder, config)
-    nets.distribute(processes.parallel)
+    nets.distribute(distributed.parallel)
 
     def losses(batch: dict) -> dict:
         # TDM has no x_0: of what it is to draw, only the size is given.
@@ -309,16 +223,16 @@ def main(args) -> None:
         batch["timesteps"] = draws.timesteps
         return nets.losses(*data, cond, null_of(cond), draws)
 
-    plan = trainer.Plan(
+    plan = loop.Plan(
         args.steps, lambda step: min(1.0, (step + 1) / (args.warmup + 1)), args.grad_accum,
         args.clip_grad, args.save_every, args.keep, args.sample_every,
     )  # fmt: skip
-    trainer.fit(run, plan, losses, nets.after_step, nets.parallel, pictures)
+    loop.fit(run, plan, losses, nets.after_step, nets.parallel, pictures)
     weights = run.weights()
-    if processes.is_main():
+    if distributed.is_main():
         export(output, run.step, weights)
         print(f"{run.step} steps; {'unet' if args.full else 'lora.safetensors'} is in {output}/")
-    processes.close()
+    distributed.close()
 
 
 def method_flags(add) -> None:

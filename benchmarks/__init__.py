@@ -1,0 +1,1 @@
+"""Speed and memory beside diffusers and the published recipe."""

@@ -1,0 +1,1 @@
+"""CIFAR-10 through SDXL's code: data, classifier, training, evaluation, pictures."""

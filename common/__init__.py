@@ -1,0 +1,1 @@
+"""What experiments and scripts share: command lines, files, plots, comparisons."""

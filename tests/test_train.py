@@ -1,0 +1,480 @@
+"""SDXL's step against Algorithm 1 over diffusers' UNet and peft; the training loop by itself."""
+
+import copy
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+import train_sdxl
+from common import files
+from sdxl import load, pipeline
+from sdxl.lora import LoRA
+from sdxl.pipeline import null_of
+from tcd import TCF
+from tdd import Draws, jumps, pseudo_huber, squared_l2, targets_of
+from tests.helpers import ALPHA, SCHEDULE
+from tests.oracles import Theirs, drawn, example, matching, own_draws, same_gradients, tiny, weights
+from training import build, loop
+from training.adversarial import noised_times
+
+# ------------------------------------------------------------- Algorithm 1 over diffusers' UNet
+#
+# Everything the step does is done here by other means: diffusers' UNet with peft's adapters instead
+# of our LoRA layers, targets found by trying every fraction, one example and one pass at a time.
+
+
+CASES = [
+    # method, tcf, eta, rho, mu, distance, checkpointing
+    ("tdd", "1", 0.3, 0.3, 0.0, squared_l2, True), ("tdd", "1", 0.3, 0.0, 0.9, squared_l2, False),
+    ("tdd", "1", 0.0, 1.0, 0.0, squared_l2, False), ("cm", "1", 0.0, 0.5, 0.9, squared_l2, True),
+    ("pcm", "1", 0.0, 0.5, 0.0, squared_l2, False), ("tcd", "1", 0.0, 0.5, 0.5, squared_l2, True),
+    ("tdd", "1", 0.3, 0.3, 0.9, pseudo_huber, True), ("tcd", "s", 0.0, 0.5, 0.9, squared_l2, True),
+    ("tdd", "s", 0.3, 0.3, 0.0, squared_l2, False),
+]  # fmt: skip
+DISTANCES = {
+    squared_l2: lambda d: (d**2).mean(),
+    pseudo_huber: lambda d: ((d**2 + 0.001**2).sqrt() - 0.001).mean(),
+}
+
+
+@pytest.mark.parametrize("method, tcf, eta, rho, mu, distance, checkpointing", CASES)
+def test_step_is_algorithm_1(method, tcf, eta, rho, mu, distance, checkpointing, folder):
+    """Loss to 1e-6 and every gradient to 1e-5: methods, TCF(S+), offsets, drops and EMA."""
+    settings = {"targets": targets_of(method, 50), "jump": TCF[tcf], "told": tcf.strip("1")}
+    nets = tiny(folder, **settings, eta=eta, rho=rho, mu=mu, distance=distance)
+    nets.base.checkpoint_blocks(checkpointing)
+    if mu:  # a moving average that has fallen behind the student
+        for p in nets.target.parameters():
+            p.mul_(0.5)
+    x_0, cond = example()
+    rows, noise = own_draws(method, 50, 4, x_0.shape, eta, rho, torch.Generator().manual_seed(7))
+    loras = {"student": nets.lora} | ({"target": nets.target.lora} if mu else {})
+    theirs = Theirs(folder, loras, 4, 2.0, torch.float64)
+    adapter = "target" if mu else "student"
+    expected = theirs.loss(x_0, cond, rows, noise, 3.5, adapter, DISTANCES[distance])
+    found = nets.losses(x_0, cond, null_of(cond), drawn(nets, x_0, 7))
+    found["total"].backward()
+    assert found["loss"].item() == pytest.approx(expected, rel=1e-6)
+    same_gradients(nets.lora, theirs, "student")
+    assert all(p.grad is None for p in nets.base.parameters())
+
+
+def test_told_of_nothing_yet_it_is_the_student_without(folder):
+    """TCF(S+) begins as TCF(1): the same bits from a network with a fresh embedding."""
+    (x_0, cond), t = example(), torch.tensor([999, 500, 20, 751])
+    plain, knowing = tiny(folder), tiny(folder, told="s")
+    fresh = LoRA.fresh(knowing.base, 4, 2.0, torch.Generator().manual_seed(0), "s")
+    knowing.lora.told.load_state_dict(fresh.told.state_dict())
+    for s in (torch.zeros(4), torch.tensor([751, 0, 0, 499])):
+        assert torch.equal(knowing.student(x_0, t, cond, s), plain.student(x_0, t, cond))
+    busy_one = tiny(folder, told="s").student
+    assert not torch.allclose(busy_one(x_0, t, cond, s), busy_one(x_0, t, cond, s + 100), rtol=1e-3)
+
+
+def test_passes_of_a_step(folder):
+    """One of the teacher, with the unconditional one for kept prompts only; target; student."""
+    nets, (x_0, cond), passes = tiny(folder, rho=0.5), example(8), []
+    nets.base.conv_in.register_forward_hook(lambda m, inputs, out: passes.append(len(inputs[0])))
+    for seed in range(3):
+        rows, _ = own_draws("tdd", 50, 8, (8, 1), 0.3, 0.5, torch.Generator().manual_seed(seed))
+        nets.losses(x_0, cond, null_of(cond), drawn(nets, x_0, seed))
+        assert passes[-3:] == [8 + sum(kept for *_, kept in rows), 8, 8]
+    assert len(passes) == 9
+
+
+def test_guidance_range(folder):
+    """w' ~ U[2, 14], an example at a time: the mean of each alone at its own w'."""
+    nets = tiny(folder, w=(2.0, 14.0))
+    w = torch.cat(
+        [nets.draw((50, 1), torch.Generator().manual_seed(i), "cpu").w for i in range(40)]
+    )
+    assert 2 <= w.min() < 2.1 and 13.9 < w.max() <= 14
+    assert w.mean().item() == pytest.approx(8, abs=0.25)
+    x_0, cond = example()
+    d, alone = drawn(nets, x_0, 1), []
+    for i in range(len(x_0)):
+        rows = {k: v[i : i + 1] for k, v in vars(d.tdd).items() if k != "rows"}
+        part = Draws(**rows, rows=rows["kept"].nonzero()[:, 0])
+        c = {k: v[i : i + 1] for k, v in cond.items()}
+        one = nets.losses(x_0[i : i + 1], c, null_of(c), replace(d, tdd=part, w=float(d.w[i])))
+        alone.append(one["loss"].item())
+    together = nets.losses(x_0, cond, null_of(cond), d)["loss"].item()
+    assert together == pytest.approx(sum(alone) / len(alone), rel=1e-6)
+
+
+def test_optimizers_are_the_papers(folder):
+    """TDM without momentum, a rate for each network; TDD with Adam's own betas, heads without."""
+
+    def found(nets, *words):
+        given = ["--model", folder, "--data", folder, *words]
+        args = train_sdxl.parser().parse_args(list(map(str, given)))
+        train_sdxl.check_method(args)
+        groups = {k: o.param_groups for k, o in build.optimizers_of(args, nets).items()}
+        assert all(len(g) == 1 for g in groups.values())
+        return {k: (g["lr"], g["betas"], g["weight_decay"], list(map(id, g["params"])))
+                for k, (g,) in groups.items()}  # fmt: skip
+
+    def own(module):
+        return [id(p) for p in module.parameters()]
+
+    tdm, adversarial = matching(folder), tiny(folder, adversary=True)
+    words = ["--method", "tdm", "--lr", 2e-6, "--weight-decay", 0.01]
+    assert found(tdm, *words) == {
+        "adam": (2e-6, (0.0, 0.999), 0.01, own(tdm.student)),
+        "adam_fake": (5e-6, (0.0, 0.999), 0.01, own(tdm.fake)),
+    }
+    assert found(adversarial, "--adv") == {
+        "adam": (1e-6, (0.9, 0.999), 0.0, own(adversarial.student)),
+        "adam_heads": (1e-5, (0.0, 0.999), 0.0, own(adversarial.adversary.heads)),
+    }
+
+
+def test_ema_and_what_is_exported(folder):
+    """Line 18 by hand; what is written out is the moving average where there is one."""
+    nets = tiny(folder, mu=0.9)
+    before = [p.clone() for p in nets.target.parameters()]
+    with torch.no_grad():
+        for p in nets.student.parameters():
+            p.add_(1.0)
+    nets.after_step()
+    for old, new, now in zip(before, nets.student.parameters(), nets.target.parameters()):
+        assert torch.allclose(now, 0.9 * old + 0.1 * new)
+    assert nets.result is nets.target is not nets.student
+    assert tiny(folder).result.lora is not None and not tiny(folder).algorithm.mu
+
+
+def test_training_leaves_the_teacher_alone(folder):
+    """Bit-identical output and weights of the base before and after; it never has a gradient."""
+    nets = tiny(folder, torch.float32)
+    x_0, cond = example(2, torch.float32)
+    t = torch.tensor([751, 3])
+    before = {k: v.clone() for k, v in nets.base.state_dict().items()}
+    plain = load.load_sdxl(folder).unet(x_0, t, cond)
+    assert torch.equal(nets.teacher(x_0, t, cond), plain)
+    optimizer = torch.optim.AdamW(nets.student.parameters(), 1e-2)
+    for i in range(3):
+        nets.losses(x_0, cond, null_of(cond), drawn(nets, x_0, i))["total"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(nets.teacher(x_0, t, cond), plain)
+    assert not torch.equal(nets.student(x_0, t, cond), plain)
+    assert all(torch.equal(v, before[k]) for k, v in nets.base.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in nets.base.parameters())
+
+
+def test_compiled_blocks_are_the_same_and_stay_compiled(folder):
+    """Loss and gradients of compiled blocks; another number of guided examples compiles nothing."""
+    nets, (x_0, cond) = tiny(folder, torch.float32), example(4, torch.float32)
+    nets.base.checkpoint_blocks()
+
+    def step(seed):
+        found = nets.losses(x_0, cond, null_of(cond), drawn(nets, x_0, seed))
+        return found["loss"].item(), torch.autograd.grad(found["total"], nets.student.parameters())
+
+    eager = [step(seed) for seed in (0, 1)]
+    guided = [len(drawn(nets, x_0, seed).tdd.rows) for seed in (0, 1)]
+    pipeline.compile_blocks(nets.base, backend="aot_eager")
+    graphs = []
+    for seed, (loss, gradients) in enumerate(eager):
+        found = step(seed)
+        assert found[0] == pytest.approx(loss, rel=1e-6)
+        for a, b in zip(found[1], gradients):
+            assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert guided[0] != guided[1] and graphs[0] == graphs[1] > 10
+
+
+def test_it_learns(folder):
+    """One batch, fixed draws, the target network held (mu = 1): the loss falls by 100 and more."""
+    nets = tiny(folder, torch.float32, rank=16, alpha=16.0, mu=1.0, w=(1.0, 1.0))
+    for update in nets.lora.values():
+        update.up.data.zero_()
+    x_0, cond = example(2, torch.float32)
+    d, losses = drawn(nets, x_0, 0), []
+    optimizer = torch.optim.Adam(nets.student.parameters(), 3e-3)
+    for _ in range(70):
+        found = nets.losses(x_0, cond, null_of(cond), d)
+        found["total"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        nets.after_step()
+        losses.append(found["loss"].item())
+    assert losses[-1] < losses[0] / 100
+
+
+# ------------------------------------------------------------------------------- the discriminator
+
+
+def test_noised_times():
+    """Uniform over the whole timesteps from tau~ to tau~ + 250, at most 999."""
+    u = (torch.arange(2510, dtype=torch.float64) + 0.5) / 2510
+    times = noised_times(torch.full((2510,), 300), 250, 1000, u)
+    assert torch.equal(times, torch.arange(300, 551).repeat_interleave(10))
+    times = noised_times(torch.full((200,), 900), 250, 1000, (torch.arange(200) + 0.5) / 200)
+    assert torch.equal(times, torch.arange(900, 1000).repeat_interleave(2))
+
+
+def test_adversarial_losses_are_hinge_on_diffusers_features(folder):
+    """Values, and each side's gradients, from diffusers' UNet with hooks where its levels end."""
+    nets = tiny(folder, adversary=True, adv_weight=0.1)
+    nets.base.checkpoint_blocks()
+    x_0, cond = example()
+    d = drawn(nets, x_0, 3)
+    heads = nets.adversary.heads.double()
+    found = nets.losses(x_0, cond, null_of(cond), d)
+    found["total"].backward()
+    grads = [p.grad.clone() for p in nets.student.parameters()]
+    of_heads = [p.grad.clone() for p in heads.parameters()]
+    for p in [*nets.student.parameters(), *heads.parameters()]:
+        p.grad = None
+    pred, aim, c = jumps(
+        nets.student, nets.target, nets.teacher, x_0, cond, null_of(cond), d.tdd, d.w, SCHEDULE
+    )
+    unet, seen = UNet2DConditionModel.from_pretrained(folder / "unet").double(), []
+    unet.requires_grad_(False)
+    ends = [unet.down_blocks[0].resnets[-1], *(unet.down_blocks[i].attentions[-1] for i in (1, 2))]
+    for module in (*ends, unet.mid_block):
+        module.register_forward_hook(
+            lambda m, i, out: seen.append(out if torch.is_tensor(out) else out[0])
+        )
+
+    def logits(x_tau, z):
+        t = [min(tau + int(u * (min(tau + 250, 999) - tau + 1)), 999)
+             for tau, u in zip(d.tdd.tau.tolist(), d.u.tolist())]  # fmt: skip
+        ratio = torch.tensor([ALPHA[a + 1] / ALPHA[b + 1] for a, b in zip(t, d.tdd.tau)])
+        ratio = ratio[:, None, None, None]
+        added = {"text_embeds": c["pooled"], "time_ids": c["time_ids"]}
+        seen.clear()
+        x_t = ratio * x_tau + (1 - ratio**2).sqrt() * z
+        unet(x_t, torch.tensor(t), c["tokens"], added_cond_kwargs=added)
+        return heads(seen)
+
+    z_fake, z_real = d.noise.chunk(2)
+    fool = -sum(each.mean() for each in logits(pred, z_fake)) / 4
+    (((pred - aim) ** 2).mean() + 0.1 * fool).backward()
+    fake, real = logits(pred.detach(), z_fake), logits(aim.clone(), z_real)
+    told = sum((1 + each).clamp(min=0).mean() for each in fake) / 4
+    told = told + sum((1 - each).clamp(min=0).mean() for each in real) / 4
+    for p in heads.parameters():
+        p.grad = None
+    told.backward()
+    assert found["adv_student"].item() == pytest.approx(fool.item(), rel=1e-5)
+    assert found["adv_heads"].item() == pytest.approx(told.item(), rel=1e-5)
+    for g, p in zip([*grads, *of_heads], [*nets.student.parameters(), *heads.parameters()]):
+        assert (g - p.grad).abs().max() <= 1e-4 * p.grad.abs().max()
+
+
+# ----------------------------------------------------------------------------------------- the loop
+
+
+class Stub:
+    """Stands for a Loader: endless batches whose number is their content."""
+
+    def __init__(self, position=0):
+        self.position, self.bad = position, 0
+
+    def __next__(self):
+        self.position += 1
+        return {"names": [f"{self.position}.png"], "timesteps": torch.tensor([self.position])}
+
+
+def stub_run(output, resume=False, **settings):
+    """A linear model trained by loop.fit; returns the run, its losses and the model."""
+    settings = {"lr": "0.1", **settings}
+    folder, config = loop.resume_point(output, resume, settings)
+    model = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+    optimizer.param_groups[0]["initial_lr"] = 0.1
+    generator = torch.Generator().manual_seed(0)
+    loader = Stub(config["positions"][0] if folder else 0)
+    run = loop.Run(output, {"m": model}, {"adam": optimizer}, generator, loader, settings)
+    if folder:
+        run.restore(folder, config)
+
+    def losses(batch):
+        x = torch.randn((4, 3), generator=generator) + 0.01 * batch["timesteps"][0]
+        loss = (model(x) - 1).square().mean()
+        return {"total": loss, "loss": loss}
+
+    return run, losses, model
+
+
+def plan(steps=8, **more):
+    return loop.Plan(steps, lambda step: 1.0, **more)
+
+
+def test_bad_steps_are_skipped_whole(tmp_path):
+    """A NaN loss, or a NaN gradient of a finite loss, changes nothing; the next step goes on."""
+    run, losses, model = stub_run(tmp_path)
+    seen = []
+
+    def spoilt(batch):
+        seen.append(weights(model))
+        found = losses(batch)
+        if run.loader.position == 3:
+            found = {"total": found["total"] * math.nan, "loss": found["loss"] * math.nan}
+        if run.loader.position == 5:  # the root of 0 has no slope
+            found["total"] = found["total"] + (0 * model.bias).sum().sqrt()
+        return found
+
+    loop.fit(run, plan(), spoilt)
+    moved = [not torch.equal(a, b) for a, b in pairwise(seen)]
+    assert moved == [True, True, False, True, False, True, True]
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in log] == [0, 0, 1, 0, 1, 0, 0, 0]
+    assert log[2]["loss"] is None and log[4]["grad_norm"] is None and log[4]["loss"] > 0
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_losses_without_a_logarithm_are_left_out_of_the_picture(tmp_path):
+    """An adversary's loss may be below zero; a step that was skipped has none."""
+    losses = [3.0, -1.0, 1.0, None, 0.5, 0.0, 0.25]
+    log = [{"step": i, "loss": loss} for i, loss in enumerate(losses)]
+    loop.draw_loss(tmp_path / "all.png", log)
+    loop.draw_loss(tmp_path / "kept.png", [line for line in log if (line["loss"] or 0) > 0])
+    drawn = [(tmp_path / name).read_bytes() for name in ("all.png", "kept.png")]
+    assert drawn[0] == drawn[1]
+    loop.draw_loss(tmp_path / "none.png", log[1:2])
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_ten_bad_steps_in_a_row_end_the_run(tmp_path):
+    run, losses, model = stub_run(tmp_path)
+
+    def spoilt(batch):
+        factor = math.inf if run.loader.position > 4 else 1.0
+        return {k: v * factor for k, v in losses(batch).items()}
+
+    with pytest.raises(ValueError, match=r"step 14: .*10 times.*timesteps \[14\] of 14.png"):
+        loop.fit(run, plan(30, save_every=2), spoilt)
+    assert [p.name for p in loop.checkpoints(tmp_path)][-1] == "checkpoint-12"
+    assert weights(model).isfinite().all()
+
+
+def test_accumulation_clipping_and_rate(tmp_path):
+    """Three batches' mean gradient, scaled to norm 0.01, in plain SGD steps of rising rate."""
+    run, losses, model = stub_run(tmp_path)
+    run.optimizers["adam"] = torch.optim.SGD(model.parameters(), 1.0)
+    run.optimizers["adam"].param_groups[0]["initial_lr"] = 1.0
+    reference, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    rise = loop.Plan(3, lambda step: (step + 1) / 3, grad_accum=3, clip_grad=0.01)
+    loop.fit(run, rise, losses)
+    for step in range(3):
+        total = 0.0
+        for i in range(3):
+            x = torch.randn((4, 3), generator=generator) + 0.01 * (3 * step + i + 1)
+            total = total + (reference(x) - 1).square().mean() / 3
+        grads = torch.autograd.grad(total, list(reference.parameters()))
+        norm = torch.cat([g.flatten() for g in grads]).norm()
+        assert run.log[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+        with torch.no_grad():
+            for p, g in zip(reference.parameters(), grads):
+                p -= (step + 1) / 3 * g * min(1.0, 0.01 / norm)
+    assert torch.allclose(weights(model), weights(reference), atol=1e-6)
+
+
+def test_each_optimizers_gradient_is_clipped_on_its_own(tmp_path):
+    """TDM's two networks: the larger gradient of one leaves the other's as it is."""
+    run, _, model = stub_run(tmp_path)
+    other = torch.nn.Linear(2, 1)
+    before, weight = weights(model).clone(), other.weight.detach().clone()
+    for name, module in (("adam", model), ("fake", other)):
+        run.optimizers[name] = torch.optim.SGD(module.parameters(), 1.0)
+        run.optimizers[name].param_groups[0]["initial_lr"] = 1.0
+    run.modules["fake"] = other
+
+    def losses(batch):
+        total = 300 * sum(p.sum() for p in model.parameters()) + 0.1 * other.weight.sum()
+        return {"total": total, "loss": total}
+
+    loop.fit(run, plan(1), losses)
+    moved = before - weights(model)
+    assert torch.allclose(moved, torch.full_like(moved, moved.numel() ** -0.5), rtol=1e-4)
+    assert torch.allclose(other.weight, weight - 0.1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_to_go_on_from(number, tmp_path):
+    whole, losses, model = stub_run(tmp_path / "whole")
+    (tmp_path / "whole").mkdir()
+    loop.fit(whole, plan(), losses)
+    (tmp_path / "cut").mkdir()
+    run, losses, _ = stub_run(tmp_path / "cut")
+    before = signal.getsignal(number)
+
+    def killed(batch):
+        if batch["timesteps"] == 5:
+            os.kill(os.getpid(), number)
+        return losses(batch)
+
+    with pytest.raises(SystemExit) as stop:
+        loop.fit(run, plan(), killed)
+    assert stop.value.code == 128 + number and signal.getsignal(number) == before
+    run, losses, again = stub_run(tmp_path / "cut", resume=True)
+    assert run.step == 5
+    loop.fit(run, plan(), losses)
+    assert torch.equal(weights(again), weights(model))
+    logs = [(tmp_path / k / "log.jsonl").read_text().splitlines() for k in ("whole", "cut")]
+    of = [[json.loads(x)["loss"] for x in log] for log in logs]
+    assert of[0] == of[1] and len(of[0]) == 8
+
+
+def test_checkpoints_whole_kept_and_refused(tmp_path):
+    run, losses, _ = stub_run(tmp_path)
+    loop.fit(run, plan(save_every=2, keep=3), losses)
+    assert [p.name[11:] for p in loop.checkpoints(tmp_path)] == ["4", "6", "8"]
+    assert not list(tmp_path.glob(".*"))
+    with pytest.raises(ValueError, match=r"add --resume"):
+        stub_run(tmp_path)
+    with pytest.raises(ValueError, match=r"--lr 0.1, not 0.2"):
+        stub_run(tmp_path, resume=True, lr="0.2")
+    # One that was cut off, one that never got its name, a line that was being written.
+    state = tmp_path / "checkpoint-8" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-9])
+    (tmp_path / ".checkpoint-10.part").mkdir()
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"step": 9, "lo')
+    run, losses, _ = stub_run(tmp_path, resume=True)
+    assert run.step == 6
+    # What is kept is this run's own, not a broken later one.
+    loop.fit(run, plan(7, keep=1), losses)
+    assert [p.name for p in loop.checkpoints(tmp_path)] == ["checkpoint-7"]
+    log = [json.loads(x)["step"] for x in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log == [1, 2, 3, 4, 5, 6, 7]
+    config = tmp_path / "checkpoint-7" / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "positions": [1, 2]}))
+    with pytest.raises(ValueError, match="made by 2 processes"):
+        stub_run(tmp_path, resume=True)
+    config.write_text("{}")  # nothing to go on from: the run begins again, and so does its log
+    run, losses, _ = stub_run(tmp_path, resume=True)
+    loop.fit(run, plan(2), losses)
+    log = [json.loads(x)["step"] for x in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log == [1, 2]
+
+
+def test_tensors_are_for_whom_the_umask_lets_read(tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.write_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_another_models_state_is_refused(tmp_path):
+    run, losses, _ = stub_run(tmp_path)
+    loop.fit(run, plan(1), losses)
+    run.modules["m"] = torch.nn.Linear(3, 2, bias=False)
+    with pytest.raises(ValueError, match="another model's state: m/bias"):
+        run.restore(tmp_path / "checkpoint-1", {"step": 1})

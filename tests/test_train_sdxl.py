@@ -1,0 +1,647 @@
+"""train_sdxl.py as its users run it: two processes, kills, caches, bad data, files for others."""
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    TCDScheduler,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from safetensors.torch import safe_open, save_file
+
+import train_sdxl
+from common import cli, files
+from sdxl import load
+from sdxl.lora_files import read_lora
+from sdxl.pipeline import null_of
+from tdd import Draws
+from tests.helpers import ALPHA, SIGMA, equation_22
+from tests.oracles import Reference, Theirs, drawn, example, matching, of_its_own, ours, tiny
+from training import images, loop, preview
+from training.distill import Network, StepDraws
+
+HERE = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def picture(i, kind="PNG"):
+    width, height = [(80, 100), (64, 64), (200, 90), (70, 64), (96, 128)][i % 5]
+    pixels = np.random.default_rng(i).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind)
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Three tars of five examples: a corrupt image, an empty caption, and the last one cut off."""
+    root = tmp_path_factory.mktemp("shards")
+    for s in range(3):
+        with tarfile.open(root / f"{s:03}.tar", "w") as tar:
+            for i in range(5):
+                parts = {"jpg": picture(5 * s + i, "JPEG"), "txt": f"picture {i} of {s}".encode()}
+                if (s, i) == (0, 2):
+                    parts["jpg"] = parts["jpg"][:150]
+                if (s, i) == (1, 1):
+                    parts["txt"] = b" \n"
+                for kind, content in parts.items():
+                    info = tarfile.TarInfo(f"{s:03}{i:03}.{kind}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    whole = (root / "002.tar").read_bytes()
+    (root / "002.tar").write_bytes(whole[: len(whole) * 2 // 5])
+    return root
+
+
+def command(folder, shards, output, *words, processes=1):
+    """The command line of a short run on the tiny SDXL."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        start += ["--master-port", str(29500 + os.getpid() % 2000)]
+    flags = {"model": folder, "data": shards, "output": output, "resolution": 64, "batch-size": 2,
+             "grad-accum": 1, "steps": 8, "save-every": 2, "sample-every": 0, "workers": 1,
+             "device": "cpu", "dtype": "float32", "lr": 1e-3, "rank": 4,
+             "lora-alpha": 4}  # fmt: skip
+    listed = [word for k, v in flags.items() for word in (f"--{k}", str(v))]
+    return [*start, str(HERE / "train_sdxl.py"), *listed, *map(str, words)]
+
+
+def told(done):
+    """Our own line on stderr, or the end of it."""
+    own = [line for line in done.stderr.splitlines() if "train_sdxl.py: " in line]
+    return own or done.stderr[-2000:]
+
+
+def run(call):
+    return subprocess.run(call, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def killed(call, log, lines):
+    """Start a run, kill it and all its children once it has logged so many steps."""
+    child = subprocess.Popen(
+        call, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(1200):
+            if log.exists() and len(log.read_text().splitlines()) >= lines:
+                break
+            assert child.poll() is None
+            time.sleep(0.05)
+    finally:
+        # torchrun's workers are sessions of their own: all are found by what they were called with.
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if f"\0{log.parent}\0".encode() in entry.read_bytes():
+                    os.kill(int(entry.parent.name), signal.SIGKILL)
+        child.wait()
+    assert len(log.read_text().splitlines()) < 8
+
+
+def same_end(a, b, names=("lora.safetensors", "lora_kohya.safetensors")):
+    """Bit by bit the same weights, moments, generators, positions and exported files."""
+    for name in (*names, "checkpoint-8/state.safetensors"):
+        (one, about), (other, too) = (files.read_tensors(x / name) for x in (a, b))
+        assert one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
+        assert about == too
+    one, other = (json.loads((x / "checkpoint-8" / "config.json").read_text()) for x in (a, b))
+    assert one["positions"] == other["positions"]
+    one, other = ((x / "log.jsonl").read_text().splitlines() for x in (a, b))
+    assert [json.loads(x)["loss"] for x in one] == [json.loads(x)["loss"] for x in other]
+
+
+# ------------------------------------------------------------------------------ several processes
+
+
+@pytest.fixture(scope="module")
+def two(folder, shards, tmp_path_factory):
+    """A run of two processes on the tars, never stopped; its folder and what it said."""
+    output = tmp_path_factory.mktemp("two")
+    words = ["--sample-every", 8, "--ema", 0.5, "--adv"]
+    done = run(command(folder, shards, output, *words, processes=2))
+    assert done.returncode == 0, told(done)
+    return output, done.stderr
+
+
+def test_torchrun_passes_over_bad_data(two):
+    """The run ends, counts each bad example once, and names it with the reason."""
+    output, said = two
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, 9))
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 and not line["skipped"] for line in log)
+    for name, reason in (("000002", "Truncated"), ("001001", "caption"), ("002.tar", "tar")):
+        assert any(name in line and reason in line for line in said.splitlines()), said
+    assert (output / "samples" / "step-000008.png").stat().st_size > 10_000
+    assert Image.open(output / "loss.png").size == (900, 500)
+
+
+def test_two_processes_killed_and_resumed_end_the_same(two, folder, shards, tmp_path):
+    words = ["--ema", 0.5, "--adv"]
+    call = command(folder, shards, tmp_path, *words, processes=2)
+    killed(call, tmp_path / "log.jsonl", 3)
+    # The grid of samples must not have moved the random numbers either.
+    done = run([*call, "--resume", "--sample-every", "8"])
+    assert done.returncode == 0, told(done)
+    same_end(two[0], tmp_path)
+
+
+JOINED = """
+import sys, torch
+sys.path.insert(0, {here!r})
+from pathlib import Path
+from sdxl.pipeline import null_of
+from tests.oracles import drawn, example, matching, of_its_own, tiny
+from training import distributed
+rank, world, _ = distributed.start("cpu")
+nets = tiny(Path({folder!r}), torch.float64)
+nets.distribute(distributed.parallel)
+x_0, cond = example(4)
+half = slice(2 * rank, 2 * rank + 2)
+c = {{k: v[half] for k, v in cond.items()}}
+optimizer = torch.optim.AdamW(nets.student.parameters(), 1e-2)
+for step in range(3):
+    draws = drawn(nets, x_0[half], 10 * step + rank)
+    nets.losses(x_0[half], c, null_of(c), draws)["total"].backward()
+    if step == 0:
+        torch.save([p.grad for p in nets.student.parameters()], f"{out}/grads-{{rank}}")
+    optimizer.step()
+    optimizer.zero_grad()
+torch.save(list(nets.student.parameters()), f"{out}/weights-{{rank}}")
+# The whole UNet, sharded: FSDP in the place of DDP.
+nets = of_its_own(Path({folder!r}))
+nets.distribute(distributed.parallel)
+optimizer = torch.optim.SGD(nets.student.parameters(), 1.0)
+for step in range(2):
+    nets.losses(x_0[half], c, null_of(c), drawn(nets, x_0[half], rank))["total"].backward()
+    optimizer.step()
+    nets.after_step()
+    optimizer.zero_grad()
+found = [[distributed.joined(p) for p in m.parameters()] for m in (nets.student, nets.target)]
+torch.save(found, f"{out}/whole-{{rank}}")
+nets = matching(Path({folder!r}), "K", Ks=(2, 4), weight="exact")
+nets.distribute(distributed.parallel)
+nets.losses(c, null_of(c), drawn(nets, x_0[half], rank))["total"].backward()
+torch.save([p.grad for m in nets.modules.values() for p in m.parameters()], f"{out}/tdm-{{rank}}")
+distributed.close()
+"""
+
+
+def test_two_processes_are_one_on_the_joined_batch(folder, tmp_path):
+    """Gradients of two gloo processes and of one with both batches and draws; they stay in step."""
+    script = tmp_path / "joined.py"
+    script.write_text(JOINED.format(here=str(HERE), folder=str(folder), out=tmp_path))
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = run([*start, "--master-port", str(29500 + os.getpid() % 2000), script])
+    assert done.returncode == 0, told(done)
+    nets, (x_0, cond) = tiny(folder, torch.float64), example(4)
+    parts = [vars(drawn(nets, x_0[:2], rank).tdd) for rank in range(2)]
+    whole = {k: torch.cat([part[k] for part in parts]) for k in parts[0] if k != "rows"}
+    draws = Draws(**whole, rows=whole["kept"].nonzero()[:, 0])
+    nets.losses(x_0, cond, null_of(cond), StepDraws(draws, 3.5))["total"].backward()
+    loaded = [torch.load(tmp_path / f"grads-{rank}", weights_only=True) for rank in range(2)]
+    for one, other, p in zip(*loaded, nets.student.parameters()):
+        assert torch.equal(one, other)
+        assert (one - p.grad).abs().max() <= 1e-6 * p.grad.abs().max()
+    loaded = [torch.load(tmp_path / f"weights-{rank}", weights_only=True) for rank in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*loaded))
+    # The whole UNet: student and moving average after two steps on the mean gradient.
+    nets = of_its_own(folder)
+    optimizer = torch.optim.SGD(nets.student.parameters(), 1.0)
+    halves = [(half, {k: v[half] for k, v in cond.items()}) for half in (slice(2), slice(2, 4))]
+    for _ in range(2):
+        for rank, (half, c) in enumerate(halves):
+            loss = nets.losses(x_0[half], c, null_of(c), drawn(nets, x_0[half], rank))["total"]
+            (loss / 2).backward()
+        optimizer.step()
+        nets.after_step()
+        optimizer.zero_grad()
+    found = torch.load(tmp_path / "whole-0", weights_only=True)
+    before = list(Network(of_its_own(folder).own, whole=True).parameters())
+    for mine, network in zip(found, (nets.student, nets.target), strict=True):
+        moved = [(q - start).abs().max() for q, start in zip(network.parameters(), before)]
+        for p, q, change in zip(mine, network.parameters(), moved, strict=True):
+            assert (p - q).abs().max() <= 1e-3 * change + 1e-7
+        assert max(moved) > 1e-3
+    # TDM: each process has steps of its own; student and fake score have the mean gradient of both.
+    nets = matching(folder, "K", Ks=(2, 4), weight="exact")
+    for rank, half in enumerate((slice(2), slice(2, 4))):
+        c = {k: v[half] for k, v in cond.items()}
+        nets.losses(c, null_of(c), drawn(nets, x_0[half], rank))["total"].backward()
+    loaded = [torch.load(tmp_path / f"tdm-{rank}", weights_only=True) for rank in range(2)]
+    params = [p for module in nets.modules.values() for p in module.parameters()]
+    for one, other, p in zip(*loaded, params, strict=True):
+        assert torch.equal(one, other)
+        assert (one - p.grad / 2).abs().max() <= 1e-6 * p.grad.abs().max()
+
+
+# ------------------------------------------------------------------------------------ one process
+
+
+def test_one_process_from_a_cache_killed_and_resumed(folder, shards, tmp_path):
+    """The cache is filled once and used again; the run ends bit by bit as if never stopped."""
+    whole, cut, cache = tmp_path / "whole", tmp_path / "cut", tmp_path / "cache"
+    words = ["--cache", cache, "--guidance-range", 2, 14, "--method", "tcd", "--solver-steps", 50]
+    done = run(command(folder, shards, whole, *words))
+    assert done.returncode == 0, told(done)
+    stamps = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    call = command(folder, shards, cut, *words)
+    killed(call, cut / "log.jsonl", 5)
+    done = run([*call, "--resume"])
+    assert done.returncode == 0, told(done)
+    same_end(whole, cut)
+    assert stamps == {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    with safe_open(whole / "lora.safetensors", "pt") as file:
+        about = file.metadata()
+    assert about["tdd_method"] == "tcd" and about["tdd_w"] == "[2.0, 14.0]"
+    assert about["tdd_solver_steps"] == "50"
+    assert about["tdd_steps"] == "8" and about["tdd_base"] == folder.name
+    done = run([*call[:-2], "--method", "tdd", "--resume"])
+    assert done.returncode == 2 and "--method tcd" in done.stderr
+
+
+def test_pictures_with_a_full_cache_lie_on_the_unets_device(folder):
+    """The text encoders stay on the CPU then; the UNet here is on another device, "meta"."""
+    model = load.load_sdxl(folder)
+    model.unet.to("meta")
+    words = ["--model", "x", "--data", "x", "--resolution", "64", "--guidance", "1"]
+    args = train_sdxl.parser().parse_args(words)
+    pictures = preview.Pictures(args, model, None, "meta")
+    assert {tensor.device.type for tensor in pictures.cond.values()} == {"meta"}
+
+
+def test_sigterm_leaves_a_checkpoint(folder, shards, tmp_path):
+    call = command(folder, shards, tmp_path, "--save-every", 1000, "--steps", 1000)
+    child = subprocess.Popen(call, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=60)
+    (checkpoint,) = loop.checkpoints(tmp_path)
+    assert child.returncode == 128 + signal.SIGTERM and "--resume" in said
+    assert json.loads(log.read_text().splitlines()[-1])["step"] == int(checkpoint.name[11:])
+
+
+# ------------------------------------------------------------------------- TCD's functions, and TDM
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """A file of five prompts, one of them twice, blank lines in between."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("a red fox\n\na street at night\na red fox\n  \nsnow\nan old man")
+    return path
+
+
+@pytest.fixture(scope="module")
+def unified(folder, prompts, tmp_path_factory):
+    """A run of TDM-unify in two processes, without a single picture to learn from."""
+    output = tmp_path_factory.mktemp("unified")
+    words = ["--method", "tdm", "--ks", 1, 2, 4, "--sample-every", 8, "--loss", "fisher"]
+    done = run(command(folder, prompts, output, *words, processes=2))
+    assert done.returncode == 0, told(done)
+    return output
+
+
+def test_tdm_trains_from_prompts_alone(unified):
+    log = [json.loads(line) for line in (unified / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 8 and all(line["fake"] > 0 and not line["skipped"] for line in log)
+    assert (unified / "samples" / "step-000008.png").stat().st_size > 10_000
+    state, _ = files.read_tensors(unified / "checkpoint-8" / "state.safetensors")
+    moved = {k.split("/")[0] for k, v in state.items() if k.endswith(".up") and v.abs().max() > 0}
+    assert moved == {"student", "fake"}
+    # Kohya's naming has no place for what the student is told.
+    assert not (unified / "lora_kohya.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def four(folder, prompts, tmp_path_factory):
+    """A run of TDM-4 in one process."""
+    output = tmp_path_factory.mktemp("four")
+    done = run(command(folder, prompts, output, "--method", "tdm"))
+    assert done.returncode == 0, told(done)
+    return output
+
+
+def test_tdm_killed_and_resumed_ends_the_same(four, folder, prompts, tmp_path):
+    cut, words = tmp_path / "cut", ["--method", "tdm"]
+    call = command(folder, prompts, cut, *words)
+    killed(call, cut / "log.jsonl", 5)
+    done = run([*call, "--resume"])
+    assert done.returncode == 0, told(done)
+    same_end(four, cut)
+    other = prompts.with_name("other.txt")
+    other.write_text("another prompt")
+    done = run([*command(folder, other, cut, *words), "--steps", "9", "--resume"])
+    assert done.returncode == 2 and "--data" in done.stderr
+
+
+def test_prompts_come_once_an_epoch_and_go_on_where_they_were():
+    lines = [f"prompt {i}" for i in range(5)]
+    ranks = [images.Prompts(lines, 3, 7, rank, 2) for rank in range(2)]
+    batches = [[next(r) for r in ranks] for _ in range(10)]
+    seen = [b["captions"][i] for pair in batches for i in range(3) for b in pair]
+    assert all(sorted(seen[i : i + 5]) == lines for i in range(0, 60, 5))
+    assert len({tuple(seen[i : i + 5]) for i in range(0, 60, 5)}) > 6
+    again = images.Prompts(lines, 3, 7, 1, 2, ranks[1].position)
+    assert next(again) == next(ranks[1])
+    with pytest.raises(ValueError, match="crc"):
+        images.Prompts([*lines[:4], "new"], 3, 7, 1, 2, ranks[1].position)
+
+
+@pytest.mark.parametrize("tcf", ["2", "s"])
+def test_tcd_trains_and_samples_with_each_function(
+    tcf, folder, shards, tmp_path, monkeypatch, capsys
+):
+    """`--method tcd --tcf 2` and `s`; then sample.py's latents over diffusers' UNet and peft."""
+    words = ["--method", "tcd", "--tcf", tcf, "--guidance-range", 2, 14, "--sample-every", 4]
+    done = run(command(folder, shards, tmp_path / "run", *words, "--steps", 4))
+    assert done.returncode == 0, told(done)
+    lora = tmp_path / "run" / "lora.safetensors"
+    assert (tmp_path / "run" / "lora_kohya.safetensors").exists() == (tcf == "2")
+    got = ours(monkeypatch, capsys, folder, tmp_path, "--lora", lora, "--tcf", tcf,
+               "--prompt", "a red fox", "--gamma", 0, "--steps", 2)  # fmt: skip
+    eps, x = their_network(folder, lora), torch.randn((1, 4, 8, 9), generator=seeded(0))
+    for t, s in ((999, 499), (499, -1)):
+        if tcf == "2":
+            x_s, x_0 = equation_22(lambda x, t: eps(x.float(), float(t)), x.double(), t, max(s, 0))
+            x = x_s if s >= 0 else x_0
+        else:
+            e = eps(x, t, max(s, 0))
+            x_0 = (x - SIGMA[t + 1] * e) / ALPHA[t + 1]
+            x = ALPHA[s + 1] * x_0 + SIGMA[s + 1] * e
+    assert (x - got).abs().max() <= 2e-4 * got.abs().max()
+
+
+def test_the_whole_unet_is_trained_in_parts_killed_resumed_and_sampled(
+    folder, shards, tmp_path, monkeypatch, capsys
+):
+    """TCF(S+) as TCD had it: two processes with a half of all weights each; sample.py --unet."""
+    words = ["--full", "--method", "tcd", "--tcf", "s", "--ema", 0.5]
+    whole, cut, file = tmp_path / "whole", tmp_path / "cut", "diffusion_pytorch_model.safetensors"
+    done = run(command(folder, shards, whole, *words, processes=2))
+    assert done.returncode == 0, told(done)
+    call = command(folder, shards, cut, *words, processes=2)
+    killed(call, cut / "log.jsonl", 3)
+    done = run([*call, "--resume"])
+    assert done.returncode == 0, told(done)
+    same_end(whole, cut, [f"unet/{file}"])
+    weights, _ = files.read_tensors(whole / "unet" / file)
+    before, _ = files.read_tensors(folder / "unet" / file)
+    assert {k for k in weights if not k.startswith("told.")} == before.keys()
+    moved = [k for k, v in before.items() if not torch.equal(v, weights[k])]
+    assert len(moved) > 0.9 * len(before) and weights["told.linear_2.weight"].abs().max() > 0
+    words = ["--unet", whole / "unet", "--prompt", "a red fox", "--gamma", 0, "--steps", 2]
+    got = ours(monkeypatch, capsys, folder, tmp_path, *words, "--tcf", "s", "--cfg", 1)
+    theirs, reference = Theirs(folder, {}, 4, 4.0, torch.float32), Reference(folder)
+    theirs.unet.load_state_dict({k: v for k, v in weights.items() if k in before})
+    theirs.told[None] = {k.removeprefix("told."): v for k, v in weights.items() if k not in before}
+    tokens, pooled = reference.encode("a red fox")
+    c = {"tokens": tokens, "pooled": pooled, "time_ids": torch.tensor([[64, 72, 0, 0, 64, 72]])}
+    theirs.unet.disable_adapters = lambda: None
+    x = torch.randn((1, 4, 8, 9), generator=seeded(0))
+    with torch.no_grad():
+        for t, s in ((999, 499), (499, -1)):
+            e = theirs.eps(None, x, t, c, max(s, 0))
+            x = ALPHA[s + 1] * (x - SIGMA[t + 1] * e) / ALPHA[t + 1] + SIGMA[s + 1] * e
+    assert (x - got).abs().max() <= 2e-4 * got.abs().max()
+    for f in "12":
+        with pytest.raises(AssertionError, match="was trained with --tcf s: sample it with that"):
+            ours(monkeypatch, capsys, folder, tmp_path, *words, "--tcf", f)
+    told_of_s(folder, whole / "unet", tmp_path / "sdxl")
+    with pytest.raises(AssertionError, match="its UNet is told of s: give --tcf s with it"):
+        ours(monkeypatch, capsys, tmp_path / "sdxl", tmp_path, *words[2:])
+    refused = run(command(tmp_path / "sdxl", shards, tmp_path / "again"))
+    assert refused.returncode == 2 and "is told of s: it is no teacher" in refused.stderr
+
+
+def test_tdm_unify_samples_as_diffusers_with_an_embedding(
+    unified, folder, tmp_path, monkeypatch, capsys
+):
+    lora = unified / "lora.safetensors"
+    eps, found = their_network(folder, lora), {}
+    for k, times in {1: [999], 2: [999, 499], 4: [999, 751, 499, 251]}.items():
+        words = ["--lora", lora, "--prompt", "a red fox", "--gamma", 0, "--steps", k]
+        got = ours(monkeypatch, capsys, folder, tmp_path, *words, "--cfg", 1)
+        x = torch.randn((1, 4, 8, 9), generator=seeded(0))
+        for t, s in itertools.pairwise([*times, -1]):
+            e = eps(x, t, k, g=1.0)
+            x = ALPHA[s + 1] * (x - SIGMA[t + 1] * e) / ALPHA[t + 1] + SIGMA[s + 1] * e
+        assert (x - got).abs().max() <= 2e-4 * got.abs().max()
+        found[k] = got
+    # --lora FILE:SCALE scales all that the file adds, what it is told included.
+    words = ["--prompt", "a red fox", "--gamma", 0, "--steps", 2, "--cfg", 1]
+    half = ours(monkeypatch, capsys, folder, tmp_path, "--lora", f"{lora}:0.5", *words)
+    eps, x = their_network(folder, lora, 0.5), torch.randn((1, 4, 8, 9), generator=seeded(0))
+    for t, s in ((999, 499), (499, -1)):
+        e = eps(x, t, 2, g=1.0)
+        x = ALPHA[s + 1] * (x - SIGMA[t + 1] * e) / ALPHA[t + 1] + SIGMA[s + 1] * e
+    assert (x - half).abs().max() <= 2e-4 * half.abs().max()
+    with pytest.raises(AssertionError, match="told of K: leave --tcf s away"):
+        ours(monkeypatch, capsys, folder, tmp_path, "--lora", twice_told(lora, tmp_path), *words,
+             "--tcf", "s")  # fmt: skip
+    with pytest.raises(AssertionError, match="was trained with --tcf 1"):
+        ours(monkeypatch, capsys, folder, tmp_path, "--lora", lora, *words, "--tcf", "2")
+
+
+def told_of_s(folder, unet, whole):
+    """The model's folder with such a UNet in it, whose header --model does not read."""
+    shutil.copytree(folder, whole)
+    shutil.rmtree(whole / "unet")
+    shutil.copytree(unet, whole / "unet")
+
+
+def twice_told(lora, tmp_path):
+    """The LoRA, made to say that it was trained with --tcf s."""
+    tensors, about = files.read_tensors(lora)
+    save_file(tensors, tmp_path / "s.safetensors", {**about, "tdd_tcf": "s"})
+    return tmp_path / "s.safetensors"
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def their_network(folder, lora, scale=1.0):
+    """eps(x, t, n) of diffusers' UNet under the LoRA by peft, guided to g; n as Theirs has it."""
+    model = load.load_sdxl(folder)
+    own, *_ = read_lora(lora, model.unet, model.encoder_1, model.encoder_2)
+    for _, update in own.items():
+        update.up.data *= scale
+    for p in own.told.linear_2.parameters() if own.told is not None else ():
+        p.data *= scale
+    theirs, reference = Theirs(folder, {"student": own}, 4, 4.0, torch.float32), Reference(folder)
+    tokens, pooled = reference.encode("a red fox")
+    sizes = torch.tensor([[64, 72, 0, 0, 64, 72]])
+
+    @torch.no_grad()
+    def eps(x, t, n=None, g=2.0):
+        t = t.item() if torch.is_tensor(t) else t
+        c, u = (
+            theirs.eps("student", x, t, {"tokens": on * tokens, "pooled": on * pooled,
+                                         "time_ids": sizes}, n) for on in (1, 0)
+        )  # fmt: skip
+        return g * c + (1 - g) * u
+
+    return eps
+
+
+def test_init_goes_on_from_a_lora(two, folder, prompts, tmp_path):
+    """Another method's student as a start: without a learning rate it ends as it began.
+
+    alpha / rank is that of the flags, not the file's 1: with it goes what a learning rate means.
+    """
+    start = two[0] / "lora.safetensors"
+    words = ["--method", "tdm", "--ks", 2, 4, "--init", start, "--lr", 0, "--steps", 2]
+    done = run(command(folder, prompts, tmp_path, *words, "--lora-alpha", 1))
+    assert done.returncode == 0, told(done)
+    state, _ = files.read_tensors(tmp_path / "checkpoint-2" / "state.safetensors")
+    name = "down_blocks.0.resnets.0.conv1"
+    up = state[f"student/lora.{name.replace('.', '/')}.up"]
+    assert torch.allclose(up, 4 * files.read_tensors(start)[0][f"unet.{name}.lora_B.weight"])
+    (one, _), (other, about) = (
+        files.read_tensors(p) for p in (start, tmp_path / "lora.safetensors")
+    )
+    assert all(torch.allclose(tensor, other[k]) for k, tensor in one.items())
+    assert about["told"] == "K" and {k for k in other if k not in one} == {
+        f"unet.told.linear_{i}.{part}" for i in (1, 2) for part in ("weight", "bias")
+    }
+
+
+# -------------------------------------------------------------------------------- files for others
+
+
+@pytest.mark.parametrize("name", ["lora.safetensors", "lora_kohya.safetensors"])
+@pytest.mark.parametrize("method", ["tdd", "tdm"])
+def test_loras_sample_the_same_in_diffusers(
+    name, method, two, four, folder, tmp_path, monkeypatch, capsys, caplog
+):
+    """Our sample.py against diffusers' pipeline with stock schedulers, as the README has it.
+
+    gamma = 0: Euler at our timesteps, to rounding. gamma = 0.2: TCD's scheduler, which leaves
+    sigma_0 = 0.029 of noise in its last step and is the same up to there.
+    """
+    path, reference = (two[0] if method == "tdd" else four) / name, Reference(folder)
+    pipeline = StableDiffusionXLPipeline(
+        vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
+        unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
+        scheduler=EulerDiscreteScheduler(
+            1000, 0.00085, 0.012, "scaled_linear", timestep_spacing="leading"
+        ),
+    )  # fmt: skip
+    pipeline.vae_scale_factor = 8
+    pipeline.load_lora_weights(path)
+    said = "\n".join(r.getMessage() for r in caplog.records if "No LoRA keys" not in r.getMessage())
+    assert "unexpected" not in said.lower() and "missing" not in said.lower()
+    pipeline.set_progress_bar_config(disable=True)
+    tokens, pooled = reference.encode("a red fox")
+
+    def theirs(**more):
+        return pipeline(
+            prompt_embeds=tokens, pooled_prompt_embeds=pooled, guidance_scale=2.0,
+            negative_prompt_embeds=0 * tokens, negative_pooled_prompt_embeds=0 * pooled,
+            height=64, width=72, generator=[torch.Generator().manual_seed(0)],
+            output_type="latent", **more,
+        ).images  # fmt: skip
+
+    def here(gamma):
+        words = ["--lora", path, "--prompt", "a red fox", "--cfg", 2, "--gamma", gamma]
+        return ours(monkeypatch, capsys, folder, tmp_path, *words)
+
+    plain = ours(monkeypatch, capsys, folder, tmp_path, "--prompt", "a red fox", "--gamma", 0)
+    deterministic = here(0)
+    assert (plain - deterministic).abs().max() > 0.1
+    found = theirs(timesteps=[999, 751, 499, 251])
+    assert (found - deterministic).abs().max() <= 1e-3 * deterministic.abs().max()
+    pipeline.scheduler = TCDScheduler(1000, 0.00085, 0.012, "scaled_linear",
+                                      original_inference_steps=250)  # fmt: skip
+    found, expected = theirs(num_inference_steps=4, eta=0.2), here(0.2)
+    assert (found - expected).norm() <= 0.005 * expected.norm()
+
+
+@torch.no_grad()
+def test_comfyui_euler_sgm_uniform_is_near(folder, monkeypatch, capsys, tmp_path):
+    """k-diffusion's Euler as ComfyUI's KSampler runs it, at most 2 timesteps off: within 1 %.
+
+    sgm_uniform spaces timesteps evenly from 999 to 0 and interpolates log sigma; the network is
+    given the nearest whole timestep, and x / sqrt(1 + sigma^2).
+    """
+    expected = ours(
+        monkeypatch, capsys, folder, tmp_path, "--prompt", "a red fox", "--cfg", 2, "--gamma", 0
+    )
+    reference, table = Reference(folder), np.log(SIGMA[1:] / ALPHA[1:])
+    times = np.linspace(999, 0, 5)[:-1]
+    sigmas = [*np.exp(np.interp(times, np.arange(1000), table)), 0.0]
+    tokens, pooled = reference.encode("a red fox")
+    added = torch.tensor([[64, 72, 0, 0, 64, 72]])
+    x = torch.randn((1, 4, 8, 9), generator=torch.Generator().manual_seed(0))
+    x = x * (1 + sigmas[0] ** 2) ** 0.5
+    for sigma, lower in itertools.pairwise(sigmas):
+        t = int(np.abs(table - np.log(sigma)).argmin())
+        eps = [
+            reference.unet(
+                x / (1 + sigma**2) ** 0.5, torch.tensor([t]), k * tokens,
+                added_cond_kwargs={"text_embeds": k * pooled, "time_ids": added},
+            ).sample
+            for k in (1, 0)
+        ]  # fmt: skip
+        x = x + (2 * eps[0] - eps[1]) * (lower - sigma)
+    assert (x - expected).norm() <= 0.01 * expected.norm()
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+MISTAKES = [
+    (["--resolution", "100"], "multiple of 8"),
+    (["--solver-steps", "33"], "must divide"),
+    (["--kmin", "9"], "kmin 9"),
+    (["--guidance-range", "5", "2"], "LO is above HI"),
+    (["--sample-prompts", "none.txt"], "none.txt cannot be read"),
+    (["--sample-prompts", __file__], "--sample-every"),
+    (["--sample-every", "2", "--solver-steps", "5", "--method", "cm"], "8 steps: from 1 to 5"),
+    (["--data", "nowhere"], "nowhere"),
+    (["--model", "nowhere"], "nowhere"),
+    (["--max-bad", "0"], "--max-bad"),
+    (["--device", "cuda"], "no GPU"),
+    (["--method", "tdm", "--adv"], "--method tdm has no use for --adv"),
+    (["--method", "tdm", "--tcf", "s"], "--method tdm has no use for --tcf"),
+    (["--method", "tdm", "--ks", "300", "--data", __file__], "300 steps"),
+    (["--method", "tdm"], "--data"),
+    (["--method", "tdm", "--kmin", "4"], "--method tdm has no use for --kmin"),
+    (["--fake-lr", "1"], "--method tdd has no use for --fake-lr"),
+    (["--full", "--compile"], "--full is for"),
+    (["--full", "--method", "tdm", "--data", __file__], "no use for --full"),
+    (["--ks", "4"], "--method tdd has no use for --ks"),
+    (["--loss", "fisher"], "has no use for --loss"),
+    (["--solver", "dpm2m"], "has no use for --solver"),
+    (["--init", "nowhere.safetensors"], "nowhere.safetensors is no file"),
+]
+
+
+@pytest.mark.parametrize("words, message", MISTAKES)
+def test_mistakes_are_one_line(words, message, folder, shards, tmp_path, monkeypatch, capsys):
+    call = command(folder, shards, tmp_path / "out", "--workers", 0, *words)
+    monkeypatch.setattr("sys.argv", call[1:])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(train_sdxl.main, train_sdxl.parser())
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("train_sdxl.py: ")]
+    assert stop.value.code == 2 and len(lines) == 1 and message in lines[0]
