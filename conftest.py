@@ -1,4 +1,4 @@
-"""Two workers of one thread each are faster than one of two."""
+"""One thread a worker: two workers of one thread are faster than one worker of two."""
 
 import os
 
@@ -6,3 +6,7 @@ import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than some ten seconds")

@@ -1,12 +1,12 @@
 """Noise schedule, exponential-integrator steps and the PF-ODE driver (TDD Eqs. 9, 15, 16).
 
-Everything a solver needs to know about the network is `model(x_t, t) -> eps` with t of shape (b,).
-Every solver has one signature and takes one step from t down to s:
+A network is `model(x_t, t) -> eps` with t of shape (b,). A solver takes one step from t down to s:
 
-    x_s, past = solver(model, x_t, t, s, schedule, past)
+    x_s = ddim(model, x_t, t, s, schedule)
 
-t and s are timesteps, a number for the whole batch or a (b,) tensor, integer or not. `past` is what
-a multistep solver remembers of its last step; None starts afresh and the others pass None along.
+t and s are timesteps, a number for the whole batch or a (b,) tensor, integer or not. A multistep
+solver remembers the step before, so a new one is made for each trajectory: SOLVERS maps names to
+functions that return a solver.
 """
 
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ CLEAN = -1  # the timestep of clean data: alpha = 1, sigma = 0. Timestep 0 still
 
 # ------------------------------------------------------------------------------ noise schedule
 #
-# The table holds log alpha, and sigma follows from expm1: near t = 0 alpha is almost 1, and
-# sqrt(1 - alpha^2) would lose half of its digits. Arithmetic stays in float64, on scalars or (b,)
-# vectors, whatever the precision of the samples.
+# The table holds log alpha, and sigma follows from expm1: near t = 0 alpha is almost 1, where
+# sqrt(1 - alpha^2) loses half of its digits. The schedule's arithmetic is in float64 whatever the
+# precision of the samples; it is done on scalars or (b,) vectors and costs nothing.
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Schedule:
     """Variance-preserving noise schedule x_t = alpha_t x_0 + sigma_t eps on timesteps 0..T-1.
 
     log_alpha: (T + 1,) in float64; entry t + 1 belongs to timestep t, entry 0 to CLEAN. Between
-    the entries log alpha is linear, which gives every real t in [-1, T-1] its alpha and sigma.
+    the entries log alpha is linear, so alpha and sigma exist for every real t in [-1, T-1].
     """
 
     log_alpha: Tensor
@@ -66,7 +66,7 @@ class Schedule:
         return above - 2 + (log_alpha - low) / (high - low)
 
     def diffuse(self, x_0: Tensor, eps: Tensor, t) -> Tensor:
-        """A draw of x_t ~ N(alpha_t x_0, sigma_t^2 I) from unit noise eps (Alg. 1, line 10)."""
+        """x_t ~ N(alpha_t x_0, sigma_t^2 I) from unit noise eps (Algorithm 1, line 10)."""
         alpha_t, sigma_t, _ = self.at(t, x_0.ndim)
         return _mix(alpha_t, x_0, sigma_t, eps)
 
@@ -88,9 +88,9 @@ def solver_grid(N: int, T: int = 1000) -> list[int]:
     return [0] + [n * (T // N) - 1 for n in range(1, N + 1)]
 
 
-# ------------------------------------------------------------------ eps, x_0 and v predictions
+# --------------------------------------------------------------------- eps and x_0 predictions
 #
-# x_t = alpha_t x_0 + sigma_t eps ties the three together: any one of them and x_t give the others.
+# x_t = alpha_t x_0 + sigma_t eps: x_t and either prediction give the other.
 
 
 def x0_from_eps(x_t: Tensor, eps: Tensor, t, schedule: Schedule) -> Tensor:
@@ -103,17 +103,6 @@ def eps_from_x0(x_t: Tensor, x_0: Tensor, t, schedule: Schedule) -> Tensor:
     return _mix(1 / sigma_t, x_t, -alpha_t / sigma_t, x_0)
 
 
-def v_from_eps(x_t: Tensor, eps: Tensor, t, schedule: Schedule) -> Tensor:
-    """v = alpha_t eps - sigma_t x_0."""
-    alpha_t, sigma_t, _ = schedule.at(t, x_t.ndim)
-    return _mix(1 / alpha_t, eps, -sigma_t / alpha_t, x_t)
-
-
-def eps_from_v(x_t: Tensor, v: Tensor, t, schedule: Schedule) -> Tensor:
-    alpha_t, sigma_t, _ = schedule.at(t, x_t.ndim)
-    return _mix(alpha_t, v, sigma_t, x_t)
-
-
 def _mix(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
     """a x + b y in the tensors' precision, but at least float32: samples are not kept in half."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -122,14 +111,14 @@ def _mix(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------- exponential integrator
 #
-# The PF-ODE is linear in x but for the network's prediction. In lam its linear part integrates
-# exactly, which leaves these two forms: exact as far as eps (or x_0) does not change from t to s.
+# The PF-ODE is linear in x except for the network's prediction. Its linear part integrates exactly
+# in lam, which leaves these two forms: exact if eps (or x_0) stays constant from t to s.
 
 
 def integrate_eps(x_t: Tensor, eps: Tensor, t, s, schedule: Schedule) -> Tensor:
     """Eq. 15: x_s = alpha_s/alpha_t x_t - sigma_s (e^h - 1) eps, h = lam_s - lam_t.
 
-    sigma_s (e^h - 1) is written as alpha_s (e^-lam_t - e^-lam_s), finite for s = CLEAN as well.
+    sigma_s (e^h - 1) is computed as alpha_s (e^-lam_t - e^-lam_s), which is finite at s = CLEAN.
     """
     alpha_t, _, lam_t = schedule.at(t, x_t.ndim)
     alpha_s, _, lam_s = schedule.at(s, x_t.ndim)
@@ -144,7 +133,7 @@ def integrate_x0(x_t: Tensor, x_0: Tensor, t, s, schedule: Schedule) -> Tensor:
 
 
 def x0_of_step(x_t: Tensor, x_s: Tensor, t, s, schedule: Schedule) -> Tensor:
-    """The x_0 by which Eq. 16 leads from x_t to x_s: of order 1 the prediction, else its mean."""
+    """The x_0 with which Eq. 16 leads from x_t to x_s: the prediction itself for order 1."""
     _, sigma_t, lam_t = schedule.at(t, x_t.ndim)
     alpha_s, sigma_s, lam_s = schedule.at(s, x_t.ndim)
     share = -alpha_s * torch.expm1(lam_t - lam_s)
@@ -159,43 +148,50 @@ def renoise(x_s: Tensor, s, p, z: Tensor, schedule: Schedule) -> Tensor:
 
 # ------------------------------------------------------------------------------------- solvers
 #
-# All of second order do the same: correct the prediction for its slope in lam, then integrate as
-# if it were constant. They differ in what they predict (eps, or x_0 in the ++ solvers) and in where
-# the slope comes from: a second evaluation at u (2S), or the step before (2M).
+# Every second-order solver extrapolates the prediction along its slope in lam and then integrates
+# it as a constant. Solvers differ in what they predict (eps, or x_0 in the ++ solvers) and in where
+# the slope comes from: a second evaluation at u (2S) or the step before (2M).
 
 
-def ddim(model, x_t: Tensor, t, s, schedule: Schedule, past=None):
+def ddim(model, x_t: Tensor, t, s, schedule: Schedule) -> Tensor:
     """Order 1, Eq. 15 with one evaluation: a DDIM step, and the jump f_theta(x_t, t, s) itself."""
-    return integrate_eps(x_t, eps_theta(model, x_t, t, schedule), t, s, schedule), past
+    eps = eps_theta(model, x_t, t, schedule)
+    return integrate_eps(x_t, eps, t, s, schedule)
 
 
-def dpm_2s(model, x_t: Tensor, t, s, schedule: Schedule, past=None, u=None):
+def dpm_2s(model, x_t: Tensor, t, s, schedule: Schedule, u=None) -> Tensor:
     """Order 2 on eps: DPM-Solver-2 (arXiv 2206.00927, Algorithm 1) through the midpoint u."""
-    return _two_stage(eps_theta, integrate_eps, model, x_t, t, s, schedule, u), past
+    return _two_stage(eps_theta, integrate_eps, model, x_t, t, s, schedule, u)
 
 
-def dpmpp_2s(model, x_t: Tensor, t, s, schedule: Schedule, past=None, u=None):
+def dpmpp_2s(model, x_t: Tensor, t, s, schedule: Schedule, u=None) -> Tensor:
     """Order 2 on x_0: DPM-Solver++(2S) (arXiv 2211.01095, Algorithm 1), also TCD's Eq. 22."""
-    return _two_stage(x_theta, integrate_x0, model, x_t, t, s, schedule, u), past
+    return _two_stage(x_theta, integrate_x0, model, x_t, t, s, schedule, u)
 
 
-def dpm_2m(model, x_t: Tensor, t, s, schedule: Schedule, past=None):
-    """Order 2 on eps from one evaluation and the last step's: multistep DPM-Solver."""
-    return _two_step(eps_theta, integrate_eps, model, x_t, t, s, schedule, past)
+def dpm_2m():
+    """A solver of order 2 on eps with one evaluation a step: multistep DPM-Solver."""
+    return _two_step(eps_theta, integrate_eps)
 
 
-def dpmpp_2m(model, x_t: Tensor, t, s, schedule: Schedule, past=None):
-    """Order 2 on x_0 from one evaluation and the last step's: DPM-Solver++(2M), Algorithm 2."""
-    return _two_step(x_theta, integrate_x0, model, x_t, t, s, schedule, past)
+def dpmpp_2m():
+    """A solver of order 2 on x_0 with one evaluation a step: DPM-Solver++(2M), Algorithm 2."""
+    return _two_step(x_theta, integrate_x0)
+
+
+SOLVERS = {
+    "ddim": lambda: ddim, "dpm2s": lambda: dpm_2s, "dpm2m": dpm_2m,
+    "dpm++2s": lambda: dpmpp_2s, "dpm++2m": dpmpp_2m,
+}  # fmt: skip
 
 
 def eps_theta(model, x_t: Tensor, t, schedule: Schedule) -> Tensor:
-    """model(x_t, t) with t spread to one timestep an example, (b,)."""
+    """model(x_t, t) with t expanded to one timestep an example, (b,)."""
     return model(x_t, torch.as_tensor(t, device=x_t.device).expand(len(x_t)))
 
 
 def x_theta(model, x_t: Tensor, t, schedule: Schedule) -> Tensor:
-    """The x_0 prediction that Eq. 16 starts from."""
+    """The x_0 prediction of the same network, which Eq. 16 integrates."""
     return x0_from_eps(x_t, eps_theta(model, x_t, t, schedule), t, schedule)
 
 
@@ -207,41 +203,46 @@ def _two_stage(predict, integrate, model, x_t, t, s, schedule, u):
     lam_t, lam_s = schedule.lam(t), schedule.lam(s)
     if u is None:
         u = schedule.t_of_lam(torch.where(lam_s.isinf(), lam_t, (lam_t + lam_s) / 2))
-    at_u = predict(model, integrate(x_t, at_t, t, u, schedule), u, schedule)
-    over_2r = _over_2r(schedule, t, s, u, t, x_t.ndim)
-    return integrate(x_t, _mix(1 - over_2r, at_t, over_2r, at_u), t, s, schedule)
+    x_u = integrate(x_t, at_t, t, u, schedule)
+    at_u = predict(model, x_u, u, schedule)
+    share = _extrapolation(schedule, t, s, u, t, x_t.ndim)
+    return integrate(x_t, _mix(1 - share, at_t, share, at_u), t, s, schedule)
 
 
-def _two_step(predict, integrate, model, x_t, t, s, schedule, past):
-    """Integrate t -> s with the slope in lam between the last prediction, in `past`, and this."""
-    at_t = sloped = predict(model, x_t, t, schedule)
-    if past is not None:
-        at_last, last = past
-        over_2r = _over_2r(schedule, t, s, t, last, x_t.ndim)
-        sloped = _mix(1 + over_2r, at_t, -over_2r, at_last)
-    return integrate(x_t, sloped, t, s, schedule), (at_t, t)
+def _two_step(predict, integrate):
+    """A solver that takes the slope in lam between its last prediction and the present one."""
+    last = None
+
+    def solver(model, x_t: Tensor, t, s, schedule: Schedule) -> Tensor:
+        nonlocal last
+        at_t = prediction = predict(model, x_t, t, schedule)
+        if last is not None:
+            t_last, at_last = last
+            share = _extrapolation(schedule, t, s, t, t_last, x_t.ndim)
+            prediction = _mix(1 + share, at_t, -share, at_last)
+        last = t, at_t
+        return integrate(x_t, prediction, t, s, schedule)
+
+    return solver
 
 
-def _over_2r(schedule: Schedule, t, s, later, earlier, ndim: int) -> Tensor:
-    """1/(2r), r the share of the step t -> s in lam that lies between the two predictions."""
+def _extrapolation(schedule: Schedule, t, s, later, earlier, ndim: int) -> Tensor:
+    """1/(2r), r being the share of the step t -> s in lam between the two predictions' times."""
     step = schedule.lam(s, ndim) - schedule.lam(t, ndim)
-    over_2r = step / (2 * (schedule.lam(later, ndim) - schedule.lam(earlier, ndim)))
-    # A step to CLEAN is infinitely long in lam, so it has no slope: order 1, as in every sampler.
-    # One from t to t itself needs none.
-    return torch.where(step.isinf() | (step == 0), torch.zeros_like(over_2r), over_2r)
-
-
-SOLVERS = {"ddim": ddim, "dpm2s": dpm_2s, "dpm2m": dpm_2m, "dpm++2s": dpmpp_2s, "dpm++2m": dpmpp_2m}
+    share = step / (2 * (schedule.lam(later, ndim) - schedule.lam(earlier, ndim)))
+    # A step to CLEAN is infinitely long in lam and has no slope: order 1, as in every sampler. A
+    # step of no length needs none.
+    return torch.where(step.isinf() | (step == 0), torch.zeros_like(share), share)
 
 
 def solve(model, x_t: Tensor, timesteps, schedule: Schedule, solver=ddim, callback=None) -> Tensor:
     """Follow the PF-ODE through a descending list of timesteps (Phi of Eq. 9, repeated).
 
-    timesteps: where x_t is, then every stop; end on CLEAN for data. callback(s, x_s) after a step.
+    timesteps: where x_t is, then every stop; end on CLEAN for data. callback(s, x_s) is called
+    after each step.
     """
-    past = None
     for t, s in pairwise(timesteps):
-        x_t, past = solver(model, x_t, t, s, schedule, past)
+        x_t = solver(model, x_t, t, s, schedule)
         if callback is not None:
             callback(s, x_t)
     return x_t

@@ -8,9 +8,10 @@ form with a leading axis of b or 1. Teacher, student and target network are thre
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,19 +20,19 @@ from solvers import CLEAN, Schedule, ddim, eps_from_x0, renoise, solver_grid, x0
 
 # ------------------------------------------------------------- 3.2 target timestep selection
 #
-# Which tau a start t_{n+1} is trained to jump to is all that tells the methods apart. Eq. 5's times
-# mT/k are rational and need not lie on the solver's grid, so there are two sides to each target:
-# the exact time decides whether Eq. 7 admits it (750, not 751), and the grid timestep that a k-step
-# schedule really visits (751) is what the network is trained for and later sampled at.
+# The methods differ only in which targets tau they train from each start t_{n+1}. Eq. 5's times
+# mT/k are rational and need not lie on the solver's grid, so a target has two sides: its exact time
+# decides whether Eq. 7 admits it (750, not 751), and the grid timestep that a k-step schedule
+# visits (751) is what the network is trained for and later sampled at.
 
 
 @dataclass(frozen=True)
 class TargetSet:
-    """The target timesteps (Eq. 5) and, for each solver step n, which of them Eq. 7 admits.
+    """The target timesteps (Eq. 5) and, for each solver step n, those that Eq. 7 admits.
 
     grid: (N + 1,) the solver's timesteps t_0..t_N
     tau: (M,) targets in ascending order, on the grid points that the k-step schedules visit
-    first, count: (N,) tau[first[n] : first[n] + count[n]] may be chosen from t_n; unused at n = 0
+    first, count: (N,) tau[first[n] : first[n] + count[n]] are admitted at t_n; unused at n = 0
     """
 
     grid: Tensor
@@ -40,11 +41,11 @@ class TargetSet:
     count: Tensor
 
     def select(self, n: Tensor, u: Tensor) -> Tensor:
-        """Eq. 7: tau_m, drawn from the targets admitted at t_n by uniform u in [0, 1); (b,)."""
+        """Eq. 7: tau_m, one of the targets admitted at t_n, by uniform u in [0, 1); (b,)."""
         return self.tau[self.first[n] + (u * self.count[n]).floor().long()]
 
     def admitted(self, n: int) -> list[int]:
-        """The targets that `select` draws from at t_n."""
+        """The targets that `select` chooses from at t_n."""
         return self.tau[self.first[n] : self.first[n] + self.count[n]].tolist()
 
 
@@ -63,13 +64,13 @@ def target_set(
             f"schedules of kmin {kmin} to kmax {kmax} steps do not fit N = {N} solver steps: "
             "1 <= kmin <= kmax <= N and N >= 2 are needed"
         )
-    # One set: the 1/2 of k = 4, 6 and 8 is a single time, no likelier than the others. On a coarse
-    # grid two times may still fall on one timestep, which is then drawn twice as often.
+    # A set: the 1/2 of k = 4, 6 and 8 is one time and no likelier than the others. On a coarse grid
+    # two times may still fall on one timestep, which is then drawn twice as often.
     exact = sorted({Fraction(m * T, k) for k in range(kmin, kmax + 1) for m in range(k)})  # Eq. 5
     reach = Fraction(T, kmin) if e is None else Fraction(e)
     first, count = [0], [0]
     for n in range(1, N):
-        # Eq. 7's t is t_n: the target network, which starts there, cannot jump back up beyond it.
+        # Eq. 7's t is t_n: the target network starts there and cannot jump back up beyond it.
         t = Fraction(n * T, N)
         if strict:
             # Strictly below: from a t_n that is itself a segment's end, PCM aims at the next one.
@@ -82,7 +83,9 @@ def target_set(
         count.append(high - low)
     # `equidistant` visits index floor(iN/k) from above, which is ceil(mN/k) from below: 750 -> 751.
     tau = [grid[math.ceil(time * N / T)] for time in exact]
-    return TargetSet(*(torch.tensor(v) for v in (grid, tau, first, count)))
+    return TargetSet(
+        torch.tensor(grid), torch.tensor(tau), torch.tensor(first), torch.tensor(count)
+    )
 
 
 def targets_of(method: str, N: int, kmin: int = 4, kmax: int = 8, T: int = 1000) -> TargetSet:
@@ -92,7 +95,7 @@ def targets_of(method: str, N: int, kmin: int = 4, kmax: int = 8, T: int = 1000)
     anywhere below t_n: with Eq. 7's e = T/N they would be left two targets.
     """
     match method:
-        case "cm" | "lcm":
+        case "cm":
             return target_set(N, 1, 1, T=T)
         case "pcm":
             return target_set(N, kmin, kmin, strict=True, T=T)
@@ -100,51 +103,55 @@ def targets_of(method: str, N: int, kmin: int = 4, kmax: int = 8, T: int = 1000)
             return target_set(N, N, N, e=T, T=T)
         case "tdd":
             return target_set(N, kmin, kmax, T=T)
-    raise ValueError(f"unknown method {method!r}: cm, lcm, pcm, ctm, tcd or tdd")
+    raise ValueError(f"unknown method {method!r}: cm, pcm, ctm, tcd or tdd")
 
 
-def offset(tau: Tensor, eta: float, v: Tensor) -> Tensor:
-    """Eq. 8: tau~ ~ U[(1 - eta) tau, tau] from uniform v in [0, 1), as an integer timestep."""
-    return (tau * (1 - eta * v)).floor().long()
+def offset(tau: Tensor, eta: float, u: Tensor) -> Tensor:
+    """Eq. 8: tau~ ~ U[(1 - eta) tau, tau] from uniform u in [0, 1), as an integer timestep."""
+    return (tau * (1 - eta * u)).floor().long()
 
 
 # ------------------------------------------------------------------------------- the loss
 #
-# Algorithm 1 in two halves: `draw` is all of its randomness, `jumps` all of its arithmetic, so
-# that a test can hold the loss of given draws against the paper's lines one by one.
+# Algorithm 1 in two halves, so that a test can compare the loss of a fixed sample with the paper's
+# lines one by one: `sample_step` holds all of its randomness, `tdd_loss` all of its arithmetic.
 
 
 @dataclass(frozen=True)
-class Draws:
-    """What Algorithm 1 draws for a batch: the times, who keeps the condition, and the noise."""
+class StepSample:
+    """What Algorithm 1 draws for a batch: times, who keeps the prompt, and the noise."""
 
     t_next: Tensor  # (b,) t_{n+1}
     t_n: Tensor  # (b,)
     tau: Tensor  # (b,) tau~
-    kept: Tensor  # (b,) bool
+    keep_prompt: Tensor  # (b,) bool
     noise: Tensor  # (b, ..)
-    rows: Tensor | None  # indices of the kept examples; None has the teacher guide all b
+    guided_rows: Tensor | None  # indices of the examples with a prompt; None guides all b
 
-    def to(self, device) -> "Draws":
-        return Draws(*(v if v is None else v.to(device) for v in vars(self).values()))
+    def to(self, device) -> "StepSample":
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return StepSample(*(x if x is None else x.to(device) for x in tensors))
 
 
-def draw(targets: TargetSet, shape, eta: float, rho: float, generator: torch.Generator) -> Draws:
+def sample_step(
+    targets: TargetSet, shape, eta: float, rho: float, generator: torch.Generator
+) -> StepSample:
     """Algorithm 1, lines 8-9 and 11, for x_0 of the given shape (b, ..), from a CPU generator.
 
-    Drawn on the CPU, they are the same on every device and the GPU is never waited for.
+    Random numbers from a CPU are the same on every device, and no GPU has to be waited for.
     """
-    u_n, u_tau, u_eta, u_kept = torch.rand((4, shape[0]), generator=generator, dtype=torch.float64)
+    u_n, u_tau, u_eta, u_rho = torch.rand((4, shape[0]), generator=generator, dtype=torch.float64)
     n = 1 + (u_n * (len(targets.count) - 1)).floor().long()  # n ~ U[1, N - 1]
-    tau = offset(targets.select(n, u_tau), eta, u_eta)
-    kept = u_kept >= rho
+    tau = offset(targets.select(n, u_tau), eta, u_eta)  # Eqs. 7 and 8
+    keep_prompt = u_rho >= rho
     noise = torch.randn(shape, generator=generator)
-    return Draws(targets.grid[n + 1], targets.grid[n], tau, kept, noise, kept.nonzero()[:, 0])
+    guided_rows = keep_prompt.nonzero()[:, 0]
+    return StepSample(targets.grid[n + 1], targets.grid[n], tau, keep_prompt, noise, guided_rows)
 
 
 def squared_l2(d: Tensor) -> Tensor:
-    """Eq. 10's distance as a mean over the axes, (b, ..) -> (b,)."""
-    # The mean, as in the published script: Adam is blind to the factor, gradient clipping is not,
+    """Eq. 10's distance as a mean over all axes but the first, (b, ..) -> (b,)."""
+    # The mean, as in the published script: Adam ignores the factor but gradient clipping does not,
     # and with the sum it would bite harder the larger the picture.
     return d.float().square().flatten(1).mean(1)
 
@@ -154,64 +161,66 @@ def pseudo_huber(d: Tensor, c: float = 0.001) -> Tensor:
     return ((d.float().square() + c * c).sqrt() - c).flatten(1).mean(1)
 
 
-def jumps(
-    student, target, teacher, x_0, cond, null, draws: Draws, w, schedule, solver=ddim, jump=ddim
-):
-    """Algorithm 1, lines 10-16, but for the distance: what is to agree, and under which condition.
+class TDDLoss(NamedTuple):
+    """The loss of each example, and what a further loss may build on."""
 
-    With every grid point as a target it is the loss of TCD's Algorithms 1 and 2.
+    loss: Tensor  # (b,)
+    prediction: Tensor  # (b, ..) f_theta(x_{t_{n+1}}, t_{n+1}, tau~)
+    target: Tensor  # (b, ..) f_theta-(x_{t_n}, t_n, tau~)
+    cond: Tensor | dict  # the condition used, null where the prompt was dropped
 
-    Returns f_theta(x_{n+1}, t_{n+1}, tau~), f_theta-(x_n, t_n, tau~), both (b, ..), and c.
+
+def tdd_loss(
+    student, target_net, teacher, x_0: Tensor, cond, null, sample: StepSample, w,
+    schedule: Schedule, solver=ddim, jump=ddim, distance=squared_l2,
+) -> TDDLoss:  # fmt: skip
+    """Algorithm 1, lines 10-16: the consistency loss that CM, PCM, TCD and TDD share.
+
     x_0: (b, ..) data. w: the distillation guidance w', a number or (b,); guidance g = 1 + w'.
     solver: Phi, one step of the teacher's PF-ODE. jump: f, Eq. 15's `ddim` or another of tcd.TCF.
+    distance: (b, ..) -> (b,). With every grid point as a target it is TCD's Algorithms 1 and 2.
     """
-    t_next, t_n, tau = draws.t_next, draws.t_n, draws.tau
-    # Line 10: x_{n+1} ~ N(alpha x, sigma^2 I).
-    x_next = schedule.diffuse(x_0, draws.noise, t_next)
+    t_next, t_n, tau = sample.t_next, sample.t_n, sample.tau
+    # Line 10: x_{t_{n+1}} ~ N(alpha x_0, sigma^2 I).
+    x_next = schedule.diffuse(x_0, sample.noise, t_next)
     # Line 11: the condition, or with probability rho the null condition.
-    c = _map(lambda cond, null: torch.where(_like(draws.kept, cond), cond, null), cond, null)
-    with torch.inference_mode():
-        # Lines 12-15, Eq. 9: one solver step of the teacher, guided where the condition was kept.
-        # (Elsewhere it is the null condition, which guidance away from itself leaves as it is.)
-        phi = guided(teacher, c, null, w, draws.rows)
-        x_n, _ = solver(phi, x_next, t_next, t_n, schedule)
-        # Line 16, Eqs. 10 and 11: f_theta-(x_n, t_n, tau~) from the teacher's x_n ...
-        aim, _ = jump(bind(target, c), x_n, t_n, tau, schedule)
-    # ... and f_theta(x_{n+1}, t_{n+1}, tau~), which is to agree with it.
-    pred, _ = jump(bind(student, c), x_next, t_next, tau, schedule)
-    return pred, aim, c
-
-
-def tdd_loss(*given, distance=squared_l2, **more) -> Tensor:
-    """Eq. 10: the loss of each example, (b,), of what `jumps` returns for the same arguments."""
-    pred, aim, _ = jumps(*given, **more)
-    return distance(pred - aim)
+    cond = where_cond(sample.keep_prompt, cond, null)
+    with torch.no_grad():
+        # Lines 12-15, Eq. 9: one solver step of the teacher, guided (Eq. 12) where the prompt was
+        # kept. Elsewhere the condition is null, and guidance away from itself changes nothing.
+        eps_hat = guided(teacher, cond, null, w, sample.guided_rows)
+        x_n = solver(eps_hat, x_next, t_next, t_n, schedule)
+        # Line 16, Eqs. 10 and 11: f_theta-(x_{t_n}, t_n, tau~) ..
+        target = jump(conditioned(target_net, cond), x_n, t_n, tau, schedule)
+    # .. and f_theta(x_{t_{n+1}}, t_{n+1}, tau~), which is to agree with it.
+    prediction = jump(conditioned(student, cond), x_next, t_next, tau, schedule)
+    return TDDLoss(distance(prediction - target), prediction, target, cond)
 
 
 @torch.no_grad()
-def ema_update(target, student, mu: float) -> None:
+def ema_update(target_net, student, mu: float) -> None:
     """Algorithm 1, line 18: theta- <- mu theta- + (1 - mu) theta, over two lists of tensors."""
-    torch._foreach_lerp_(list(target), list(student), 1 - mu)
+    torch._foreach_lerp_(list(target_net), list(student), 1 - mu)
 
 
 # ------------------------------------------------------------------ 3.3 decoupled guidance
 #
-# The paper's w counts from 0 (off); users know g = 1 + w. Line 12 mixes two teacher steps Phi, here
-# the two eps are mixed before one step: the same thing for DDIM, which is linear in eps, and for a
-# solver of higher order the guided PF-ODE that Phi stands for.
+# The paper's w counts from 0 (off); users know g = 1 + w. Line 12 mixes two teacher steps Phi; here
+# the two eps are mixed before one step. For DDIM, which is linear in eps, that is the same, and for
+# a solver of higher order it is the guided PF-ODE that Phi stands for.
 
 
-def bind(model, cond):
+def conditioned(model, cond):
     """model(x_t, t, cond) as the eps(x_t, t) that solvers take.
 
-    Networks told of one more number, a jump's end or the number of steps, take it last: *told (b,).
+    Networks of one more input, a jump's target time or the number of steps, take it last, (b,).
     """
-    return lambda x_t, t, *told: model(x_t, t, cond, *told)
+    return lambda x_t, t, *extra: model(x_t, t, cond, *extra)
 
 
-def told(model, n: float):
-    """model(x_t, t, cond, n) with n the same number for all examples."""
-    return lambda x_t, t, cond, *more: model(x_t, t, cond, torch.full_like(t, n), *more)
+def with_scalar(model, value: float):
+    """model(x_t, t, cond, value) with the same value for all examples."""
+    return lambda x_t, t, cond, *extra: model(x_t, t, cond, torch.full_like(t, value), *extra)
 
 
 def guided(model, cond, null, w, rows: Tensor | None = None):
@@ -221,16 +230,17 @@ def guided(model, cond, null, w, rows: Tensor | None = None):
     second pass. The result is at least float32, whatever the network computes in.
     """
     if not torch.is_tensor(w) and w == 0:
-        return bind(model, cond)
+        return conditioned(model, cond)
     rows = slice(None) if rows is None else rows
-    both = _map(lambda c, empty: torch.cat([c, empty.expand_as(c)[rows]]), cond, null)
+    both = _map_cond(lambda c, empty: torch.cat([c, empty.expand_as(c)[rows]]), cond, null)
 
-    def eps_hat(x_t: Tensor, t: Tensor, *told: Tensor) -> Tensor:
-        x_t_, t_, *told_ = (torch.cat([a, a[rows]]) for a in (x_t, t, *told))
-        eps = model(x_t_, t_, both, *told_)
+    def eps_hat(x_t: Tensor, t: Tensor, *extra: Tensor) -> Tensor:
+        x_both, t_both, *extra_both = (torch.cat([a, a[rows]]) for a in (x_t, t, *extra))
+        eps = model(x_both, t_both, both, *extra_both)
         eps = eps.to(torch.promote_types(eps.dtype, torch.float32))
-        eps_c, eps_u = eps[: len(x_t)].clone(), eps[len(x_t) :]
-        w_rows = _like(w.to(eps).expand(len(x_t)), eps)[rows] if torch.is_tensor(w) else w
+        eps_c = eps[: len(x_t)].clone()
+        eps_u = eps[len(x_t) :]
+        w_rows = append_axes(w.to(eps).expand(len(x_t)), eps)[rows] if torch.is_tensor(w) else w
         eps_c[rows] = (1 + w_rows) * eps_c[rows] - w_rows * eps_u
         return eps_c
 
@@ -238,7 +248,7 @@ def guided(model, cond, null, w, rows: Tensor | None = None):
 
 
 def tuned(w: float, w_distilled: float) -> float:
-    """Eq. 13: the w to sample a student distilled at w' with, so that it acts as the teacher at w.
+    """Eq. 13: the w at which a student distilled at w' acts as the teacher does at w.
 
     [eps_hat_w + w' eps(x_t, t)] / (1 + w') is Eq. 12 again, at 1 + w -> (1 + w) / (1 + w').
     For a student of a range of w' (Eq. 14), w_distilled is the middle of the range.
@@ -246,14 +256,22 @@ def tuned(w: float, w_distilled: float) -> float:
     return (1 + w) / (1 + w_distilled) - 1
 
 
-def _map(fn, cond, null):
-    """fn(cond, null), tensor by tensor if they are dicts."""
+def where_cond(keep_prompt: Tensor, cond, null):
+    """cond where keep_prompt (b,) is true, null elsewhere."""
+    return _map_cond(
+        lambda c, empty: torch.where(append_axes(keep_prompt, c), c, empty), cond, null
+    )
+
+
+def _map_cond(function, cond, null):
+    """function(cond, null), tensor by tensor if they are dicts."""
     if isinstance(cond, dict):
-        return {name: fn(cond[name], null[name]) for name in cond}
-    return fn(cond, null)
+        return {name: function(cond[name], null[name]) for name in cond}
+    return function(cond, null)
 
 
-def _like(a: Tensor, x: Tensor) -> Tensor:
+def append_axes(a: Tensor, x: Tensor) -> Tensor:
+    """a with trailing axes of size 1, to broadcast against x."""
     return a.reshape(a.shape + (1,) * (x.ndim - a.ndim))
 
 
@@ -286,18 +304,21 @@ def nonequidistant(k: int, N: int = 250, kmin: int = 4, kmax: int = 8, T: int = 
 
 
 def clip_x0(x_0: Tensor, percentile: float = 0.995, max_value: float = 1.0) -> Tensor:
-    """C above Eq. 17: clamp to the percentile s of |x_0| and divide by it, s in [1, max_value]."""
+    """C above Eq. 17: clamp to the percentile s of |x_0| and divide by it, s in [1, max_value].
+
+    This is Imagen's dynamic thresholding, one s an example.
+    """
     # With max_value = 1, the published default, s is 1 and C a plain clamp to [-1, 1].
     s = torch.quantile(x_0.abs().flatten(1).float(), percentile, dim=1).clamp(1, max_value)
-    s = _like(s, x_0).to(x_0.dtype)
+    s = append_axes(s, x_0).to(x_0.dtype)
     return x_0.clamp(-s, s) / s
 
 
-def clipped(model, clip, schedule: Schedule):
-    """eps(x_t, t) with C on its x_0, which turns every solver's Eq. 16 into Eq. 17."""
+def with_x0_clipping(model, clip, schedule: Schedule):
+    """eps(x_t, t) with C applied to its x_0, which turns every solver's Eq. 16 into Eq. 17."""
 
-    def eps_hat(x_t: Tensor, t: Tensor, *told: Tensor) -> Tensor:
-        x_0 = x0_from_eps(x_t, model(x_t, t, *told), t, schedule)
+    def eps_hat(x_t: Tensor, t: Tensor, *extra: Tensor) -> Tensor:
+        x_0 = x0_from_eps(x_t, model(x_t, t, *extra), t, schedule)
         return eps_from_x0(x_t, clip(x_0), t, schedule)
 
     return eps_hat
@@ -315,8 +336,8 @@ def gamma_sample(
     model: eps(x_t, t), for instance from `guided`. x_t: (b, ..) noise at timesteps[0].
     timesteps: descending, as from `equidistant`; the last step returns the x_0 prediction.
     gamma: 0 is deterministic (DDIM), 1 is multistep consistency sampling. noise: a z for each step
-    but the last, unless gamma = 0. clip: C, used in the first clip_steps steps. jump: a one-step
-    solver, or any function of that signature. callback(p, x_p) is called after each step.
+    but the last, unless gamma = 0. clip: C, applied in the first clip_steps steps. jump: a one-step
+    solver, or any function of its signature. callback(p, x_p) is called after each step.
     Raises ValueError for a gamma outside [0, 1], or above 0 without noise.
     """
     if not 0 <= gamma <= 1 or (gamma > 0 and noise is None):
@@ -325,8 +346,8 @@ def gamma_sample(
         # s = (1 - gamma) p; the 1e-6 mends floating point, where (1 - 0.9) * 250 is short of 25.
         s = CLEAN if p == CLEAN else math.floor((1 - gamma) * p + 1e-6)
         # Eqs. 15 and 16, or 17 with C on x_0: from t down to s.
-        eps = clipped(model, clip, schedule) if i < clip_steps else model
-        x_s, _ = jump(eps, x_t, t, s, schedule)
+        eps = with_x0_clipping(model, clip, schedule) if i < clip_steps else model
+        x_s = jump(eps, x_t, t, s, schedule)
         # Eq. 18: from s back up to p.
         x_t = renoise(x_s, s, p, next(noise), schedule) if s < p else x_s
         if callback is not None:

@@ -1,14 +1,14 @@
 """Trajectory Distribution Matching (arXiv 2503.06674), section 3 and Algorithm 1.
 
-Three eps-networks: the student f_theta, which takes K deterministic steps from noise; the teacher
-f_phi, whose score is the "real" one; and f_psi, whose "fake" score is that of the student's own
-samples. All three come as eps(x_t, t), their condition bound. There is no data: prompts will do.
+Three eps-networks: the student f_theta takes K deterministic steps from noise; the teacher f_phi
+gives the "real" score; f_psi gives the "fake" score, that of the student's samples. All three are
+eps(x_t, t) with their condition bound. Training takes prompts alone, no data.
 
-The paper writes x_t = x + sigma_t eps, so that its samples are ours divided by alpha_t, and leaves
-lambda_tau open. It is sigma_tau^2 here, in those terms, which makes the step from x_{t_i} to its
-revised sample alpha_{t_i} times a difference of x_0 predictions; the second lambda_tau, in front of
-Eq. 6's norm, is left out. Distances are taken between samples as they are here, not divided by
-alpha_{t_i}: noisy steps weigh less by that than in the paper's terms.
+The paper writes x_t = x + sigma_t eps, so its samples are ours divided by alpha_t, and it leaves
+lambda_tau open. Here it is sigma_tau^2 in the paper's terms, which makes the step from x_{t_i} to
+its revised sample alpha_{t_i} times a difference of x_0 predictions; the second lambda_tau, in
+front of Eq. 6's norm, is left out. Distances are between samples as they are here, not divided by
+alpha_{t_i}, so noisy steps weigh less than in the paper's terms.
 """
 
 import math
@@ -18,19 +18,19 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from solvers import CLEAN, Schedule, ddim, eps_theta, renoise, x0_of_step, x_theta
-from tdd import equidistant, squared_l2
+from solvers import CLEAN, SOLVERS, Schedule, eps_theta, renoise, x0_of_step, x_theta
+from tdd import conditioned, equidistant, squared_l2, with_scalar
 
 # -------------------------------------------------------------------------- 3.1 the trajectory
 #
 # The student's K steps end at t_{K-1} > .. > t_0; a training step looks at the one that ends at
-# t_m. tau, up to which its sample is diffused, does not pass t_{m+1}: no two m have a time in
-# common, so that one fake score can hold all of their distributions apart.
+# t_m. Its sample is diffused to a tau of at most t_{m+1}: intervals of different m do not overlap,
+# so one fake score can hold all of their distributions apart.
 
 
 @dataclass(frozen=True)
-class Draws:
-    """What Algorithm 1 draws for a batch: how many steps of how many, how far back, and noise."""
+class StepSample:
+    """What Algorithm 1 draws for a batch: K, the step to look at, times to diffuse to, and noise."""
 
     K: int
     stops: list[int]  # from T - 1 down to t_{m+1} and t_m
@@ -40,31 +40,32 @@ class Draws:
 
     @property
     def timesteps(self) -> Tensor:
-        """Where the examples are looked at, for messages."""
+        """Where the samples are diffused to, for messages."""
         return self.tau
 
-    def to(self, device) -> "Draws":
-        moved = {k: getattr(self, k).to(device) for k in ("x_T", "tau", "noise")}
-        return replace(self, **moved)
+    def to(self, device) -> "StepSample":
+        x_T, tau, noise = self.x_T.to(device), self.tau.to(device), self.noise.to(device)
+        return replace(self, x_T=x_T, tau=tau, noise=noise)
 
 
-def draw(Ks: tuple[int, ...], shape, N: int, generator: torch.Generator) -> Draws:
+def sample_step(Ks: tuple[int, ...], shape, N: int, generator: torch.Generator) -> StepSample:
     """Algorithm 1, lines 3, 5 and 6, for samples of shape (b, ..), from a CPU generator.
 
     Ks: what K is drawn from, several for TDM-unify (Eq. 8). N: the grid that t_i = i T / K lie on.
     """
-    # One K and one m for the batch: the steps after t_m, which nobody looks at, can be left out.
+    # One K and one m for the batch: steps after t_m are not looked at and can be left out.
     u_K, u_m = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
     K = Ks[int(u_K * len(Ks))]
     stops = [*equidistant(K, N), CLEAN][: 2 + int(u_m * K)]
     t_next, t_m = stops[-2:]
     tau = torch.randint(t_m + 1, t_next + 1, shape[:1], generator=generator)
-    x_T, noise = (torch.randn(shape, generator=generator) for _ in range(2))
-    return Draws(K, stops, x_T, tau, noise)
+    x_T = torch.randn(shape, generator=generator)
+    noise = torch.randn(shape, generator=generator)
+    return StepSample(K, stops, x_T, tau, noise)
 
 
 @dataclass(frozen=True)
-class Sample:
+class StudentSample:
     """A sample of the student's, x_{t_m}, and the same diffused to tau."""
 
     x_m: Tensor
@@ -74,48 +75,61 @@ class Sample:
     tau: Tensor  # (b,)
     noise: Tensor
 
-    def detach(self) -> "Sample":
-        own = {k: getattr(self, k).detach() for k in ("x_m", "x_hat", "x_tau")}
-        return replace(self, **own)
+    def detach(self) -> "StudentSample":
+        x_m, x_hat, x_tau = self.x_m.detach(), self.x_hat.detach(), self.x_tau.detach()
+        return replace(self, x_m=x_m, x_hat=x_hat, x_tau=x_tau)
 
     def bridge(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        """q(x_tau | x_{t_m}) = N(ratio x_{t_m}, spread^2 I): both, to broadcast over a batch."""
+        """ratio and spread of q(x_tau | x_{t_m}) = N(ratio x_{t_m}, spread^2 I), to broadcast."""
         ndim = self.x_m.ndim
         ratio = schedule.at(self.tau, ndim)[0] / schedule.at(self.t_m, ndim)[0]
         return ratio.to(self.x_m), (1 - ratio**2).sqrt().to(self.x_m)
 
 
-def generate(student, draws: Draws, schedule: Schedule, solver=ddim, clean=False) -> Sample:
+def generate(
+    student, sample: StepSample, schedule: Schedule, make_solver=SOLVERS["ddim"], clean=False
+) -> StudentSample:
     """Algorithm 1, lines 4-7, with a gradient through the last step alone.
 
-    solver: any of solvers.SOLVERS (Table 6). clean: of the step that ends at t_m look at the clean
-    prediction instead of x_{t_m} (Table 7).
+    make_solver: an entry of solvers.SOLVERS (Table 6). clean: look at the clean prediction of the
+    step that ends at t_m instead of x_{t_m} (Table 7).
     """
-    x, past = draws.x_T, None
+    solver = make_solver()
+    x = sample.x_T
     with torch.no_grad():
-        for t, s in pairwise(draws.stops[:-1]):
-            x, past = solver(student, x, t, s, schedule, past)
-    t, t_m = draws.stops[-2:]
-    x_m, _ = solver(student, x, t, t_m, schedule, past)
+        for t, s in pairwise(sample.stops[:-1]):
+            x = solver(student, x, t, s, schedule)
+    t, t_m = sample.stops[-2:]
+    x_m = solver(student, x, t, t_m, schedule)
     x_hat = x0_of_step(x, x_m, t, t_m, schedule)
     if clean:
         x_m, t_m = x_hat, CLEAN
-    x_tau = renoise(x_m, t_m, draws.tau, draws.noise, schedule)
-    return Sample(x_m, t_m, x_hat, x_tau, draws.tau, draws.noise)
+    x_tau = renoise(x_m, t_m, sample.tau, sample.noise, schedule)
+    return StudentSample(x_m, t_m, x_hat, x_tau, sample.tau, sample.noise)
+
+
+def with_num_steps(network, K: int | None):
+    """network(x_t, t, cond) of one that also takes the number of steps K, unless K is None."""
+    return network if K is None else with_scalar(network, K)
+
+
+def conditioned_on_steps(network, cond, K: int | None):
+    """eps(x_t, t) of a network with its condition and, unless K is None, the number of steps."""
+    return conditioned(with_num_steps(network, K), cond)
 
 
 # -------------------------------------------------------------------------- 3.1 the fake score
 #
 # Eq. 7 wants x_tau from q(x_tau | x^), but the score is needed around x_{t_m}: hence the importance
-# weight q(x_tau | x^) / q(x_tau | x_{t_m}). What minimises the weighted loss is the score of x^
-# diffused to tau; in Eq. 5 stands that of x_{t_m} diffused to tau. These are two distributions, for
-# a deterministic step leaves its x^ and the noise beside it dependent. Denoising to x_{t_m}, with
-# no weight, has the latter score for its minimum: "exact" below, which is ours.
+# weight q(x_tau | x^) / q(x_tau | x_{t_m}). The weighted loss is minimal at the score of x^ diffused
+# to tau, while Eq. 5 needs that of x_{t_m} diffused to tau. These are two distributions, because a
+# deterministic step leaves x^ and the noise beside it dependent. Denoising to x_{t_m} without a
+# weight has Eq. 5's score as its minimum: "exact" below, which is ours.
 
 WEIGHTS = ("density", "mean", "none", "exact")
 
 
-def fake_loss(fake, p: Sample, schedule: Schedule, weight: str = "density") -> Tensor:
+def fake_loss(fake, p: StudentSample, schedule: Schedule, weight: str = "density") -> Tensor:
     """Eq. 7's loss of each example, on eps, (b,).
 
     weight: "density", the paper's ratio; "mean", of the densities to the power of 1/d, as in the
@@ -124,8 +138,8 @@ def fake_loss(fake, p: Sample, schedule: Schedule, weight: str = "density") -> T
     eps = eps_theta(fake, p.x_tau, p.tau, schedule)
     alpha, sigma, _ = (a.to(p.x_m) for a in schedule.at(p.tau, p.x_m.ndim))
     if weight == "exact":
-        # -sigma times the score of q(x_tau | x_{t_m}) is (sigma / spread) noise, which has no bound
-        # near t_m. A factor that depends on tau alone may stand before both.
+        # -sigma times the score of q(x_tau | x_{t_m}) is (sigma / spread) noise, unbounded near t_m.
+        # A factor that depends on tau alone may multiply both sides.
         _, spread = p.bridge(schedule)
         return squared_l2(spread / sigma * eps - p.noise)
     loss = squared_l2(eps - (p.x_tau - alpha * p.x_hat) / sigma)
@@ -135,7 +149,7 @@ def fake_loss(fake, p: Sample, schedule: Schedule, weight: str = "density") -> T
     return (power * log_weight(p, schedule)).exp() * loss
 
 
-def log_weight(p: Sample, schedule: Schedule) -> Tensor:
+def log_weight(p: StudentSample, schedule: Schedule) -> Tensor:
     """log q(x_tau | x^) - log q(x_tau | x_{t_m}), densities of all dimensions, (b,)."""
     d = p.x_m[0].numel()
     alpha, sigma, _ = (a.to(p.x_m) for a in schedule.at(p.tau, p.x_m.ndim))
@@ -149,18 +163,18 @@ def log_weight(p: Sample, schedule: Schedule) -> Tensor:
 LOSSES = ("huber", "l2", "dmd", "fisher")
 
 
-def student_loss(real, fake, p: Sample, schedule: Schedule, loss: str = "huber") -> Tensor:
+def student_loss(real, fake, p: StudentSample, schedule: Schedule, loss: str = "huber") -> Tensor:
     """The student's loss of each example, (b,).
 
-    real: the teacher, guided as wished. loss: "huber", the surrogate of Eq. 11; "l2", Eq. 6; "dmd",
-    Eq. 6 under DMD's normaliser, as in the paper's ablation; "fisher", another divergence.
+    real: the teacher, guided if wanted. loss: "huber", the surrogate of Eq. 11; "l2", Eq. 6; "dmd",
+    Eq. 6 with DMD's normaliser, as in the paper's ablation; "fisher", another divergence.
     """
     if loss == "fisher":
         return fisher_loss(real, fake, p, schedule)
     alpha_m = schedule.at(p.t_m)[0].to(p.x_m)
     with torch.no_grad():
         x_real, x_fake = (x_theta(f, p.x_tau, p.tau, schedule) for f in (real, fake))
-        # x~ of Eq. 6: a step down the KL divergence.
+        # x~ of Eq. 6 lies a step down the KL divergence from x_{t_m}.
         revision = alpha_m * (x_real - x_fake)
         if loss == "dmd":
             size = (p.x_hat - x_real).abs().flatten(1).mean(1).clamp(min=1e-6)
@@ -173,23 +187,23 @@ def student_loss(real, fake, p: Sample, schedule: Schedule, loss: str = "huber")
     return (square + c * c).sqrt() - c
 
 
-def fisher_loss(real, fake, p: Sample, schedule: Schedule) -> Tensor:
+def fisher_loss(real, fake, p: StudentSample, schedule: Schedule) -> Tensor:
     """Fisher's divergence E |s_phi - s_theta|^2 instead of the reverse KL (Table 8), (b,).
 
-    The student's score depends on theta in two ways, by x_tau and in itself. For any fixed u(x),
-    E <u, s_theta> = E <u, score of q(x_tau | x_{t_m})> (Zhou et al. 2024) tells the second: with
-    u = s_phi - s_psi the gradient is that of 2 <u, s_phi - score of q> - |u|^2.
+    The student's score depends on theta twice, through x_tau and in itself. The second part follows
+    from E <u, s_theta> = E <u, score of q(x_tau | x_{t_m})> for any fixed u(x) (Zhou et al. 2024):
+    with u = s_phi - s_psi the gradient is that of 2 <u, s_phi - score of q> - |u|^2.
     """
     _, spread = p.bridge(schedule)
     tame = spread / schedule.at(p.tau, p.x_m.ndim)[1].to(p.x_m)
-    # By way of x_tau alone: neither network's weights are to have a gradient from this.
+    # The gradient goes through x_tau alone: neither network's weights may have one from this loss.
     with torch.enable_grad():
         x_tau = p.x_tau.detach().requires_grad_()
         eps_real, eps_fake = (eps_theta(f, x_tau, p.tau, schedule) for f in (real, fake))
-        # All scores times -sigma, as eps; that of q is noise / tame, so all is multiplied by tame.
+        # Scores are written times -sigma, as eps; that of q is noise / tame, so tame multiplies all.
         u = eps_fake - eps_real
         square = tame * u.square()
         (slope,) = torch.autograd.grad((2 * u * (p.noise - tame * eps_real) - square).sum(), x_tau)
-    # Its value is what it is called: a single sample of the other expression may be negative.
+    # The value is the divergence itself: a single sample of the other expression may be negative.
     value = square.detach() + slope * (p.x_tau - x_tau.detach())
     return value.float().flatten(1).sum(1)

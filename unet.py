@@ -1,13 +1,12 @@
 """SDXL's UNet: eps(x_t, t, cond), with the names and shapes of the published checkpoints.
 
-The same class makes the full model (2.57 B parameters), tiny ones for tests and pixel-space ones
-for CIFAR-10; all that differs is the config. A condition is a dict of tensors, the last of which
-only some students have:
+One class builds the full model (2.57 B parameters), tiny ones for tests and pixel-space ones for
+CIFAR-10; only the config differs. A condition is a dict of tensors, the last for some students only:
 
-    tokens (b, n, 2048)   both text encoders' hidden states, attended to
-    pooled (b, 1280)      the second encoder's projected end token
-    time_ids (b, 6)       original height, width; crop top, left; target height, width
-    told (b, 4 c)         from a `Told`, for a network that is told of one more number
+    prompt_embeds (b, n, 2048)  both text encoders' hidden states, attended to
+    pooled (b, 1280)            the second encoder's projected end token
+    time_ids (b, 6)             original height, width; crop top, left; target height, width
+    scalar (b, 4 c)             from a `ScalarEmbedding`, for a network with one more input
 """
 
 import math
@@ -25,22 +24,22 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 class UNetConfig:
     """The sizes of a UNet; the defaults are SDXL's.
 
-    channels, depths and heads have one entry a level, from the finest; a depth of 0 is a level
-    without attention. The middle is as deep as the last level. told: see `Told`; not for a teacher.
+    channels, transformer_depth and heads have one entry a level, from the finest; a depth of 0 is a
+    level without attention. scalar: the kind of a `ScalarEmbedding`; a teacher has none.
     """
 
     in_channels: int = 4
     out_channels: int = 4
     channels: tuple[int, ...] = (320, 640, 1280)
-    depths: tuple[int, ...] = (0, 2, 10)
+    transformer_depth: tuple[int, ...] = (0, 2, 10)
     heads: tuple[int, ...] = (5, 10, 20)
-    mid_depth: int = 10
-    blocks: int = 2
+    mid_transformer_depth: int = 10
+    layers_per_block: int = 2
     groups: int = 32
-    tokens: int = 2048
+    cross_attention_dim: int = 2048
     time_ids_width: int = 256
-    added: int = 2816
-    told: str = ""
+    add_embedding_dim: int = 2816
+    scalar: str = ""
 
     @classmethod
     def from_json(cls, config: dict) -> "UNetConfig":
@@ -63,7 +62,7 @@ class UNetConfig:
         return cls(
             config["in_channels"], config["out_channels"], tuple(config["block_out_channels"]),
             tuple(d if a else 0 for d, a in zip(depth, attends, strict=True)),
-            heads, depth[-1], *sizes, config.get("told", ""),
+            heads, depth[-1], *sizes, config.get("scalar", ""),
         )  # fmt: skip
 
 
@@ -80,8 +79,8 @@ def _each(value, levels: int) -> tuple[int, ...]:
 
 # ------------------------------------------------------------------------------------- embeddings
 #
-# Sinusoids are worked out in float32 and cast to the weights' precision only then: in bfloat16 the
-# timesteps 997 to 1000 are one number.
+# Sinusoids are computed in float32 and then cast to the weights' precision: in bfloat16 the timesteps
+# 997 to 1000 are one number.
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -102,44 +101,48 @@ class Embedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.weight.dtype))))
 
 
-class Told(Embedding):
-    """One more number n (b,) for the network, as a vector beside t's own: (b, 4 c).
+class ScalarEmbedding(Embedding):
+    """One more scalar input (b,) as a vector that is added to the time embedding, (b, 4 c).
 
-    of: what it is, "s" for the end of a jump (TCD, Eq. 24), "K" for the number of steps (TDM,
-    Eq. 8). The last layer is zero at first, so that being told begins by changing nothing.
+    kind: "target_time", where a jump ends (TCD, Eq. 24), or "num_steps", the number of sampling
+    steps K (TDM, Eq. 8). The last layer is zero-initialised, so it has no effect at first.
     """
 
-    def __init__(self, c: int, of: str):
+    def __init__(self, c: int, kind: str):
         super().__init__(c, 4 * c)
         nn.init.zeros_(self.linear_2.weight)
         nn.init.zeros_(self.linear_2.bias)
-        self.of = of
+        self.kind = kind
 
-    def forward(self, n: Tensor) -> Tensor:
-        return super().forward(timestep_embedding(n, self.linear_1.in_features))
+    def forward(self, value: Tensor) -> Tensor:
+        return super().forward(timestep_embedding(value, self.linear_1.in_features))
 
 
 # ----------------------------------------------------------------------------------------- blocks
 #
-# Module names are those of the published checkpoints, and so are their quirks: a list of one for an
-# output layer, an empty place where a dropout was.
+# Module names are those of the published checkpoints, quirks included: an output layer is a list of
+# one, and an empty place stands where a dropout was.
 
 
 class Block(nn.Module):
-    """What the backward pass may keep by its inputs alone, and work out a second time."""
+    """A module whose activations may be checkpointed: recomputed in the backward pass."""
 
-    # Memory for time: a full UNet's activations at 1024 pixels are far larger than its weights.
-    # `contexts` brings back what was switched on at the first time (lora.attach sets it).
-    checkpointing, contexts = False, staticmethod(noop_context_fn)
+    # A full UNet's activations at 1024 pixels are far larger than its weights, so time is traded
+    # for memory. recompute_context restores what was active in the forward pass (add_adapter sets
+    # it): a pair of context managers, for the forward pass and for the recomputation.
+    checkpointing = False
+    recompute_context = staticmethod(noop_context_fn)
 
     def __call__(self, *inputs):
-        run = super().__call__
-        for x in inputs if self._compiled_call_impl is not None else ():
-            torch._dynamo.maybe_mark_dynamic(x, 0)
+        if self._compiled_call_impl is not None:
+            for x in inputs:
+                torch._dynamo.maybe_mark_dynamic(x, 0)
         if not (self.checkpointing and torch.is_grad_enabled()):
-            return run(*inputs)
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        return checkpoint(run, *inputs, context_fn=self.contexts, **options)
+            return super().__call__(*inputs)
+        return checkpoint(
+            super().__call__, *inputs, use_reentrant=False, preserve_rng_state=False,
+            context_fn=self.recompute_context,
+        )  # fmt: skip
 
 
 class ResnetBlock(Block):
@@ -157,7 +160,7 @@ class ResnetBlock(Block):
             self.conv_shortcut = nn.Conv2d(c_in, c, 1)
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        # temb has been through silu already, once for all blocks.
+        # temb is silu(time embedding) already, computed once for all blocks.
         h = self.conv1(F.silu(self.norm1(x)))
         if temb is not None:
             h = h + self.time_emb_proj(temb)[:, :, None, None]
@@ -190,7 +193,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(c, 2 * width)
 
     def forward(self, x: Tensor) -> Tensor:
-        # One projection for both: the checkpoints have the gate's rows behind the others.
+        # The checkpoints hold both in one projection, the gate's rows last.
         h, gate = self.proj(x).chunk(2, -1)
         return h * F.gelu(gate)
 
@@ -208,9 +211,9 @@ class TransformerBlock(Block):
         net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))
         self.ff = nn.ModuleDict({"net": net})
 
-    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, prompt_embeds: Tensor) -> Tensor:
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), tokens)
+        x = x + self.attn2(self.norm2(x), prompt_embeds)
         return x + self.ff.net(self.norm3(x))
 
 
@@ -225,42 +228,44 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = nn.Linear(c, c)
 
-    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        # In channels_last the pixels already lie as rows of channels: both rearranges are views.
+    def forward(self, x: Tensor, prompt_embeds: Tensor) -> Tensor:
+        # In channels_last pixels are rows of channels in memory, so both rearranges are views.
         h = self.proj_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
         for block in self.transformer_blocks:
-            h = block(h, tokens)
+            h = block(h, prompt_embeds)
         return x + rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=x.shape[2])
 
 
 class Level(nn.Module):
-    """Residual blocks, each followed by a transformer where there is one: a level or the middle."""
+    """A level or the middle: residual blocks, each followed by a transformer if there is one."""
 
     def __init__(self, widths_in, c: int, depths, heads: int, config: UNetConfig):
         super().__init__()
         time_width, groups = 4 * config.channels[0], config.groups
         self.resnets = nn.ModuleList(ResnetBlock(c_in, c, time_width, groups) for c_in in widths_in)
-        attentions = [Transformer(c, config.tokens, heads, d, groups) for d in depths if d]
+        attentions = [
+            Transformer(c, config.cross_attention_dim, heads, d, groups) for d in depths if d
+        ]
         self.attentions = nn.ModuleList(attentions)
 
     def steps(self):
-        """Pairs of a residual block and the transformer after it, or what stands for none."""
-        return zip_longest(self.resnets, self.attentions, fillvalue=lambda h, tokens: h)
+        """Pairs of a residual block and the transformer after it, the identity if there is none."""
+        return zip_longest(self.resnets, self.attentions, fillvalue=lambda h, prompt_embeds: h)
 
 
 def _resize(c: int, stride: int = 1) -> nn.ModuleList:
-    """The convolution of a change of size, under its name in the checkpoints: 0.conv."""
+    """The convolution of a down- or upsampler, with its name in the checkpoints: 0.conv."""
     return nn.ModuleList([nn.ModuleDict({"conv": nn.Conv2d(c, c, 3, stride, padding=1)})])
 
 
 # -------------------------------------------------------------------------------------- networks
 #
-# 320 channels at full size, 640 at half, 1280 at a quarter, and back up. Every block on the way
-# down leaves its output for its mirror image on the way up.
+# 320 channels at full size, 640 at half, 1280 at a quarter, and back up. Every block on the way down
+# leaves its output, a skip connection, for its mirror image on the way up.
 
 
 class Encoder(nn.Module):
-    """The half that goes down, and the middle: what the UNet and a ControlNet have in common."""
+    """The downward half and the middle, which the UNet and a ControlNet have in common."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -268,48 +273,54 @@ class Encoder(nn.Module):
         widths = config.channels
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = Embedding(widths[0], 4 * widths[0])
-        self.add_embedding = Embedding(config.added, 4 * widths[0])
+        self.add_embedding = Embedding(config.add_embedding_dim, 4 * widths[0])
         self.down_blocks = nn.ModuleList()
-        # The channels of every skip connection, in the order of `encode`.
+        # Channels of every skip connection, in the order of `encode`.
         self.skip_widths = [widths[0]]
-        # A level's first block still sees the width of the level above.
+        # A level's first block takes the width of the level above.
         for i, c in enumerate(widths):
-            widths_in = [widths[max(i - 1, 0)]] + [c] * (config.blocks - 1)
-            level = Level(widths_in, c, [config.depths[i]] * config.blocks, config.heads[i], config)
+            widths_in = [widths[max(i - 1, 0)]] + [c] * (config.layers_per_block - 1)
+            level = Level(
+                widths_in,
+                c,
+                [config.transformer_depth[i]] * config.layers_per_block,
+                config.heads[i],
+                config,
+            )
             if i < len(widths) - 1:
                 level.downsamplers = _resize(c, stride=2)
             self.down_blocks.append(level)
-            self.skip_widths += [c] * (config.blocks + (i < len(widths) - 1))
-        self.mid_block = Level([c, c], c, [config.mid_depth], config.heads[-1], config)
+            self.skip_widths += [c] * (config.layers_per_block + (i < len(widths) - 1))
+        self.mid_block = Level([c, c], c, [config.mid_transformer_depth], config.heads[-1], config)
 
     def embed(self, t: Tensor, cond: dict) -> Tensor:
-        """Time, sizes, pooled prompt and what else is told as one vector an example, (b, 4 c)."""
+        """Time, sizes, pooled prompt and the scalar, if any, as one vector an example, (b, 4 c)."""
         sizes = timestep_embedding(cond["time_ids"].flatten(), self.config.time_ids_width)
-        # Six sizes of 256 sinusoids each, behind the pooled prompt.
+        # The pooled prompt, then six sizes of 256 sinusoids each.
         added = torch.cat([cond["pooled"], sizes.view(len(t), -1).to(cond["pooled"].dtype)], 1)
         temb = self.time_embedding(timestep_embedding(t, self.config.channels[0]))
         temb = temb + self.add_embedding(added)
-        if "told" in cond:
-            temb = temb + cond["told"].to(temb.dtype)
-        # Every residual block takes silu of it: once here, instead of once in each.
+        if "scalar" in cond:
+            temb = temb + cond["scalar"].to(temb.dtype)
+        # Every residual block takes silu of it: computed here once.
         return F.silu(temb)
 
-    def encode(self, h: Tensor, temb: Tensor, tokens: Tensor) -> list[Tensor]:
-        """Every skip connection from the finest down, and last what leaves the middle."""
+    def encode(self, h: Tensor, temb: Tensor, prompt_embeds: Tensor) -> list[Tensor]:
+        """Every skip connection from the finest down, and last the middle's output."""
         skips = [h]
         for level in self.down_blocks:
             for resnet, attention in level.steps():
-                h = attention(resnet(h, temb), tokens)
+                h = attention(resnet(h, temb), prompt_embeds)
                 skips.append(h)
             if hasattr(level, "downsamplers"):
                 h = level.downsamplers[0].conv(h)
                 skips.append(h)
         for resnet, attention in self.mid_block.steps():
-            h = attention(resnet(h, temb), tokens)
+            h = attention(resnet(h, temb), prompt_embeds)
         return [*skips, h]
 
     def checkpoint_blocks(self, on: bool = True) -> None:
-        """Have the backward pass keep only what goes into each block."""
+        """Turn checkpointing on or off in every block."""
         for module in self.modules():
             if isinstance(module, Block):
                 module.checkpointing = on
@@ -318,41 +329,43 @@ class Encoder(nn.Module):
 class UNet(Encoder):
     """eps(x_t, t, cond) for x_t (b, 4, h, w), any h and w; t (b,), cond as above."""
 
-    # In half precision these stay in float32. In bfloat16 the last layers alone would add a larger
-    # error than all before, and that is as large as what guidance changes at t = 999.
-    FLOAT32 = "conv_norm_out", "conv_out"
+    # These stay in float32 when the rest is in half precision. In bfloat16 the last layers alone add
+    # a larger error than all layers before, as large as the effect of guidance at t = 999.
+    KEEP_IN_FP32 = "conv_norm_out", "conv_out"
 
     def __init__(self, config: UNetConfig):
         super().__init__(config)
-        widths, blocks, skips = config.channels, config.blocks, [*self.skip_widths]
+        widths, blocks, skips = config.channels, config.layers_per_block, [*self.skip_widths]
         self.up_blocks, below = nn.ModuleList(), widths[-1]
-        # Each block takes what comes up from below and one skip connection, the latest first.
+        # Each block takes the features from below and one skip connection, the latest first.
         for i in reversed(range(len(widths))):
             c = widths[i]
             widths_in = [(c if j else below) + skips.pop() for j in range(blocks + 1)]
-            level = Level(widths_in, c, [config.depths[i]] * (blocks + 1), config.heads[i], config)
+            level = Level(
+                widths_in, c, [config.transformer_depth[i]] * (blocks + 1), config.heads[i], config
+            )
             if i > 0:
                 level.upsamplers = _resize(c)
             self.up_blocks.append(level)
             below = c
         self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
-        if config.told:
-            self.told = Told(widths[0], config.told)
+        if config.scalar:
+            self.scalar_embedding = ScalarEmbedding(widths[0], config.scalar)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict, control: list[Tensor] | None = None):
-        """control: what a ControlNet adds to each skip connection and to the middle."""
+        """control: a ControlNet's residuals, one for each skip connection and the middle."""
         dtype = self.conv_in.weight.dtype
-        tokens, temb = cond["tokens"].to(dtype), self.embed(t, cond)
-        *skips, h = self.encode(self.conv_in(x_t.to(dtype)), temb, tokens)
+        prompt_embeds, temb = cond["prompt_embeds"].to(dtype), self.embed(t, cond)
+        *skips, h = self.encode(self.conv_in(x_t.to(dtype)), temb, prompt_embeds)
         if control is not None:
             *skips, h = (a + b for a, b in zip([*skips, h], control, strict=True))
         for level in self.up_blocks:
             for resnet, attention in level.steps():
                 h = resnet(torch.cat([h, skips.pop()], 1), temb)
-                h = attention(h, tokens)
+                h = attention(h, prompt_embeds)
             if hasattr(level, "upsamplers"):
-                # To the skip connection's size: an odd one was rounded up on the way down.
+                # To the skip connection's size: odd sizes were rounded up on the way down.
                 h = F.interpolate(h, size=skips[-1].shape[2:], mode="nearest")
                 h = level.upsamplers[0].conv(h)
         return self.conv_out(F.silu(self.conv_norm_out(h.to(self.conv_out.weight.dtype))))

@@ -1,14 +1,5 @@
-"""Speed and memory beside diffusers: same weights, same run, alternating; medians and ratios.
+"""The UNet, loading and a 4-step picture, each beside diffusers with its defaults."""
 
-    python bench.py unet       one forward pass of the UNet
-    python bench.py load       loading a full-size UNet from disk (writes 5 GB to --dir)
-    python bench.py sample     prompt embeddings to pixels: four guided steps and the decoder
-    python bench.py train      one training step, beside the published recipe (needs peft too)
-
-On a CPU all but `load` run a mid-size UNet, on a GPU the full one. Needs diffusers.
-"""
-
-import json
 import statistics
 import time
 from functools import partial
@@ -16,37 +7,34 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import alternate, child, peak_gpu, peak_rss, report
+from benchmarks.measure import BenchConfig, alternate, peak_gpu, peak_rss, report, run_alone
 from common import files
 from sdxl.load import cast, load_component
-from sdxl.pipeline import null_of
+from sdxl.pipeline import null_condition
 from sdxl.vae import VAE, VAEConfig
 from solvers import sdxl_schedule
 from tdd import equidistant, gamma_sample, guided, noise_stream
 from unet import UNet, UNetConfig
 
-# SDXL in small: the same levels and kinds of blocks, for machines that would wait a minute a pass.
-MID = UNetConfig(channels=(128, 256, 512), depths=(0, 2, 4), heads=(2, 4, 8), mid_depth=4)
-
-
 # -------------------------------------------------------------------------------------- both sides
 #
-# Random weights: speed does not depend on what they are, and these fit both sides. Ours runs in
-# channels_last, as sample.py has it; diffusers runs as its users run it.
+# Random weights, the same on both sides: speed does not depend on them. Ours runs in channels_last,
+# as sample.py does; diffusers runs as its users run it.
 
 
 def theirs_config(config: UNetConfig) -> dict:
     """A UNetConfig in diffusers' words."""
-    attends = [depth > 0 for depth in config.depths]
+    attends = [depth > 0 for depth in config.transformer_depth]
     return {
         "in_channels": 4, "out_channels": 4, "block_out_channels": config.channels,
-        "layers_per_block": config.blocks, "norm_num_groups": config.groups,
+        "layers_per_block": config.layers_per_block, "norm_num_groups": config.groups,
         "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
-        "transformer_layers_per_block": [max(1, d) for d in config.depths],
-        "attention_head_dim": config.heads, "cross_attention_dim": config.tokens,
+        "transformer_layers_per_block": [max(1, d) for d in config.transformer_depth],
+        "attention_head_dim": config.heads, "cross_attention_dim": config.cross_attention_dim,
         "use_linear_projection": True, "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": config.added,
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": config.add_embedding_dim,
     }  # fmt: skip
 
 
@@ -66,8 +54,12 @@ def both_unets(config: UNetConfig, device: str, dtype):
 def inputs(config: UNetConfig, batch: int, side: int, device: str, dtype):
     """x_t (batch, 4, side, side), t and the condition, at random."""
     cond = {
-        "tokens": torch.randn(batch, 77, config.tokens, device=device, dtype=dtype),
-        "pooled": torch.randn(batch, config.added - 6 * 256, device=device, dtype=dtype),
+        "prompt_embeds": torch.randn(
+            batch, 77, config.cross_attention_dim, device=device, dtype=dtype
+        ),
+        "pooled": torch.randn(
+            batch, config.add_embedding_dim - 6 * 256, device=device, dtype=dtype
+        ),
         "time_ids": torch.full((batch, 6), 8 * side, device=device),
     }
     x_t = torch.randn(batch, 4, side, side, device=device)
@@ -75,117 +67,146 @@ def inputs(config: UNetConfig, batch: int, side: int, device: str, dtype):
 
 
 def as_theirs(unet, x, t, cond):
+    """Diffusers' UNet called with our condition."""
     added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
-    x = x.to(cond["tokens"].dtype)
-    return unet(x, t, cond["tokens"], added_cond_kwargs=added, return_dict=False)[0]
+    x = x.to(cond["prompt_embeds"].dtype)
+    return unet(x, t, cond["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
 
 
 # --------------------------------------------------------------------------------------- benchmarks
 #
-# What a user would pick instead is diffusers with its defaults: its UNet, its pipeline, its loader.
-# Each returns our call, for --profile.
+# A user's alternative is diffusers with its defaults: its UNet, its pipeline, its loader. Each
+# function returns our call, for --profile.
 
 
-def bench_unet(args, config: UNetConfig, side: int):
-    gpu = args.device.startswith("cuda")
-    for dtype in [torch.bfloat16] if gpu else [torch.float32, torch.bfloat16]:
-        ours, theirs = both_unets(config, args.device, dtype)
-        batch = inputs(config, 2, side, args.device, dtype)
+def bench_unet(config: BenchConfig):
+    """One forward pass, batch 2."""
+    for dtype in [torch.bfloat16] if config.on_gpu else [torch.float32, torch.bfloat16]:
+        ours, theirs = both_unets(config.unet, config.device, dtype)
+        batch = inputs(config.unet, 2, config.side, config.device, dtype)
         sides = {"diffusers": partial(as_theirs, theirs, *batch), "ours": partial(ours, *batch)}
-        if args.compile:
+        if config.compile:
             sides["diffusers compiled"] = partial(as_theirs, torch.compile(theirs), *batch)
             sides["ours compiled"] = partial(torch.compile(ours), *batch)
-        title = f"UNet, batch 2, {8 * side} pixels, {dtype}"
+        title = f"UNet, batch 2, {8 * config.side} pixels, {dtype}"
         with torch.inference_mode():
-            report(title, alternate(sides, args.rounds, args.device))
+            report(title, alternate(sides, config.rounds, config.device))
     return sides["ours"]
 
 
-def bench_sample(args, config: UNetConfig, side: int):
-    """What is compared is the default of each: diffusers runs the VAE in float32 as well."""
-    from diffusers import AutoencoderKL, StableDiffusionXLPipeline, TCDScheduler
-
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    unet, their_unet = both_unets(config, args.device, dtype)
-    config_vae = {"block_out_channels": VAEConfig().channels, "layers_per_block": 2,
-                  "down_block_types": ["DownEncoderBlock2D"] * 4, "scaling_factor": 0.13025,
-                  "up_block_types": ["UpDecoderBlock2D"] * 4, "latent_channels": 4}  # fmt: skip
-    with torch.device(args.device):
-        their_vae, vae = AutoencoderKL(**config_vae).eval(), VAE(VAEConfig()).eval()
-    vae.load_state_dict(their_vae.state_dict())
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    scheduler = TCDScheduler(**betas, original_inference_steps=250)
-    parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-    parts |= {"vae": their_vae, "unet": their_unet, "scheduler": scheduler}
-    pipeline = StableDiffusionXLPipeline(**parts)
-    pipeline.set_progress_bar_config(disable=True)
-    _, _, cond = inputs(config, 1, side, args.device, dtype)
-    null = null_of(cond)
+def bench_sample(config: BenchConfig):
+    """Prompt embeddings to pixels in 4 guided steps, with each side's default: a float32 VAE."""
+    device, side = config.device, config.side
+    dtype = torch.bfloat16 if config.on_gpu else torch.float32
+    unet, their_unet = both_unets(config.unet, device, dtype)
+    vae, their_vae = both_vaes(device)
+    pipeline = make_pipeline(their_unet, their_vae)
+    _, _, cond = inputs(config.unet, 1, side, device, dtype)
+    null = null_condition(cond)
 
     def ours():
-        noise = noise_stream([0], (4, side, side), args.device)
-        eps, start = guided(unet, cond, null, 1.0), next(noise)
-        return vae.decode(gamma_sample(eps, start, equidistant(4), sdxl_schedule(), 0.2, noise))
+        noise = noise_stream([0], (4, side, side), device)
+        eps, x_T = guided(unet, cond, null, 1.0), next(noise)
+        return vae.decode(gamma_sample(eps, x_T, equidistant(4), sdxl_schedule(), 0.2, noise))
 
     def theirs():
         return pipeline(
-            prompt_embeds=cond["tokens"], pooled_prompt_embeds=cond["pooled"], eta=0.2,
-            negative_prompt_embeds=null["tokens"], negative_pooled_prompt_embeds=null["pooled"],
+            prompt_embeds=cond["prompt_embeds"], pooled_prompt_embeds=cond["pooled"], eta=0.2,
+            negative_prompt_embeds=null["prompt_embeds"],
+            negative_pooled_prompt_embeds=null["pooled"],
             num_inference_steps=4, guidance_scale=2.0, height=8 * side, width=8 * side,
             generator=[torch.Generator().manual_seed(0)], output_type="pt",
         )  # fmt: skip
 
     sides, memory = {"diffusers": theirs, "ours": ours}, {}
     with torch.inference_mode():
-        if args.device.startswith("cuda"):
-            memory = {f"peak GiB {name}": f"{peak_gpu(call):.1f}" for name, call in sides.items()}
-        seconds = alternate(sides, args.rounds, args.device)
+        if config.on_gpu:
+            for name, call in sides.items():
+                memory[f"peak GiB {name}"] = f"{peak_gpu(call):.1f}"
+        seconds = alternate(sides, config.rounds, device)
     report(f"4 steps, {8 * side} pixels, {dtype}", seconds, **memory)
     return ours
 
 
-def bench_load(args, config: UNetConfig, side: int) -> None:
-    """Each load in its own process: until the module stands, and until its pages are in too."""
-    folder = args.dir / "unet"
+def both_vaes(device: str):
+    """Our autoencoder, and diffusers' with the same weights."""
+    from diffusers import AutoencoderKL
+
+    config = {
+        "block_out_channels": VAEConfig().channels, "layers_per_block": 2, "latent_channels": 4,
+        "down_block_types": ["DownEncoderBlock2D"] * 4, "scaling_factor": 0.13025,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }  # fmt: skip
+    with torch.device(device):
+        theirs, ours = AutoencoderKL(**config).eval(), VAE(VAEConfig()).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def make_pipeline(unet, vae):
+    """Diffusers' SDXL pipeline with TCD's scheduler, without text encoders."""
+    from diffusers import StableDiffusionXLPipeline, TCDScheduler
+
+    scheduler = TCDScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        original_inference_steps=250,
+    )  # fmt: skip
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae, unet=unet, scheduler=scheduler, text_encoder=None, text_encoder_2=None,
+        tokenizer=None, tokenizer_2=None,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def bench_load(config: BenchConfig) -> None:
+    """Each load in a process of its own: until the module exists, and until its pages are read."""
+    folder = config.folder / "unet"
     if not (folder / "config.json").exists():
         write_full_unet(folder)
     size = (folder / "diffusion_pytorch_model.safetensors").stat().st_size
     runs = {"diffusers": [], "ours": []}
-    for i in range(args.rounds + 1):
-        for name, measured in runs.items():
-            measured += [child(args, name)] * (i > 0)
-    stands, touched, peak = (
-        {name: statistics.median(run[i] for run in measured) for name, measured in runs.items()}
-        for i in range(3)
-    )
-    report(f"loading {size / 2**30:.2f} GiB of float16", stands)
-    memory = {f"peak over file, {k}": f"{v * 1024 / size:.2f}" for k, v in peak.items()}
+    for i in range(config.rounds + 1):
+        for name, figures in runs.items():
+            measured = run_alone(config, name)
+            # The first round brings the file into the system's cache, and does not count.
+            if i > 0:
+                figures.append(measured)
+    loaded, touched, memory = {}, {}, {}
+    for name, figures in runs.items():
+        seconds, seconds_touched, peak = map(statistics.median, zip(*figures, strict=True))
+        loaded[name], touched[name] = seconds, seconds_touched
+        memory[f"peak over file, {name}"] = f"{peak * 1024 / size:.2f}"
+    report(f"loading {size / 2**30:.2f} GiB of float16", loaded)
     report("  and reading every page", touched, **memory)
 
 
-def load_child(side: str, folder: Path) -> None:
+def measure_load(config: BenchConfig, side: str) -> list[float]:
     """Seconds to load, seconds to load and touch, and peak memory in KiB beyond the imports."""
     from diffusers import UNet2DConditionModel
 
-    before = peak_rss()
+    folder, before = config.folder / "unet", peak_rss()
     start = time.perf_counter()
     if side == "ours":
         unet = load_component(folder, UNet, UNetConfig)
     else:
         unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16)
-    stands = time.perf_counter() - start
-    # One number a page of 4 KiB is enough to have the system fetch it.
+    loaded = time.perf_counter() - start
+    # One number in each page of 4 KiB makes the system read it.
     for p in unet.parameters():
         p.detach().view(-1)[::1024].sum()
     touched = time.perf_counter() - start
-    print(json.dumps([stands, touched, peak_rss() - before]))
+    return [loaded, touched, peak_rss() - before]
 
 
 def write_full_unet(folder: Path) -> None:
+    """A full-size UNet of random float16 weights in diffusers' layout."""
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in UNet(UNetConfig()).state_dict().items()}
+        unet = UNet(UNetConfig())
+    tensors = {}
+    for name, p in unet.state_dict().items():
+        tensors[name] = torch.empty(p.shape, dtype=torch.float16).normal_(0, 0.02)
     files.output_folder(folder)
-    tensors = {k: torch.empty(s, dtype=torch.float16).normal_(0, 0.02) for k, s in shapes.items()}
     files.write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors, format="pt")
     config = {"_class_name": "UNet2DConditionModel", **theirs_config(UNetConfig())}
     files.write_json(folder / "config.json", config)

@@ -1,12 +1,4 @@
-"""Speed and memory beside diffusers: same weights, same run, alternating; medians and ratios.
-
-    python bench.py unet       one forward pass of the UNet
-    python bench.py load       loading a full-size UNet from disk (writes 5 GB to --dir)
-    python bench.py sample     prompt embeddings to pixels: four guided steps and the decoder
-    python bench.py train      one training step, beside the published recipe (needs peft too)
-
-On a CPU all but `load` run a mid-size UNet, on a GPU the full one. Needs diffusers.
-"""
+"""How the benchmarks measure: alternating turns, peak memory, one side in a process of its own."""
 
 import json
 import resource
@@ -14,20 +6,53 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-BENCH = Path(__file__).parent.parent / "bench.py"
+from unet import UNetConfig
 
-# --------------------------------------------------------------------------------------- measuring
-#
-# The machine is never quiet. Both sides take turns in one process, so that what slows one slows the
-# other, and the ratio of medians is what is reported.
+BENCH = Path(__file__).parent.parent / "bench.py"
+# SDXL in small: the same levels and kinds of blocks, for machines that would need a minute a pass.
+MID = UNetConfig(
+    channels=(128, 256, 512), transformer_depth=(0, 2, 4), heads=(2, 4, 8), mid_transformer_depth=4
+)
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is measured, on which device; a CPU gets a mid-size UNet and smaller pictures."""
+
+    what: str
+    device: str
+    dtype: str = "float32"
+    rounds: int = 5
+    batch_size: int = 2
+    compile: bool = False
+    folder: Path = Path("runs/bench")
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @property
+    def unet(self) -> UNetConfig:
+        return UNetConfig() if self.on_gpu else MID
+
+    @property
+    def side(self) -> int:
+        """Height and width of the latents."""
+        if self.on_gpu:
+            return 128
+        return 64 if self.what == "unet" else 32
 
 
 def alternate(sides: dict, rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each side's call, over rounds in which all of them take a turn."""
+    """Median seconds of each side's call, over rounds in which every side takes a turn.
+
+    The machine is never quiet: what slows one side slows the other, and their ratio holds.
+    """
     seconds = {name: [] for name in sides}
     for i in range(rounds + 1):
         for name, call in sides.items():
@@ -35,40 +60,49 @@ def alternate(sides: dict, rounds: int, device: str) -> dict[str, float]:
             call()
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
-            # The first round warms caches and compiles; it is not counted.
-            seconds[name] += [time.perf_counter() - start] * (i > 0)
+            # The first round warms caches and compiles, and does not count.
+            if i > 0:
+                seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
 def peak_gpu(call) -> float:
-    """GiB that a call needs beyond what is there already: its activations, not the weights."""
+    """GiB that a call needs beyond what is allocated already: its activations, not the weights."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def child(args, name: str):
-    """What one side prints when it runs alone, in a process of its own."""
-    flags = ["--dir", args.dir, "--device", args.device, "--dtype", args.dtype]
-    flags += ["--batch-size", str(args.batch_size)] + ["--compile"] * args.compile
-    call = [sys.executable, BENCH, args.what, *flags, "--child", name]
-    return json.loads(subprocess.run(call, stdout=subprocess.PIPE, check=True).stdout)
-
-
 def peak_rss() -> int:
+    """The process's peak memory so far in KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def run_alone(config: BenchConfig, side: str):
+    """What one side measures in a process of its own."""
+    call = [
+        sys.executable, BENCH, config.what, "--child", side, "--dir", config.folder,
+        "--device", config.device, "--dtype", config.dtype,
+        "--batch-size", str(config.batch_size),
+    ]  # fmt: skip
+    if config.compile:
+        call.append("--compile")
+    return json.loads(subprocess.run(call, stdout=subprocess.PIPE, check=True).stdout)
+
+
 def profile(call) -> None:
-    """The dozen operators in which a call spends most of its time."""
-    with torch.profiler.profile() as found:
+    """Print the dozen operators in which a call spends most of its time."""
+    with torch.profiler.profile() as profiler:
         call()
     key = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
-    print(found.key_averages().table(sort_by=key, row_limit=12, max_name_column_width=40))
+    print(profiler.key_averages().table(sort_by=key, row_limit=12, max_name_column_width=40))
 
 
-def report(title: str, seconds: dict[str, float], **more) -> None:
-    ratios = {name: value / seconds["diffusers"] for name, value in seconds.items()}
-    words = [f"{name} {value:.3f} s ({ratios[name]:.2f})" for name, value in seconds.items()]
-    print(f"{title}: {', '.join(words)}", *(f"{k} {v}" for k, v in more.items()), sep="; ")
+def report(title: str, seconds: dict[str, float], **more: str) -> None:
+    """Print a line: each side's seconds with its ratio to diffusers, then further figures."""
+    times = []
+    for name, value in seconds.items():
+        times.append(f"{name} {value:.3f} s ({value / seconds['diffusers']:.2f})")
+    figures = [f"{name} {value}" for name, value in more.items()]
+    print(f"{title}: {', '.join(times)}", *figures, sep="; ")

@@ -1,32 +1,30 @@
-"""bench.py's `train`: one training step beside the published recipe's.
+"""One training step beside the published recipe's.
 
-The published script keeps two whole UNets, in float32 and under autocast, and takes three plain
-passes and one with gradients. "diffusers bf16" is the same with both bases in bfloat16, which is in
-its users' reach. Rank, targets, batch, loss and checkpointing are equal on all sides.
+The published script keeps two whole UNets in float32 under autocast, and takes three plain passes
+and one with gradients. "diffusers bf16" is the same with both bases in bfloat16, which its users
+could choose. Rank, targets, batch, loss and checkpointing are equal on all sides.
 """
 
-import json
 from functools import partial
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import train_sdxl
 from benchmarks.inference import as_theirs, inputs, theirs_config
-from benchmarks.measure import alternate, child, peak_rss, report
+from benchmarks.measure import BenchConfig, alternate, peak_rss, report, run_alone
 from sdxl.load import cast
-from sdxl.lora import TARGETS
-from sdxl.pipeline import DTYPES, null_of
+from sdxl.lora import TARGET_MODULES
+from sdxl.pipeline import DTYPES, null_condition
 from solvers import integrate_eps, sdxl_schedule
-from tdd import draw, targets_of
-from training import build
-from training.distill import StepDraws
+from tdd import sample_step, targets_of
+from training.build import DistillConfig, build_optimizers, build_step
+from training.distill import TDDStepSample
 from unet import UNet, UNetConfig
 
 # -------------------------------------------------------------------------------------- both sides
 #
-# The published step is written down here as its script takes it, of stock parts alone: what it
-# costs is then the recipe's own cost and none of this project's making.
+# The published step is written as its script takes it, of diffusers' and peft's parts alone, so its
+# cost is the recipe's and not this project's.
 
 
 class Published:
@@ -39,12 +37,12 @@ class Published:
         with torch.device(device):
             unets = [UNet2DConditionModel(**theirs_config(config)).to(dtype) for _ in range(2)]
         self.teacher, self.student = (unet.requires_grad_(False) for unet in unets)
-        targets = TARGETS.pattern[1:-2].replace("\\", "").split("|")
+        targets = TARGET_MODULES.pattern[1:-2].replace("\\", "").split("|")
         self.student.add_adapter(LoraConfig(r=64, lora_alpha=8, target_modules=targets))
         self.student.train()
         self.student.enable_gradient_checkpointing()
         self.trained = [p for p in self.student.parameters() if p.requires_grad]
-        # What is trained stays in float32 under autocast, whatever the base is kept in.
+        # Trained weights are float32 under autocast, whatever the precision of the base.
         for p in self.trained:
             p.data = p.data.float()
         self.optimizer = torch.optim.AdamW(self.trained, 1e-6, weight_decay=0)
@@ -56,96 +54,110 @@ class Published:
             eps = as_theirs(unet, x_t, t, cond)
         return integrate_eps(x_t, eps.float(), t, s, self.schedule)
 
-    def __call__(self, x_0, cond, null, d) -> None:
-        x_next = self.schedule.diffuse(x_0, d.noise, d.t_next)
-        pred = self.jump(self.student, x_next, d.t_next, d.tau, cond)
-        # Both conditions a pass each, for the whole batch: dropped prompts are guided as well.
+    def __call__(self, x_0, cond, null, sample) -> None:
+        t_next, t_n, tau = sample.t_next, sample.t_n, sample.tau
+        x_next = self.schedule.diffuse(x_0, sample.noise, t_next)
+        prediction = self.jump(self.student, x_next, t_next, tau, cond)
+        # A pass for each condition and the whole batch: dropped prompts are guided as well.
         with torch.no_grad():
-            given = self.jump(self.teacher, x_next, d.t_next, d.t_n, cond)
-            empty = self.jump(self.teacher, x_next, d.t_next, d.t_n, null)
-            aim = self.jump(self.student, given + 3.5 * (given - empty), d.t_n, d.tau, cond)
-        (pred - aim).square().mean().backward()
+            x_cond = self.jump(self.teacher, x_next, t_next, t_n, cond)
+            x_null = self.jump(self.teacher, x_next, t_next, t_n, null)
+            x_n = x_cond + 3.5 * (x_cond - x_null)
+            target = self.jump(self.student, x_n, t_n, tau, cond)
+        (prediction - target).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
 class Ours:
-    """The same step by train_sdxl.py's own parts."""
+    """The same step by training/build.py's parts."""
 
-    def __init__(self, config: UNetConfig, device: str, dtype, *flags: str):
-        args = train_sdxl.parser().parse_args(["--model", "-", "--data", "-", *flags])
-        train_sdxl.check(args)
+    def __init__(self, unet_config: UNetConfig, device: str, dtype, compile: bool = False):
+        config = DistillConfig(compile=compile)
         with torch.device(device):
-            unet = UNet(config).requires_grad_(False)
+            unet = UNet(unet_config).requires_grad_(False)
         cast(unet, dtype)
-        self.nets = build.distillation_of(args, unet, device)
-        self.optimizer = build.optimizers_of(args, self.nets)["adam"]
+        self.step = build_step(config, unet, device)
+        self.optimizer = build_optimizers(config, self.step)["adam"]
 
-    def __call__(self, x_0, cond, null, d) -> None:
-        self.nets.losses(x_0, cond, null, StepDraws(d, 3.5))["total"].backward()
-        torch.nn.utils.clip_grad_norm_(self.nets.student.parameters(), 1.0)
+    def __call__(self, x_0, cond, null, sample) -> None:
+        self.step.losses(x_0, cond, null, TDDStepSample(sample, 3.5))["total"].backward()
+        torch.nn.utils.clip_grad_norm_(self.step.student.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
 # ---------------------------------------------------------------------------------------- measuring
 #
-# Time is compared in one process, where all sides take turns; memory has to be each side's own.
+# Times are compared in one process where all sides take turns; memory needs a process for each.
 
 
-def makers(args, config: UNetConfig) -> dict:
-    """What makes each side, by name."""
-    ours = config, args.device, DTYPES[args.dtype]
-    made = {"diffusers": partial(Published, config, args.device, torch.float32)}
-    made["ours"] = partial(Ours, *ours)
-    if args.device.startswith("cuda"):
-        made["diffusers bf16"] = partial(Published, config, args.device, torch.bfloat16)
-    return made | ({"ours compiled": partial(Ours, *ours, "--compile")} if args.compile else {})
+def make_sides(config: BenchConfig) -> dict:
+    """What builds each side, by name."""
+    dtype, device = DTYPES[config.dtype], config.device
+    sides = {
+        "diffusers": partial(Published, config.unet, device, torch.float32),
+        "ours": partial(Ours, config.unet, device, dtype),
+    }
+    if config.on_gpu:
+        sides["diffusers bf16"] = partial(Published, config.unet, device, torch.bfloat16)
+    if config.compile:
+        sides["ours compiled"] = partial(Ours, config.unet, device, dtype, compile=True)
+    return sides
 
 
-def stepper(args, make, config: UNetConfig, side: int):
-    """A call that takes one training step on random data; both sides draw the same."""
-    step, generator, targets = make(), torch.Generator().manual_seed(0), targets_of("tdd", 250)
-    x_0, _, cond = inputs(config, args.batch_size, side, args.device, torch.float32)
-    null = {k: v.expand_as(cond[k]) for k, v in null_of(cond).items()}
+def make_call(config: BenchConfig, make_side):
+    """A call that takes one training step on random data; all sides draw the same."""
+    step, generator, targets = make_side(), torch.Generator().manual_seed(0), targets_of("tdd", 250)
+    x_0, _, cond = inputs(config.unet, config.batch_size, config.side, config.device, torch.float32)
+    null = {name: tensor.expand_as(cond[name]) for name, tensor in null_condition(cond).items()}
 
     def call():
-        d = draw(targets, x_0.shape, 0.3, 0.2, generator)
-        step(x_0, cond, null, d.to(args.device))
+        sample = sample_step(targets, x_0.shape, 0.3, 0.2, generator)
+        step(x_0, cond, null, sample.to(config.device))
 
     return call
 
 
-def bench_train(args, config: UNetConfig, side: int):
-    """Seconds with all sides in one process, memory with each in its own; returns our step."""
-    # What the imports alone take is no side's doing.
-    made, before = makers(args, config), peak_rss()
-    if args.child:
-        step = stepper(args, made[args.child], config, side)
-        step(), step()
-        gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        return print(json.dumps((gpu or 1024 * (peak_rss() - before)) / 2**30))
-    peaks = {name: child(args, name) for name in made}
-    steps = {name: stepper(args, make, config, side) for name, make in made.items()}
-    seconds = alternate(steps, args.rounds, args.device)
+def measure_peak(config: BenchConfig, side: str) -> float:
+    """A side's peak memory in GiB, on a CPU beyond the imports."""
+    before = peak_rss()
+    call = make_call(config, make_sides(config)[side])
+    call()
+    call()
+    if config.on_gpu:
+        return torch.cuda.max_memory_allocated() / 2**30
+    return (peak_rss() - before) / 2**20
+
+
+def bench_train(config: BenchConfig):
+    """Seconds with all sides in one process, memory with each in its own; returns our call."""
+    sides = make_sides(config)
+    peaks = {name: run_alone(config, name) for name in sides}
+    calls = {name: make_call(config, make_side) for name, make_side in sides.items()}
+    seconds = alternate(calls, config.rounds, config.device)
     with FlopCounterMode(display=False) as counter:
-        # The mean of some: how many examples the teacher guides changes from step to step.
+        # A mean of four: the number of examples that the teacher guides varies from step to step.
         for _ in range(4):
-            steps["ours"]()
-    best, flops = min(v for k, v in seconds.items() if "ours" in k), counter.get_total_flops() / 4
-    rate = matmul_rate(args.device, DTYPES[args.dtype])
-    more = {f"peak GiB {k}": f"{v:.2f} ({v / peaks['diffusers']:.2f})" for k, v in peaks.items()}
-    more["ours, images/s"] = f"{args.batch_size / best:.3g}"
-    more["TFLOP a step"] = f"{flops / 1e12:.3g}"
-    more["of the matmul rate"] = f"{flops / best / rate:.2f} ({rate / 1e12:.3g} TFLOP/s)"
-    report(f"training step, batch {args.batch_size}, {8 * side} pixels", seconds, **more)
-    return steps["ours"]
+            calls["ours"]()
+    flops = counter.get_total_flops() / 4
+    best = min(value for name, value in seconds.items() if name.startswith("ours"))
+    rate = matmul_rate(config.device, DTYPES[config.dtype])
+    figures = {}
+    for name, peak in peaks.items():
+        figures[f"peak GiB {name}"] = f"{peak:.2f} ({peak / peaks['diffusers']:.2f})"
+    figures["ours, images/s"] = f"{config.batch_size / best:.3g}"
+    figures["TFLOP a step"] = f"{flops / 1e12:.3g}"
+    figures["of the matmul rate"] = f"{flops / best / rate:.2f} ({rate / 1e12:.3g} TFLOP/s)"
+    title = f"training step, batch {config.batch_size}, {8 * config.side} pixels"
+    report(title, seconds, **figures)
+    return calls["ours"]
 
 
 def matmul_rate(device: str, dtype) -> float:
-    """FLOP/s of a large square product in this precision: what the machine can do at best."""
+    """FLOP/s of a large square product in this precision, the best that the machine can do."""
     n = 8192 if device.startswith("cuda") else 2048
-    # Large enough that memory's speed does not count, small enough to take no time itself.
+    # Large enough that memory's speed does not count, small enough to take little time.
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / alternate({"matmul": lambda: a @ b}, 10, device)["matmul"]

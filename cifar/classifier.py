@@ -1,20 +1,16 @@
-"""CIFAR-10 for the code of SDXL: pictures, the UNet's small config, the teacher's loss, a judge.
+"""The classifier that stands in for Inception in the CIFAR-10 experiment.
 
-A picture (3, 32, 32) is folded to (12, 16, 16), a quarter of the pixels at four times the channels:
-the same UNet class then spends its time in wide layers. A class label takes the prompt's place: one
-token and the pooled vector, both its one-hot code; zeros are the null condition, as for SDXL.
+Its features give the Fréchet distance and its predictions the classifier accuracy. The experiment
+trains it, so neither figure compares with a paper's FID.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar.data import CLASSES, fold
+from cifar.data import CLASSES, to_x0
 
-# -------------------------------------------------------------------------------------- the judge
-#
-# A small classifier stands in for Inception: its features give the Fréchet distance, its answers
-# the class agreement. It is trained here, so what it says is not the FID of any paper.
+BORDER = 4  # zeros around a picture that is cropped for training
 
 
 def _conv(c_in: int, c: int) -> nn.Sequential:
@@ -27,7 +23,7 @@ class Residual(nn.Sequential):
 
 
 class Classifier(nn.Module):
-    """ResNet9, half as wide and on folded pictures (b, 12, 16, 16): features, then logits."""
+    """ResNet9 at half its width: x_0 (b, 12, 16, 16) to features (b, 256) and logits (b, 10)."""
 
     def __init__(self):
         super().__init__()
@@ -39,21 +35,31 @@ class Classifier(nn.Module):
         self.head = nn.Linear(256, len(CLASSES), bias=False)
 
     def forward(self, x_0: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.body(x_0)  # (b, 256)
+        features = self.body(x_0)
         # ResNet9 scales its logits down, which keeps the first steps small.
         return features, self.head(features) / 8
 
 
-def shifted(x: Tensor, by: Tensor) -> Tensor:
-    """Pictures (b, c, h, w), each moved by its row of `by` (b, 2) in 0..8, less 4; zeros around."""
-    padded, (h, w) = F.pad(x, (4, 4, 4, 4)), x.shape[2:]
-    pairs = zip(padded, by.tolist(), strict=True)
-    return torch.stack([one[:, i : i + h, j : j + w] for one, (i, j) in pairs])
+def random_crop(images: Tensor, corners: Tensor) -> Tensor:
+    """Pictures (b, c, h, w) cut out of the same with a border of zeros, for data augmentation.
+
+    corners: (b, 2) the upper left corner of each crop, from 0 to 2 BORDER; BORDER is the picture.
+    """
+    h, w = images.shape[2:]
+    padded = F.pad(images, (BORDER, BORDER, BORDER, BORDER))
+    crops = torch.empty_like(images)
+    for i, (top, left) in enumerate(corners.tolist()):
+        crops[i] = padded[i, :, top : top + h, left : left + w]
+    return crops
 
 
 @torch.no_grad()
-def judge(classifier: Classifier, images: Tensor, device) -> tuple[Tensor, Tensor]:
-    """Features (n, 256) in float64 and answers (n,) for pictures (n, 3, 32, 32) in uint8."""
-    found = [classifier(fold(part.to(device))) for part in images.split(500)]
-    features, logits = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
-    return features.double(), logits.argmax(1)
+def classify(classifier: Classifier, images: Tensor, device) -> tuple[Tensor, Tensor]:
+    """Features (n, 256) in float64 and predicted classes (n,) of pictures (n, 3, 32, 32)."""
+    features = []
+    predictions = []
+    for batch in images.split(500):
+        batch_features, logits = classifier(to_x0(batch.to(device)))
+        features.append(batch_features.cpu().double())
+        predictions.append(logits.argmax(1).cpu())
+    return torch.cat(features), torch.cat(predictions)

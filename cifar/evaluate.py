@@ -1,7 +1,7 @@
-"""How near CIFAR-10 students come to their teacher and to the data: distances, tables, rows.
+"""How near CIFAR-10 students come to their teacher and to the data: distances, rows, tables.
 
-Every figure is of the same labels and starting noise for all methods. Its error is a jackknife's: a
-tenth of the seeds left out at a time.
+All methods are sampled with the same labels and starting noise. A jackknife over the seeds, a tenth
+left out at a time, gives each figure's standard error.
 """
 
 import hashlib
@@ -14,24 +14,31 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from cifar.classifier import Classifier, judge
+from cifar.classifier import Classifier, classify
+from cifar.config import CifarConfig, student_config
 from cifar.data import CLASSES
-from cifar.sample import Sampled, digest, load_student, load_teacher, pictures
+from cifar.sample import LoadedModel, load_student, load_teacher, sample_pictures
+from cifar.stage import weights_digest
 from common import files
-from common.compare import GAMMAS, Case, steps_of, table_of, timesteps_of
-from common.files import read_tensors
-from tdd import tuned
+from common.compare import (
+    GAMMAS,
+    W_ADDED,
+    W_HIGH,
+    Case,
+    case_timesteps,
+    compared_steps,
+    format_table,
+)
 
-GROUPS = 10  # of seeds, for the errors
-HIGH = 5.0  # w' of the student that Eq. 13 tunes down
-GUIDED = (1.0, 2.0, 3.0)  # w of the guidance study
-ASIDE = ("real", "tdd_rho0", "tdd_high")  # rows beside the main comparison
+GROUPS = 10  # of pictures, for the errors
+METRICS = ("frechet_teacher", "rmse", "frechet_data", "accuracy", "png_bits")
+NOT_COMPARED = ("real", "tdd_rho0", "tdd_high")  # rows beside the main comparison
 
 
 # --------------------------------------------------------------------------------------- distances
 #
-# Fréchet's asks whether the cloud of samples is right (Heusel et al. 2017, here with our own
-# classifier's features), rmse whether each sample is where the teacher would have put it.
+# The Fréchet distance asks whether the distribution of samples is right (Heusel et al. 2017, with
+# our classifier's features), rmse whether each sample is where the teacher would have put it.
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,229 +47,270 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reference(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments to measure distances from, with the root of the covariance, which costs the most."""
+    """Moments of features (n, d) and the root of their covariance, which is costly to compute."""
     mean, covariance = moments(features)
     values, vectors = torch.linalg.eigh(covariance)
     return mean, covariance, vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
-def frechet(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor]) -> float:
-    """Squared Fréchet distance of two Gaussians: |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2))."""
-    (m, c), (m_, c_, root) = one, other
+def frechet(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> float:
+    """Squared Fréchet distance |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of two Gaussians.
+
+    a: as from `moments`. b: as from `reference`.
+    """
+    (mean_a, cov_a), (mean_b, cov_b, root_b) = a, b
     # The square root of C C' has the trace of that of the symmetric C'^(1/2) C C'^(1/2).
-    cross = torch.linalg.eigvalsh(root @ c @ root).clamp(min=0).sqrt().sum()
-    return ((m - m_).square().sum() + c.trace() + c_.trace() - 2 * cross).item()
+    cross = torch.linalg.eigvalsh(root_b @ cov_a @ root_b).clamp(min=0).sqrt().sum()
+    return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
-def rmse(one: Tensor, other: Tensor) -> float:
+def rmse(a: Tensor, b: Tensor) -> float:
     """Root mean squared difference of pictures in uint8, on the scale of x_0, [-1, 1]."""
-    return ((one.float() - other.float()) / 127.5).square().mean().sqrt().item()
+    return ((a.float() - b.float()) / 127.5).square().mean().sqrt().item()
 
 
 def png_bits(images: Tensor) -> Tensor:
-    """Bits a pixel that each picture takes as a PNG (n,): the less there is in it, the fewer."""
-    sizes = []
+    """Bits a pixel of each picture as a PNG (n,): a measure of how much there is to see in it."""
+    bits = []
     for x in images:
         file = io.BytesIO()
         Image.fromarray(x.permute(1, 2, 0).numpy()).save(file, "PNG")
-        sizes.append(8 * len(file.getvalue()) / (32 * 32))
-    return torch.tensor(sizes)
+        bits.append(8 * len(file.getvalue()) / (32 * 32))
+    return torch.tensor(bits)
 
 
 def subsets(n: int) -> list[Tensor]:
-    """The indices of all n, then of all but one group, for each group."""
-    # Neighbours in a group, so that each holds as many of every class.
-    every = torch.arange(n)
-    group = every * GROUPS // n
-    return [every, *(every[group != g] for g in range(GROUPS))]
+    """The indices of all n pictures, then of all but one of GROUPS groups, for each group."""
+    # Groups of neighbours hold as many pictures of every class.
+    indices = torch.arange(n)
+    group = indices * GROUPS // n
+    return [indices, *(indices[group != g] for g in range(GROUPS))]
 
 
 def jackknife(values: list[float]) -> dict[str, float]:
-    """A figure of all, and its standard error, from its values on `subsets`."""
-    value, *others = values
-    spread = torch.tensor(others, dtype=torch.float64).var(correction=0) * (GROUPS - 1)
-    return {"value": value, "error": spread.sqrt().item()}
+    """A figure and its standard error, from the figure's values on `subsets`."""
+    value, *without_group = values
+    variance = torch.tensor(without_group, dtype=torch.float64).var(correction=0) * (GROUPS - 1)
+    return {"value": value, "error": variance.sqrt().item()}
 
 
 # -------------------------------------------------------------------------------------------- cases
 #
-# x_0 is clipped in all steps, which pixels ask for, but where a case is about just that.
+# x_0 is clipped in all steps, as pixels need it, except in the cases of Fig. 7.
 
 
-def case(k: int, clip_steps: int | None = None, **more) -> Case:
-    return Case(k, clip_steps=k if clip_steps is None else clip_steps, **more)
+def make_case(
+    k: int, clip_steps: int | None = None, gamma=0.0, schedule="equidistant", w=0.0, tune=None
+) -> Case:
+    """A case of k steps, all of them clipped unless clip_steps is given."""
+    return Case(k, gamma, schedule, w, tune, k if clip_steps is None else clip_steps)
 
 
-def cases_of(args, method: str) -> list[Case]:
-    """All ways to sample a method that the tables and pictures need; no case twice."""
-    ks, k, w = steps_of(args), args.kmin, args.guidance - 1
-    noisy = sorted({k, (k + args.kmax) // 2, args.kmax})
-    # Fig. 6 (a): guided at inference, with null conditions in the training and without.
-    study = [case(k, w=w) for w in GUIDED]
-    cases = [case(k), *study]
+def cases_of(config: CifarConfig, method: str) -> list[Case]:
+    """All ways to sample a method that the tables and pictures need, each once."""
+    ks, k, w = compared_steps(config.kmin, config.kmax), config.kmin, config.w
+    noisy_ks = sorted({k, (k + config.kmax) // 2, config.kmax})
+    # Fig. 6 (a): guidance at inference, for students trained with null conditions and without.
+    added_guidance = [make_case(k, w=w) for w in W_ADDED]
+    if method == "tdd_rho0":
+        return [make_case(k), *added_guidance]
+    if method == "tdd_high":
+        # Fig. 6 (b): as distilled, and tuned to weaker guidance by Eq. 13.
+        return [make_case(k), *(make_case(k, w=w, tune=W_HIGH) for w in W_ADDED)]
+    # Figs. 4 and 5: over the number of steps, without noise and with a little.
     if method == "teacher":
-        cases = [case(k, w=w) for k in (args.solver_steps, args.solver_steps // 2, *ks)]
-        cases += [case(k, w=w, gamma=GAMMAS[1]) for k in noisy]
-    elif method == "tdd_high":
-        # Fig. 6 (b): its own strength, and Eq. 13's tuning to weaker ones.
-        cases = [case(k), *(case(k, w=w, tune=HIGH) for w in GUIDED)]
-    elif method != "tdd_rho0":
-        cases = [*map(case, ks), *(case(k, gamma=GAMMAS[1]) for k in noisy)]
+        ks = [config.solver_steps, config.solver_steps // 2, *ks]
+        cases = [make_case(k, w=w) for k in ks]
+        cases += [make_case(k, w=w, gamma=GAMMAS[1]) for k in noisy_ks]
+    else:
+        cases = [make_case(k) for k in ks]
+        cases += [make_case(k, gamma=GAMMAS[1]) for k in noisy_ks]
     if method == "tdd":
-        between = range(args.kmin + 1, args.kmax)
-        cases += [*study, *(case(k, schedule="nonequidistant") for k in between)]
+        cases += added_guidance
+        for between in range(config.kmin + 1, config.kmax):
+            cases.append(make_case(between, schedule="nonequidistant"))
         # Fig. 7: clipped in no step and in the first alone, guided or not.
-        cases += [case(k, n, w=w) for w in (0.0, *GUIDED[:2]) for n in (0, 1)]
+        for w in (0.0, *W_ADDED[:2]):
+            cases += [make_case(k, clip_steps=0, w=w), make_case(k, clip_steps=1, w=w)]
     return list(dict.fromkeys(cases))
 
 
 # -------------------------------------------------------------------------------------- evaluation
 #
-# Sampling is nearly all of the time that this takes, so samples are files, named by what they are
-# made of: an evaluation that was interrupted goes on, and one with other settings finds none.
+# Sampling takes nearly all of the time, so samples are kept in files that are named by what they
+# depend on: an interrupted evaluation goes on, and one with other settings finds none.
 
 
 class Evaluation:
-    """Samples of all methods, kept as files, and the rows of metrics.json."""
+    """Samples of all methods, kept as files, and the rows of metrics.json.
 
-    def __init__(self, args, classifier: Classifier, train, test):
-        self.args, self.classifier, self.n = args, classifier, args.samples
-        self.label = torch.arange(self.n) % len(CLASSES)
-        # Not the seeds of training, whose noise came from small numbers too.
-        self.seeds = range(args.seed + 1_000_000, args.seed + 1_000_000 + self.n)
-        self.samples, self.found, self.subsets = {}, {}, subsets(self.n)
-        # How large a classifier's features are means nothing: distances are in per cent of their
-        # total variance over the training pictures.
+    rows, samples: by method and case; of the samples ten, one of each class. classifier accuracy on
+    the real test pictures: test_accuracy.
+    """
+
+    def __init__(self, config: CifarConfig, classifier: Classifier, train, test):
+        self.config = config
+        self.classifier = classifier
+        self.label = torch.arange(config.samples) % len(CLASSES)
+        # Not the seeds of training, which are small numbers.
+        first_seed = config.seed + 1_000_000
+        self.seeds = range(first_seed, first_seed + config.samples)
+        self.subsets = subsets(config.samples)
+        self.rows: dict[tuple[str, Case], dict] = {}
+        self.samples: dict[tuple[str, Case], Tensor] = {}
+        # A classifier's features have no unit: distances are in per cent of their total variance
+        # over the training pictures.
         self.scale = 1.0
-        features = self._judge(train[0])[0]
+        features, _ = self._classify(train[0])
         self.scale = (moments(features)[1].trace() / 100).sqrt()
-        self.data = reference(features / self.scale)
-        self._floor(train, test)
+        self.data_reference = reference(features / self.scale)
+        self._add_real_pictures(train[0], *test)
 
-    def _judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features, answers = judge(self.classifier, images, self.args.device)
-        return features / self.scale, answers
+    def _classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features, predictions = classify(self.classifier, images, self.config.device)
+        return features / self.scale, predictions
 
-    def _floor(self, train, test) -> None:
-        """What real pictures score: below the distances between them nothing can be told."""
-        features, answers = self._judge(test[0])
-        right = answers == test[1]
-        self.accuracy = right.double().mean().item()
-        few = slice(self.n)
-        # The teacher's samples are as few as a student's: so are the training pictures here.
-        self._refer_to(None, self._judge(train[0][few])[0])
-        self._keep("real", case(0), test[0][few], features[few], right[few], w=None)
+    def _add_real_pictures(self, train_images: Tensor, images: Tensor, label: Tensor) -> None:
+        """The row of the test pictures: smaller distances than theirs mean nothing."""
+        features, predictions = self._classify(images)
+        correct = predictions == label
+        self.test_accuracy = correct.double().mean().item()
+        n = self.config.samples
+        # As few training pictures stand for the teacher as there will be samples of it.
+        self._set_teacher_reference(None, self._classify(train_images[:n])[0])
+        self._add_row("real", make_case(0), images[:n], features[:n], correct[:n], None)
 
-    def _refer_to(self, images: Tensor | None, features: Tensor) -> None:
-        """What "teacher" figures are distances to."""
-        self.exact, self.known = images, [reference(features[i]) for i in self.subsets]
+    def _set_teacher_reference(self, images: Tensor | None, features: Tensor) -> None:
+        """The samples that frechet_teacher and rmse are distances to."""
+        self.teacher_images = images
+        self.teacher_references = [reference(features[i]) for i in self.subsets]
 
-    def run(self, methods: list[str]) -> None:
+    def run(self, methods: tuple[str, ...]) -> None:
         """The rows of the teacher and of these students."""
-        teacher = load_teacher(self.args.output, self.args.device)
-        jobs = [(m, c) for m in ("teacher", *methods) for c in cases_of(self.args, m)]
-        model, of = Sampled(teacher), "teacher"
-        for method, c in tqdm(jobs, desc="evaluate", mininterval=0.5, dynamic_ncols=True):
-            if method != of:
-                model, of = load_student(self.args.output, method, teacher), method
-            w = c.w if c.tune is None else tuned(c.w, c.tune)
-            images = self.draw(method, model, c, w)
-            features, answers = self._judge(images)
-            if method == "teacher" and c.k == self.args.solver_steps and not c.gamma:
-                self._refer_to(images, features)
-            # Eq. 22: guidance on top of what was distilled multiplies, in terms of g = 1 + w.
-            own = {"teacher": 0.0, "tdd_high": HIGH}.get(method, self.args.guidance - 1)
-            g = (1 + w) * (1 + own)
-            self._keep(method, c, images, features, answers == self.label, g - 1)
+        teacher = load_teacher(self.config.output, self.config.device)
+        jobs = []
+        for method in ("teacher", *methods):
+            jobs += [(method, case) for case in cases_of(self.config, method)]
+        model, loaded = LoadedModel(teacher), "teacher"
+        for method, case in tqdm(jobs, desc="evaluate", mininterval=0.5, dynamic_ncols=True):
+            if method != loaded:
+                model, loaded = load_student(self.config.output, method, teacher), method
+            self._evaluate(method, model, case)
 
-    def draw(self, method: str, model: Sampled, c: Case, w: float) -> Tensor:
-        """The pictures of a case (n, 3, 32, 32), from their file where they lie there."""
-        timesteps = timesteps_of(self.args, c)
-        about = {"of": digest(self.args.output / method), "n": self.n, "seed": self.args.seed,
-                 "timesteps": timesteps, "device": self.args.device, **asdict(c)}  # fmt: skip
-        # By the weights and all settings: another model's or setting's samples have another name.
-        key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
-        path = files.output_folder(self.args.output / "samples") / f"{method}-{key}.safetensors"
+    def _evaluate(self, method: str, model: LoadedModel, case: Case) -> None:
+        """The row of a case."""
+        images = self.sample(method, model, case)
+        features, predictions = self._classify(images)
+        w_distilled = 0.0
+        if method != "teacher":
+            w_distilled = student_config(self.config, method).w[0]
+        elif case.k == self.config.solver_steps and case.gamma == 0:
+            self._set_teacher_reference(images, features)
+        # Eq. 22: guidance on top of distilled guidance multiplies, in terms of g = 1 + w.
+        w_total = (1 + case.w_inference) * (1 + w_distilled) - 1
+        self._add_row(method, case, images, features, predictions == self.label, w_total)
+
+    def sample(self, method: str, model: LoadedModel, case: Case) -> Tensor:
+        """The pictures of a case (n, 3, 32, 32) in uint8, from their file if there is one."""
+        config = self.config
+        timesteps = case_timesteps(case, config.solver_steps, config.kmin, config.kmax)
+        settings = {
+            "weights": weights_digest(config.output / method), "n": config.samples,
+            "seed": config.seed, "timesteps": timesteps, "device": config.device, **asdict(case),
+        }  # fmt: skip
+        # Samples of other weights or settings have another name.
+        key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+        path = files.output_folder(config.output / "samples") / f"{method}-{key}.safetensors"
         if path.exists():
-            return read_tensors(path)[0]["images"]
-        parts = pictures(model, self.label, self.seeds, timesteps, w, c.gamma, c.clip_steps)
-        images = torch.cat(list(parts))
-        files.write_tensors(path, {"images": images}, about=json.dumps(about))
+            return files.read_tensors(path)[0]["images"]
+        batches = sample_pictures(
+            model, self.label, self.seeds, timesteps, case.w_inference, case.gamma, case.clip_steps
+        )
+        images = torch.cat(list(batches))
+        files.write_tensors(path, {"images": images}, settings=json.dumps(settings))
         return images
 
-    def _keep(self, method: str, c: Case, images, features, right, w: float | None) -> None:
-        """A row: each figure with its standard error; w is the guidance that it all comes to."""
-        bits, own = png_bits(images), [moments(features[i]) for i in self.subsets]
+    def _add_row(self, method: str, case: Case, images, features, correct, w: float | None) -> None:
+        """A row: each figure with its standard error.
+
+        correct: (n,) where the classifier is right. w: the samples' guidance in all, None for real
+        pictures.
+        """
+        bits = png_bits(images)
+        sample_moments = [moments(features[i]) for i in self.subsets]
         figures = {
-            "frechet_data": [frechet(each, self.data) for each in own],
-            "agreement": [right[i].double().mean().item() for i in self.subsets],
+            "frechet_data": [frechet(m, self.data_reference) for m in sample_moments],
+            "accuracy": [correct[i].double().mean().item() for i in self.subsets],
             "png_bits": [bits[i].mean().item() for i in self.subsets],
         }
-        # Otherwise guided samples are other samples than the teacher's, and should be.
-        if w is None or abs(w - self.args.guidance + 1) < 1e-9:
-            pairs = zip(own, self.known, strict=True)
-            figures["frechet_teacher"] = [frechet(*pair) for pair in pairs]
-            # And so they are with noise between the steps, however good.
-            if self.exact is not None and c.gamma == 0:
-                figures["rmse"] = [rmse(images[i], self.exact[i]) for i in self.subsets]
-        row = {"method": method, **asdict(c), "n": len(images)}
-        row |= {name: jackknife(values) for name, values in figures.items()}
-        # What the pictures show: a sample of each class.
-        self.found[method, c], self.samples[method, c] = row, images[: len(CLASSES)]
+        # Samples of other guidance are other samples than the teacher's, and should be.
+        if w is None or abs(w - self.config.w) < 1e-9:
+            pairs = zip(sample_moments, self.teacher_references, strict=True)
+            figures["frechet_teacher"] = [frechet(m, teacher) for m, teacher in pairs]
+            # So are samples with noise between the steps, however good.
+            if self.teacher_images is not None and case.gamma == 0:
+                teacher = self.teacher_images
+                figures["rmse"] = [rmse(images[i], teacher[i]) for i in self.subsets]
+        row = {"method": method, **asdict(case), "n": len(images)}
+        for name, values in figures.items():
+            row[name] = jackknife(values)
+        self.rows[method, case] = row
+        self.samples[method, case] = images[: len(CLASSES)]
 
     # ---------------------------------------------------------------------------------- tables
 
-    @property
-    def rows(self) -> list[dict]:
-        """The rows of metrics.json, in the order in which they were made."""
-        return list(self.found.values())
-
-    def find(self, method: str, c: Case) -> dict | None:
-        """The row of a case; the teacher's is guided by the w that students distil."""
-        return self.found.get((method, self.case_of(method, c)))
-
-    def case_of(self, method: str, c: Case) -> Case:
-        return replace(c, w=self.args.guidance - 1) if method == "teacher" else c
+    def find(self, method: str, case: Case) -> dict | None:
+        """The row of a case, if any; the teacher's is guided by the w that students distil."""
+        if method == "teacher":
+            case = replace(case, w=self.config.w)
+        return self.rows.get((method, case))
 
     @property
     def methods(self) -> list[str]:
         """The teacher, then every student of the main comparison."""
-        return list(dict.fromkeys(method for method, _ in self.found if method not in ASIDE))
+        return list(dict.fromkeys(name for name, _ in self.rows if name not in NOT_COMPARED))
 
     def tables(self) -> list[str]:
         """Every table that is worth printing."""
-        plain = ("frechet_teacher", "rmse", "frechet_data", "agreement", "png_bits")
-        return [*map(self.table, plain), self.table("frechet_teacher", GAMMAS[1]), self.study()]
+        tables = [self.table(metric) for metric in METRICS]
+        return [*tables, self.table("frechet_teacher", GAMMAS[1]), self.study_table()]
 
     def table(self, metric: str, gamma: float = 0.0) -> str:
         """A figure of every method over k, with its standard error in brackets."""
-        ks, rows = steps_of(self.args), []
+        ks = compared_steps(self.config.kmin, self.config.kmax)
+        lines = []
         for method in self.methods:
-            found = [self.find(method, case(k, gamma=gamma)) for k in ks]
-            if any(found):
-                rows.append((method, [_cell(row, metric) for row in found]))
-        # The teacher's many steps are sampled without noise alone.
-        for k in () if gamma else (self.args.solver_steps // 2, self.args.solver_steps):
-            rows.append((f"teacher, {k} steps", [_cell(self.find("teacher", case(k)), metric)]))
-        rows.append(("test pictures", [_cell(self.find("real", case(0)), metric)]))
-        return table_of(f"{metric} at gamma = {gamma:g}", ks, rows, 30, 16)
+            rows = [self.find(method, make_case(k, gamma=gamma)) for k in ks]
+            if any(rows):
+                lines.append((method, [_cell(row, metric) for row in rows]))
+        # In its many steps the teacher is sampled without noise only.
+        if gamma == 0:
+            for k in (self.config.solver_steps // 2, self.config.solver_steps):
+                cell = _cell(self.find("teacher", make_case(k)), metric)
+                lines.append((f"teacher, {k} steps", [cell]))
+        lines.append(("test pictures", [_cell(self.find("real", make_case(0)), metric)]))
+        return format_table(f"{metric} at gamma = {gamma:g}", ks, lines, 30, 16)
 
-    def study(self) -> str:
-        """Guidance at inference, Eq. 13, clipping and non-equidistant timesteps: a row a case."""
-        main = {(m, self.case_of(m, case(k))) for m in self.methods for k in steps_of(self.args)}
-        names = "agreement", "frechet_data", "frechet_teacher", "rmse"
-        lines = ["method    k  w  w'  C in  timesteps     " + "".join(f"{n:>16}" for n in names)]
-        for (method, c), row in self.found.items():
-            if method in ("teacher", "real") or c.gamma or (method, c) in main:
+    def study_table(self) -> str:
+        """Guidance at inference, Eq. 13, clipping and non-equidistant timesteps: a line a case."""
+        compared = [make_case(k) for k in compared_steps(self.config.kmin, self.config.kmax)]
+        metrics = ("accuracy", "frechet_data", "frechet_teacher", "rmse")
+        titles = "".join(f"{metric:>16}" for metric in metrics)
+        lines = [f"method    k  w  w'  C in  timesteps     {titles}"]
+        for (method, case), row in self.rows.items():
+            if method in ("teacher", "real") or case.gamma > 0:
                 continue
-            tune = "-" if c.tune is None else f"{c.tune:g}"
-            lines.append(
-                f"{method:9}{c.k:2}{c.w:3g}{tune:>4}{c.clip_steps:6}  {c.schedule:14}"
-                + "".join(_cell(row, name) for name in names)
-            )
+            if case in compared and method not in NOT_COMPARED:
+                continue
+            tune = "-" if case.tune is None else f"{case.tune:g}"
+            settings = f"{method:9}{case.k:2}{case.w:3g}{tune:>4}{case.clip_steps:6}"
+            cells = "".join(_cell(row, metric) for metric in metrics)
+            lines.append(f"{settings}  {case.schedule:14}{cells}")
         return "\n".join(lines)
 
 
 def _cell(row: dict | None, metric: str) -> str:
-    found = (row or {}).get(metric)
-    return f"{found['value']:.3f} ({found['error']:.3f})".rjust(16) if found else " " * 16
+    if row is None or metric not in row:
+        return " " * 16
+    figure = row[metric]
+    return f"{figure['value']:.3f} ({figure['error']:.3f})".rjust(16)

@@ -1,11 +1,10 @@
-"""Samples the CIFAR-10 teacher, or a student that train_toy.py has made of it.
+"""Samples the CIFAR-10 teacher, or a student that cifar/train.py has made of it.
 
     python train_toy.py --data cifar10 --sample tdd --steps 4 --labels cat ship
 
 The sampler is tdd.gamma_sample, the flags are those of sample.py.
 """
 
-import hashlib
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -15,95 +14,97 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cifar.data import CLASSES, condition, unfold
+from cifar.data import CLASSES, condition, to_bytes
+from cifar.stage import read_stage, weights_digest
 from common import cli, files
 from common.files import read_tensors
 from common.pictures import save_grid
 from sdxl.load import load_component
-from sdxl.lora import LoRA, merge
+from sdxl.lora import merge
 from sdxl.lora_files import read_lora
-from sdxl.pipeline import DTYPES, SCHEDULES, null_of, tell, timesteps_of
+from sdxl.pipeline import DTYPES, SCHEDULES, null_condition, scalar_network
 from solvers import ddim, sdxl_schedule
 from tcd import TCF
 from tdd import clip_x0, gamma_sample, guided, noise_stream, tuned
-from unet import UNet, UNetConfig
+from unet import ScalarEmbedding, UNet, UNetConfig
 
 # ------------------------------------------------------------------------------------- networks
 #
-# A student is its teacher with a LoRA merged in: sampled as often as for the tables, the passes
-# saved are worth a copy of so small a network.
+# A student is its teacher with the LoRA merged in: it is sampled many times for the tables, and a
+# copy of so small a network costs little.
 
 
-def digest(folder: Path) -> str:
-    """A finished teacher's or student's weights in a few letters, for what is made from them."""
-    path = folder / "diffusion_pytorch_model.safetensors"
-    path = path if path.exists() else folder / "lora.safetensors"
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+@dataclass(frozen=True)
+class LoadedModel:
+    """A teacher, or a student with its LoRA merged in, and how to sample it.
+
+    scalar_embedding: of students that take a scalar as an input. solver_steps: N of the student's
+    training, the grid of its schedules; the teacher was trained on every timestep.
+    """
+
+    unet: UNet
+    scalar_embedding: ScalarEmbedding | None = None
+    jump: object = ddim
+    solver_steps: int = 50
 
 
 def load_teacher(runs: Path, device, dtype: str = "float32") -> UNet:
     """The teacher of a folder of stages; ValueError if there is none."""
-    if not (runs / "teacher/stage.json").exists():
+    if read_stage(runs / "teacher") is None:
         raise ValueError(f"{runs} holds no finished teacher: python train_toy.py --data cifar10")
     unet = load_component(runs / "teacher", UNet, UNetConfig, DTYPES[dtype])
     return unet.to(device, memory_format=torch.channels_last)
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """A teacher, or a student with its LoRA merged in, and the jump to sample it with.
-
-    N: the grid that it was trained on; to the teacher all are one.
-    """
-
-    unet: UNet
-    lora: LoRA | None = None
-    jump: object = ddim
-    N: int = 50
-
-
-def load_student(runs: Path, name: str, teacher: UNet) -> Sampled:
+def load_student(runs: Path, name: str, teacher: UNet) -> LoadedModel:
     """A student of this float32 teacher, its LoRA merged into a copy; ValueError if there is none.
 
-    In float32 only: in half precision merging would round small updates away.
+    In half precision merging would round small updates away.
     """
     path = runs / name / "lora.safetensors"
-    if not path.exists() or not path.with_name("stage.json").exists():
-        there = " ".join(sorted(path.parent.name for path in runs.glob("*/lora.safetensors")))
-        raise ValueError(f"{runs} holds no finished student {name!r}; there: {there or 'none'}")
-    about = read_tensors(path)[1]
-    if about.get("teacher") != digest(runs / "teacher"):
+    if not path.exists() or read_stage(path.parent) is None:
+        students = sorted(path.parent.name for path in runs.glob("*/lora.safetensors"))
+        raise ValueError(
+            f"{runs} holds no finished student {name!r}; there: {' '.join(students) or 'none'}"
+        )
+    settings = read_tensors(path)[1]
+    if settings.get("teacher") != weights_digest(runs / "teacher"):
         raise ValueError(f"{path} is the student of another teacher than {runs / 'teacher'}")
-    # Its LoRA is for the UNet alone; where the text encoders would be, nothing is.
-    student, encoder = deepcopy(teacher), nn.Module()
-    lora, *_ = read_lora(path, teacher, encoder, encoder)
-    merge(student, lora.to(teacher.conv_in.weight.device))
-    return Sampled(student, lora, TCF[about.get("tcf", "1")], int(about["solver_steps"]))
+    student = deepcopy(teacher)
+    # An empty module stands in for each text encoder: the LoRA is for the UNet alone.
+    no_encoder = nn.Module()
+    lora, *_ = read_lora(path, teacher, no_encoder, no_encoder)
+    lora = lora.to(teacher.conv_in.weight.device)
+    merge(student, lora)
+    jump = TCF[settings.get("tcf", "1")]
+    return LoadedModel(student, lora.scalar_embedding, jump, int(settings["solver_steps"]))
 
 
 # ------------------------------------------------------------------------------------- sampling
 
 
 @torch.no_grad()
-def pictures(
-    model: Sampled, label: Tensor, seeds, timesteps, w: float, gamma: float, clip_steps: int,
+def sample_pictures(
+    model: LoadedModel, label: Tensor, seeds, timesteps, w: float, gamma: float, clip_steps: int,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Batches of pictures (b, 3, 32, 32) in uint8 for labels (n,), picture i from seeds[i].
 
-    w of Eq. 12, gamma of Eq. 18; C of Eq. 17, which clips x_0 to [-1, 1], in the first clip_steps.
+    w: of Eq. 12. gamma: of Eq. 18. clip_steps: first steps with C of Eq. 17, to [-1, 1].
     """
     device, schedule = model.unet.conv_in.weight.device, sdxl_schedule()
-    network, clip = tell(model.unet, model.lora, len(timesteps)), (clip_x0, clip_steps)
-    # On a CPU no more at a time than its caches hold: a fifth faster than 200.
-    batch = 50 if device.type == "cpu" else 500
-    for start in range(0, len(label), batch):
-        part = slice(start, start + batch)
-        cond = condition(label[part].to(device))
-        noise = noise_stream(seeds[part], (12, 16, 16), device)
-        eps = guided(network, cond, null_of(cond), w)
+    network = scalar_network(model.unet, model.scalar_embedding, len(timesteps))
+    # On a CPU 50 fit into the caches, which is a fifth faster than 200.
+    batch_size = 50 if device.type == "cpu" else 500
+    for start in range(0, len(label), batch_size):
+        batch = slice(start, start + batch_size)
+        cond = condition(label[batch].to(device))
+        eps = guided(network, cond, null_condition(cond), w)
+        noise = noise_stream(seeds[batch], (12, 16, 16), device)
         x_T = next(noise).to(memory_format=torch.channels_last)
-        x_0 = gamma_sample(eps, x_T, timesteps, schedule, gamma, noise, *clip, model.jump)
-        yield unfold(x_0).cpu()  # (b, 3, 32, 32)
+        x_0 = gamma_sample(
+            eps, x_T, timesteps, schedule, gamma, noise, clip_x0, clip_steps, model.jump
+        )
+        yield to_bytes(x_0).cpu()
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -111,45 +112,52 @@ def pictures(
 
 def main(args) -> None:
     cli.check_device(args.device)
-    model = Sampled(load_teacher(args.runs, args.device))
+    model = LoadedModel(load_teacher(args.runs, args.device))
     if args.sample != "teacher":
         model = load_student(args.runs, args.sample, model.unet)
-    args.solver_steps = args.solver_steps or model.N
-    timesteps = timesteps_of(args)
-    # In terms of g = 1 + w guidance multiplies: Eq. 13 divides out what was distilled.
+    timesteps = SCHEDULES[args.schedule](args.steps, args.solver_steps or model.solver_steps)
     w = args.cfg - 1
     if args.tune_guidance is not None:
-        w = tuned(w, args.tune_guidance)
+        w = tuned(w, args.tune_guidance - 1)
+    print(f"guidance g = {args.cfg:g} (w = {args.cfg - 1:g}), applied as w = {w:.3g}")
     clip_steps = args.steps if args.clip_steps is None else args.clip_steps
     # All classes, then all again: a column of the grid is then a class.
     label = torch.tensor([CLASSES.index(name) for name in args.labels] * args.num_images)
     seeds = range(args.seed, args.seed + len(label))
-    drawn = torch.cat([*pictures(model, label, seeds, timesteps, w, args.gamma, clip_steps)])
-    grid = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in drawn]
+    batches = sample_pictures(model, label, seeds, timesteps, w, args.gamma, clip_steps)
+    pictures = torch.cat(list(batches)).permute(0, 2, 3, 1).numpy()
     files.output_folder(args.output.parent)
-    save_grid(grid, args.output, len(args.labels))
+    save_grid([Image.fromarray(x) for x in pictures], args.output, columns=len(args.labels))
     print(f"{len(label)} pictures of {args.sample} in {args.steps} steps: {args.output}")
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser("Samples the CIFAR-10 teacher or a student of it, a column a class.")
+    p = cli.Parser(
+        "Samples the CIFAR-10 teacher or a student of it, a column for each class. Guidance is "
+        "g = 1 + w, with the paper's w."
+    )
     flag, number, gpu = p.add_argument, cli.number, torch.cuda.is_available()
-    whole, share = number(int, 1), number(float, 0, 1)
-    flag("--data", choices=["cifar10"], default="cifar10", help="what was trained on")
-    flag("--sample", required=True, metavar="NAME", help="teacher, or a student, such as tdd")
-    flag("--runs", type=Path, default=Path("runs/cifar10"), help="the folder it was trained into")
-    flag("--labels", nargs="+", choices=CLASSES, default=CLASSES, metavar="CLASS", help="to draw")
-    flag("--num-images", type=whole, default=8, help="pictures of each class")
-    flag("--steps", type=whole, default=4, help="k, the number of steps")
-    flag("--cfg", type=number(float, 0), default=1.0, help="g = 1 + w of Eq. 12; a teacher wants 3")
-    flag("--tune-guidance", type=number(float, 0), metavar="W'",
-         help="w' of the student's training: --cfg then acts as the teacher's, Eq. 13")  # fmt: skip
-    flag("--gamma", type=share, default=0.2, help="gamma of Eq. 18")
+    count = number(int, 1)
+    flag("--data", choices=["cifar10"], default="cifar10", help="data set")
+    flag("--sample", required=True, metavar="NAME",
+         help="network to sample: teacher, or a student, such as tdd")  # fmt: skip
+    flag("--runs", type=Path, default=Path("runs/cifar10"), help="folder of the trained stages")
+    flag("--labels", nargs="+", choices=CLASSES, default=CLASSES, metavar="CLASS",
+         help="classes to draw")  # fmt: skip
+    flag("--num-images", type=count, default=8, help="number of pictures of each class")
+    flag("--steps", type=count, default=4, help="number of steps k")
+    flag("--cfg", type=number(float, 0), default=1.0,
+         help="guidance g at inference, Eq. 12; a teacher wants 3")  # fmt: skip
+    flag("--tune-guidance", type=number(float, 1), metavar="G'",
+         help="guidance g' of the student; --cfg then acts as on the teacher (Eq. 13)")  # fmt: skip
+    flag("--gamma", type=number(float, 0, 1), default=0.2, help="gamma of Eq. 18")
     flag("--schedule", choices=SCHEDULES, default="equidistant",
-         help="the k timesteps; the latter for 4 to 8 steps")  # fmt: skip
-    flag("--solver-steps", type=whole, help="N, the grid of the schedules; else the student's own")
-    flag("--clip-steps", type=number(int, 0), help="first steps with C (Eq. 17); all unless given")
-    flag("--seed", type=number(int, 0, 2**62), default=0, help="of the first picture")
-    flag("--output", type=Path, default=Path("cifar.png"), help="PNG, pictures in a grid")
-    flag("--device", default="cuda" if gpu else "cpu", help="cpu or cuda")
+         help="timesteps; nonequidistant for 4 to 8 steps")  # fmt: skip
+    flag("--solver-steps", type=count,
+         help="N, grid of the schedules; that of the student unless given")  # fmt: skip
+    flag("--clip-steps", type=number(int, 0),
+         help="number of first steps with C of Eq. 17; all unless given")  # fmt: skip
+    flag("--seed", type=number(int, 0, 2**62), default=0, help="random seed of the first picture")
+    flag("--output", type=Path, default=Path("cifar.png"), help="PNG file, pictures in a grid")
+    flag("--device", default="cuda" if gpu else "cpu", help="device, cpu or cuda")
     return p

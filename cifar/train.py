@@ -3,54 +3,39 @@
     python train_toy.py --data cifar10                  everything, into runs/cifar10
     python train_toy.py --data cifar10 --preset gpu     a larger teacher, for a large GPU
 
-A student is trained by what train_sdxl.py trains with: LoRA, Distillation and trainer.fit. What is
-finished is used again, what was interrupted goes on, and other settings than before are refused.
+Students train by what train_sdxl.py trains with: LoRA, TDDStep or TDMStep, and training/loop.py. A
+finished stage is used again, an interrupted one is resumed, and changed settings are refused.
 """
 
 import argparse
-import shutil
-import statistics
 import time
-import zlib
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-import train_sdxl
 from cifar import figures
-from cifar.classifier import Classifier, shifted
-from cifar.data import Batches, condition, fold, read_split, teacher_loss, unet_json
-from cifar.evaluate import HIGH, Evaluation
-from cifar.sample import digest, load_teacher
+from cifar.classifier import BORDER, Classifier, random_crop
+from cifar.config import STUDENTS, CifarConfig, student_config, student_steps
+from cifar.data import condition, read_split, teacher_loss, to_x0, unet_json
+from cifar.evaluate import Evaluation
+from cifar.sample import load_teacher
+from cifar.stage import Stage, read_stage, save_network, weights_digest
 from common import cli, files
-from common.compare import PASSES
-from common.files import read_json, read_tensors
-from sdxl import pipeline
-from sdxl.load import assign
+from common.files import read_tensors
+from sdxl.load import load_strict
 from sdxl.lora_files import write_peft
-from sdxl.pipeline import null_of
+from sdxl.pipeline import compile_blocks, null_condition
 from solvers import sdxl_schedule
-from tdd import ema_update, targets_of
-from toy.tdm import MATCHED
-from training import build, distributed, loop
+from tdd import ema_update, equidistant, targets_of
+from training import distributed, loop
+from training.build import build_optimizers, build_step
 from unet import UNet, UNetConfig
 
-# Every student in the flags of train_sdxl.py; what is not named is the same for all.
-STUDENTS = {
-    "lcm": "--method cm", "pcm4": "--method pcm --kmin 4", "tcd": "--method tcd",
-    "tdd_eta0": "--method tdd --eta 0", "tdd": "--method tdd", "tdd_adv": "--method tdd --adv",
-    # The guidance study: no null conditions, and a w' that Eq. 13 is to tune down.
-    "tdd_rho0": "--method tdd --rho 0", "tdd_high": f"--method tdd --guidance {HIGH}",
-    # The other papers: TCD's functions of second order and told of s, TDM for 4 and for 1, 2, 4.
-    "tcd2": "--method tcd --tcf 2", "tcds": "--method tcd --tcf s",
-    "tdds": "--method tdd --tcf s",
-    "tdm4": "--method tdm --ks 4", "tdm_unify": "--method tdm --ks 1 2 4",
-}  # fmt: skip
 PRESETS = {
     "cpu": {
         "device": "cpu", "dtype": "float32", "compile": False, "channels": [64, 128],
@@ -63,312 +48,260 @@ PRESETS = {
         "steps": 2000, "batch_size": 128, "samples": 10_000,
     },
 }  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------ stages
-#
-# Classifier, teacher and each student are a folder each. stage.json is written last: with it the
-# stage is finished, without it there may be a checkpoint to go on from.
-
-
-@dataclass
-class Stage:
-    """One training: its folder, and all that its result depends on."""
-
-    folder: Path
-    settings: dict
-    data: tuple[Tensor, Tensor]
-    steps: int
-    batch_size: int
-    seed: int
-
-    def __post_init__(self):
-        crc = zlib.crc32(self.data[1].numpy(), zlib.crc32(self.data[0].numpy()))
-        own = {"steps": self.steps, "batch_size": self.batch_size, "seed": self.seed}
-        self.settings = own | self.settings | {"data": f"{crc:08x}"}
-        self.settings = {name: str(value) for name, value in self.settings.items()}
-
-    def finished(self) -> bool:
-        """Whether its result is there; ValueError if it, or what has begun, has other settings."""
-        path = self.folder / "stage.json"
-        if not path.exists():
-            self._resume_point()
-            return False
-        if differ := files.difference(read_json(path).get("settings", {}), self.settings):
-            raise ValueError(
-                f"{self.folder} was made with {differ}: give the same, or name another --output"
-            )
-        print(f"{self.folder.name}: finished before, used again")
-        return True
-
-    def _resume_point(self) -> tuple[Path | None, dict]:
-        # Not even the steps are free: the learning rate is a function of them.
-        return loop.resume_point(self.folder, True, self.settings, free=())
-
-    def train(self, modules, optimizers, losses, export, rate=lambda s: 1, after=lambda: None):
-        """From the last checkpoint, if any, to the end: losses(batch, generator), export(folder).
-
-        rate(s) is the share of the learning rate after the share s of all steps.
-        """
-        files.output_folder(self.folder)
-        point, config = self._resume_point()
-        place = config["positions"][0] if point else 0
-        loader = Batches(*self.data, self.batch_size, self.seed, place)
-        generator = torch.Generator().manual_seed(self.seed)
-        run = loop.Run(self.folder, modules, optimizers, generator, loader, self.settings)
-        if point:
-            run.restore(point, config)
-        print(f"{self.folder.name}: {self.steps} steps of {self.batch_size} pictures")
-        plan = loop.Plan(
-            self.steps, lambda step: rate(step / self.steps), save_every=250, keep=1,
-            again="the same command",
-        )  # fmt: skip
-        loop.fit(run, plan, partial(losses, generator=generator), after)
-        export(self.folder)
-        # At its median speed: what else ran on the machine meanwhile is not the stage's own.
-        speed = statistics.median(line["images_per_s"] for line in run.log)
-        seconds = self.steps * self.batch_size / speed
-        content = {"settings": self.settings, "seconds": round(seconds, 1)}
-        files.write_json(self.folder / "stage.json", content)
-        for old in loop.checkpoints(self.folder):
-            shutil.rmtree(old)
-
-
-def save_network(network: nn.Module, name: str, folder: Path) -> None:
-    files.write_tensors(folder / f"{name}.safetensors", network.state_dict(), format="pt")
+CLASSIFIER_BATCH = 128
+Data = tuple[Tensor, Tensor]  # pictures and labels, as from read_split
 
 
 # -------------------------------------------------------------------------- classifier and teacher
 #
-# Once trained, both are fixed points of the comparison: students are distilled from this teacher's
-# file and judged by this classifier's, and a student's settings hold the digest of the former.
+# Once trained, both are fixed points of the comparison. The settings of a student hold the digest
+# of its teacher's weights.
 
 
-def classifier_stage(args, data) -> Stage:
-    return Stage(args.output / "classifier", {}, data, args.classifier_steps, 128, args.seed)
+def classifier_stage(config: CifarConfig, data: Data) -> Stage:
+    folder = config.output / "classifier"
+    return Stage(folder, data, config.classifier_steps, CLASSIFIER_BATCH, config.seed)
 
 
-def train_classifier(args, stage: Stage) -> None:
-    """The judge."""
-    torch.manual_seed(args.seed)
-    classifier = Classifier().to(args.device, memory_format=torch.channels_last)
+def train_classifier(config: CifarConfig, stage: Stage) -> None:
+    """The classifier, saved as model.safetensors."""
+    torch.manual_seed(config.seed)
+    classifier = Classifier().to(config.device, memory_format=torch.channels_last)
 
     def losses(batch: dict, generator) -> dict:
-        by = torch.randint(0, 9, (len(batch["labels"]), 2), generator=generator)
-        images = shifted(batch["images"], by).to(args.device)
+        size = len(batch["labels"])
+        corners = torch.randint(0, 2 * BORDER + 1, (size, 2), generator=generator)
+        images = random_crop(batch["images"], corners).to(config.device)
         batch["timesteps"] = torch.zeros(0)
-        logits = classifier(fold(images))[1]
+        _, logits = classifier(to_x0(images))
         # A tenth of the label is spread over all classes.
-        loss = cross_entropy(logits, batch["labels"].to(args.device), label_smoothing=0.1)
+        loss = cross_entropy(logits, batch["labels"].to(config.device), label_smoothing=0.1)
         return {"total": loss, "loss": loss}
 
-    # A fifth of the way up, then down to zero.
-    optimizers = {"adam": loop.adamw(classifier.parameters(), 3e-3)}
     stage.train(
-        {"classifier": classifier}, optimizers, losses, partial(save_network, classifier, "model"),
-        rate=lambda s: min((s + 0.001) / 0.2, (1 - s) / 0.8),
-    )  # fmt: skip
+        {"classifier": classifier},
+        {"adam": loop.adamw(classifier.parameters(), 3e-3)},
+        losses,
+        export=partial(save_network, classifier, "model"),
+        # Up for a fifth of the steps, then down to zero.
+        lr_lambda=lambda s: min((s + 0.001) / 0.2, (1 - s) / 0.8),
+    )
 
 
-def teacher_stage(args, data) -> Stage:
-    kept = ("channels", "teacher_lr", "teacher_ema", "drop", "dtype")
-    settings = {name: getattr(args, name) for name in kept}
-    folder = args.output / "teacher"
-    return Stage(folder, settings, data, args.teacher_steps, args.teacher_batch, args.seed)
+def teacher_stage(config: CifarConfig, data: Data) -> Stage:
+    settings = {
+        "channels": config.channels, "teacher_lr": config.teacher_lr,
+        "teacher_ema": config.teacher_ema, "drop": config.drop, "dtype": config.dtype,
+    }  # fmt: skip
+    folder = config.output / "teacher"
+    return Stage(folder, data, config.teacher_steps, config.teacher_batch, config.seed, settings)
 
 
-def train_teacher(args, stage: Stage) -> None:
-    """The teacher, saved as a UNet in diffusers' layout: the moving average of what is trained."""
-    torch.manual_seed(args.seed)
-    config, schedule = unet_json(args.channels), sdxl_schedule().to(args.device)
-    unet = UNet(UNetConfig.from_json(config)).to(args.device, memory_format=torch.channels_last)
+def train_teacher(config: CifarConfig, stage: Stage) -> None:
+    """The teacher's moving average, saved as a UNet in diffusers' layout."""
+    torch.manual_seed(config.seed)
+    device, schedule = config.device, sdxl_schedule().to(config.device)
+    unet_config = unet_json(config.channels)
+    unet = UNet(UNetConfig.from_json(unet_config)).to(device, memory_format=torch.channels_last)
     ema = deepcopy(unet).requires_grad_(False)
-    if args.compile:
-        pipeline.compile_blocks(unet)
+    if config.compile:
+        compile_blocks(unet)
 
     def losses(batch: dict, generator) -> dict:
-        x_0, label = fold(batch["images"]), batch["labels"]
+        x_0, label = to_x0(batch["images"]), batch["labels"]
         t = torch.randint(schedule.T, (len(label),), generator=generator)
         eps = torch.randn(x_0.shape, generator=generator)
-        kept = torch.rand(len(label), generator=generator) >= args.drop
+        keep_label = torch.rand(len(label), generator=generator) >= config.drop
         batch["timesteps"] = t
-        x_0, label, t, eps, kept = (a.to(args.device) for a in (x_0, label, t, eps, kept))
-        half = args.dtype == "bf16"
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=half):
-            loss = teacher_loss(unet, x_0, condition(label, kept), t, eps, schedule)
+        cond = condition(label.to(device), keep_label.to(device))
+        bf16 = config.dtype == "bf16"
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+            loss = teacher_loss(unet, x_0.to(device), cond, t.to(device), eps.to(device), schedule)
         return {"total": loss, "loss": loss}
 
     def export(folder: Path) -> None:
         save_network(ema, "diffusion_pytorch_model", folder)
-        files.write_json(folder / "config.json", config)
+        files.write_json(folder / "config.json", unet_config)
 
-    # Constant, after a start of a fiftieth, and down to zero over the last two fifths.
+    parameters = list(ema.parameters()), list(unet.parameters())
     stage.train(
         {"teacher": unet, "ema": ema},
-        {"adam": loop.adamw(unet.parameters(), args.teacher_lr)},
-        losses, export, lambda s: min(1, (s + 0.001) / 0.02, (1 - s) / 0.4),
-        partial(ema_update, list(ema.parameters()), list(unet.parameters()), args.teacher_ema),
-    )  # fmt: skip
+        {"adam": loop.adamw(unet.parameters(), config.teacher_lr)},
+        losses,
+        export,
+        # Up for a fiftieth of the steps, constant, and down to zero over the last two fifths.
+        lr_lambda=lambda s: min(1, (s + 0.001) / 0.02, (1 - s) / 0.4),
+        after_step=lambda: ema_update(*parameters, config.teacher_ema),
+    )
 
 
 # ---------------------------------------------------------------------------------------- students
 #
-# Nothing of Algorithm 1 is here: targets, draws, loss and networks are those of train_sdxl.py, made
-# from its own flags. What CIFAR-10 brings is x_0 and the condition.
+# Nothing of Algorithm 1 stands here: targets, random numbers, losses and networks are SDXL's, from
+# training/. CIFAR-10 brings x_0 and the condition.
 
 
-def student_args(args, name: str):
-    """The flags with which train_sdxl.py would train this student."""
-    common = {
-        "model": args.output / "teacher", "data": args.data_dir, "output": args.output / name,
-        "guidance": args.guidance - 1, "solver-steps": args.solver_steps, "rank": args.rank,
-        "lora-alpha": args.rank, "dtype": args.dtype, "device": args.device, "seed": args.seed,
-        "batch-size": args.batch_size,
-    }  # fmt: skip
-    if name in MATCHED:
-        # The student's rate is lower than the fake score's, as in the paper.
-        common |= {"lr": args.lr / 5, "fake-lr": args.lr}
+def student_stage(config: CifarConfig, name: str, data: Data) -> Stage:
+    student = student_config(config, name)
+    settings = ["method", "solver", "solver_steps", "rank", "lr", "loss"]
+    if student.method == "tdm":
+        settings += ["Ks", "fake_lr", "fake_weight"]
     else:
-        # Pseudo-Huber, as published: under the squared distance the highest noise decides alone.
-        common |= {"lr": args.lr, "adv-lr": args.lr, "ema": args.ema, "rho": args.rho,
-                   "kmin": args.kmin, "kmax": args.kmax, "loss": "huber"}  # fmt: skip
-    flags = [word for k, v in common.items() for word in (f"--{k}", str(v))]
-    flags += [*STUDENTS[name].split(), "--no-checkpointing", *["--compile"] * args.compile]
-    own = train_sdxl.parser().parse_args(flags)
-    train_sdxl.check(own)
-    # A step's UNet passes differ: all are to have as many as TDD. (The adversary's come on top.)
-    passes = PASSES[name if name in MATCHED else own.tcf]
-    own.steps = round(args.steps * PASSES["1"] / passes)
-    return own
+        settings += ["tcf", "kmin", "kmax", "eta", "rho", "mu", "adv", "adv_weight", "adv_lr"]
+    values = {"guidance": 1 + student.w[0], "dtype": config.dtype}
+    values |= {key: value for key, value in asdict(student).items() if key in settings}
+    values["teacher"] = weights_digest(config.output / "teacher")
+    steps = student_steps(config, name)
+    return Stage(config.output / name, data, steps, config.batch_size, config.seed, values)
 
 
-def student_stage(args, name: str, data) -> Stage:
-    own = student_args(args, name)
-    kept = ("method", "guidance", "solver_steps", "rho", "eta", "kmin", "kmax", "lr", "rank", "tcf",
-            "ema", "loss", "solver", "adv", "adv_weight", "adv_lr", "dtype", "ks", "fake_lr",
-            "fake_weight")  # fmt: skip
-    settings = {key: getattr(own, key) for key in kept}
-    settings["teacher"] = digest(args.output / "teacher")
-    return Stage(args.output / name, settings, data, own.steps, args.batch_size, args.seed)
-
-
-def train_student(args, stage: Stage) -> None:
-    """A student's LoRA by Algorithm 1, on the teacher that lies beside it."""
-    own = student_args(args, stage.folder.name)
-    # Each student's graphs are its own; those of the last one only count against the limit.
+def train_student(config: CifarConfig, stage: Stage) -> None:
+    """A student's LoRA, distilled from the teacher beside it and saved as lora.safetensors."""
+    student = student_config(config, stage.folder.name)
+    device = config.device
+    # The compiled graphs of the student before are of no use, and count against the limit.
     torch._dynamo.reset()
-    teacher = load_teacher(args.output, args.device, args.dtype)
-    nets = build.distillation_of(own, teacher, args.device)
+    teacher = load_teacher(config.output, device, config.dtype)
+    step = build_step(student, teacher, device)
 
     def losses(batch: dict, generator) -> dict:
-        x_0 = fold(batch["images"]).to(args.device)
-        cond = condition(batch["labels"].to(args.device))
-        draws = nets.draw(x_0.shape, generator, args.device)
-        batch["timesteps"] = draws.timesteps
-        # TDM has no use for pictures, only for their labels.
-        data = () if own.method == "tdm" else (x_0,)
-        return nets.losses(*data, cond, null_of(cond), draws)
+        x_0 = to_x0(batch["images"]).to(device)
+        cond = condition(batch["labels"].to(device))
+        null = null_condition(cond)
+        sample = step.sample(x_0.shape, generator, device)
+        batch["timesteps"] = sample.timesteps
+        if student.method == "tdm":
+            # TDM trains on the labels alone.
+            return step.losses(cond, null, sample)
+        return step.losses(x_0, cond, null, sample)
 
     def export(folder: Path) -> None:
-        write_peft(folder / "lora.safetensors", nets.result.lora, **stage.settings)
+        write_peft(folder / "lora.safetensors", step.result.lora, **stage.settings)
 
-    optimizers = build.optimizers_of(own, nets)
-    stage.train(nets.modules, optimizers, losses, export, after=nets.after_step)
+    optimizers = build_optimizers(student, step)
+    stage.train(step.modules, optimizers, losses, export, after_step=step.after_step)
 
 
 # -------------------------------------------------------------------------------------------- main
 #
-# What is refused is refused before the first hour of training: flags, data, and whatever lies in
-# the folder with other settings.
+# Everything that can be refused is refused before the first hour of training: flags, data, and
+# stages in the output folder that have other settings.
 
 
-def check(args) -> None:
-    """Flags that no flag's own type can refuse; ValueError in one line."""
-    cli.check_device(args.device)
-    if distributed.identity(args.device)[1] > 1:
-        raise ValueError("CIFAR-10 takes one process: start it without torchrun")
-    if any(c % 32 for c in args.channels) or len(args.channels) > 4:
-        raise ValueError(f"--channels {args.channels}: up to 4 levels, of a multiple of 32 each")
-    # Of whatever targets: all are sampled in kmin to kmax steps.
-    targets_of("tdd", args.solver_steps, args.kmin, args.kmax)
-    args.methods = list(dict.fromkeys(args.methods))
-    for name in args.methods:
-        student_args(args, name)
+def build_config(args) -> CifarConfig:
+    """The flags as a config; ValueError for values that do not go together."""
+    values = {field.name: getattr(args, field.name) for field in fields(CifarConfig)}
+    values["channels"] = tuple(args.channels)
+    values["methods"] = tuple(dict.fromkeys(args.methods))
+    config = CifarConfig(**values)
+    if any(c % 32 for c in config.channels) or len(config.channels) > 4:
+        channels = " ".join(map(str, config.channels))
+        raise ValueError(f"--channels {channels}: up to 4 levels, of a multiple of 32 each")
+    # Every student is sampled in kmin to kmax steps, whatever it is trained for.
+    targets_of("tdd", config.solver_steps, config.kmin, config.kmax)
+    for name in config.methods:
+        student = student_config(config, name)
+        if student.method == "tdm":
+            equidistant(max(student.Ks), config.solver_steps)
+        else:
+            targets_of(student.method, config.solver_steps, student.kmin, student.kmax)
+    return config
 
 
-def train_all(args, data) -> None:
-    """Whatever is not finished, each stage from the one before."""
-    first = [(classifier_stage, train_classifier), (teacher_stage, train_teacher)]
-    stages = [(make(args, data), train) for make, train in first]
-    for stage, train in [pair for pair in stages if not pair[0].finished()]:
-        train(args, stage)
-    students = [student_stage(args, name, data) for name in args.methods]
+def train_all(config: CifarConfig, data: Data) -> None:
+    """Train every stage that is not finished, each from the ones before."""
+    classifier, teacher = classifier_stage(config, data), teacher_stage(config, data)
+    # All settings are compared before the first training.
+    classifier_finished, teacher_finished = classifier.finished(), teacher.finished()
+    if not classifier_finished:
+        train_classifier(config, classifier)
+    if not teacher_finished:
+        train_teacher(config, teacher)
+    students = [student_stage(config, name, data) for name in config.methods]
     for stage in [stage for stage in students if not stage.finished()]:
-        train_student(args, stage)
+        train_student(config, stage)
 
 
 def main(args) -> None:
     start = time.time()
-    check(args)
-    train, test = (read_split(args.data_dir, train=t) for t in (True, False))
-    if args.samples > (most := min(len(train[1]), len(test[1]))):
-        raise ValueError(f"--samples {args.samples}: there are {most} real ones to compare with")
-    train_all(args, train)
-    path = args.output / "classifier/model.safetensors"
-    classifier = assign(Classifier(), read_tensors(path)[0], path).to(args.device)
-    ev = Evaluation(args, classifier, train, test)
-    ev.run(args.methods)
-    write_metrics(args, ev)
-    figures.draw_all(args.output, ev)
-    print("\n\n".join(ev.tables()))
-    print(f"The classifier is right about {ev.accuracy:.1%} of the test pictures.")
-    print(f"{time.time() - start:.0f} s; metrics.json and the pictures are in {args.output}/")
+    cli.check_device(args.device)
+    if distributed.get_dist_info(args.device)[1] > 1:
+        raise ValueError("CIFAR-10 takes one process: start it without torchrun")
+    config = build_config(args)
+    train = read_split(config.data_dir, train=True)
+    test = read_split(config.data_dir, train=False)
+    most = min(len(train[1]), len(test[1]))
+    if config.samples > most:
+        raise ValueError(f"--samples {config.samples}: there are {most} real ones to compare with")
+    print(f"guidance to distil: g = {config.guidance:g}, the paper's w' = g - 1 = {config.w:g}")
+    train_all(config, train)
+    path = config.output / "classifier/model.safetensors"
+    classifier = load_strict(Classifier(), read_tensors(path)[0], path).to(config.device)
+    evaluation = Evaluation(config, classifier, train, test)
+    evaluation.run(config.methods)
+    flags = {key: str(value) for key, value in vars(args).items()}
+    write_metrics(config, flags, evaluation)
+    figures.draw_all(config.output, evaluation)
+    print("\n\n".join(evaluation.tables()))
+    print(f"classifier accuracy on the test pictures: {evaluation.test_accuracy:.1%}")
+    print(f"{time.time() - start:.0f} s; metrics.json and the pictures are in {config.output}/")
 
 
-def write_metrics(args, ev: Evaluation) -> None:
-    """metrics.json: settings, every stage's seconds, the judge's accuracy, and all rows."""
-    settings = {key: str(value) for key, value in vars(args).items()}
-    stages = ["classifier", "teacher", *args.methods]
-    seconds = {name: read_json(args.output / name / "stage.json")["seconds"] for name in stages}
-    content = {"settings": settings | {"torch": torch.__version__}, "training_seconds": seconds}
-    content |= {"classifier_accuracy": ev.accuracy, "rows": ev.rows}
-    files.write_json(args.output / "metrics.json", content)
+def write_metrics(config: CifarConfig, flags: dict[str, str], evaluation: Evaluation) -> None:
+    """metrics.json: settings, seconds of training, the classifier's accuracy, and all rows."""
+    seconds = {}
+    for name in ("classifier", "teacher", *config.methods):
+        seconds[name] = read_stage(config.output / name)["seconds"]
+    content = {
+        "settings": flags | {"torch": torch.__version__},
+        "training_seconds": seconds,
+        "classifier_accuracy": evaluation.test_accuracy,
+        "rows": list(evaluation.rows.values()),
+    }
+    files.write_json(config.output / "metrics.json", content)
 
 
 def parser(preset: str | None = None) -> cli.Parser:
-    """With a preset's numbers as defaults; an unknown one is for the flag itself to refuse."""
+    """The flags, with a preset's values as defaults; --preset itself refuses an unknown one."""
     preset = preset if preset in PRESETS else "cpu"
-    about = "Trains a CIFAR-10 teacher, distils it with TDD and its rivals, compares them."
-    p = cli.Parser(f"{about} With --sample NAME it samples one of them, by flags of its own.")
+    p = cli.Parser(
+        "Trains a CIFAR-10 teacher, distils it with TDD and its rivals, and compares them. "
+        "Guidance is g = 1 + w, with the paper's w. --sample NAME samples, with other flags."
+    )
     flag, number = p.add_argument, cli.number
-    whole, share = number(int, 1), number(float, 0, 1)
-    flag("--data", choices=["cifar10"], default="cifar10", help="the 2-D sets have their own flags")
-    flag("--preset", choices=PRESETS, default=preset, help="decides the defaults below")
-    flag("--data-dir", type=Path, default=Path("data/cifar-10-batches-bin"), help="the binaries")
+    count, share = number(int, 1), number(float, 0, 1)
+    flag("--data", choices=["cifar10"], default="cifar10",
+         help="data set; the 2-D sets have their own flags")  # fmt: skip
+    flag("--preset", choices=PRESETS, default=preset, help="set of defaults for the flags below")
+    flag("--data-dir", type=Path, default=Path("data/cifar-10-batches-bin"),
+         help="folder of CIFAR-10's binary files")  # fmt: skip
     flag("--output", type=Path, default=Path("runs/cifar10"), help="folder for all stages")
     flag("--methods", nargs="+", choices=STUDENTS, default=list(STUDENTS), metavar="M",
          help=f"students, of {' '.join(STUDENTS)}")  # fmt: skip
-    flag("--channels", type=whole, nargs="+", metavar="C", help="of the UNet's levels")
-    flag("--classifier-steps", type=whole, help="the judge's, of 128 pictures")
-    flag("--teacher-steps", type=whole, help="the teacher's")
-    flag("--teacher-batch", type=whole, help="pictures a step of the teacher")
+    flag("--channels", type=count, nargs="+", metavar="C", help="channels of the UNet's levels")
+    flag("--classifier-steps", type=count,
+         help=f"training steps of the classifier, {CLASSIFIER_BATCH} pictures each")  # fmt: skip
+    flag("--teacher-steps", type=count, help="training steps of the teacher")
+    flag("--teacher-batch", type=count, help="pictures a step of the teacher")
     flag("--teacher-lr", type=number(float, 0), default=1e-3, help="learning rate of the teacher")
-    flag("--teacher-ema", type=share, default=0.998, help="of the teacher's weights")
+    flag("--teacher-ema", type=share, default=0.998, help="rate of the teacher's moving average")
     flag("--drop", type=share, default=0.12, help="share of null conditions for the teacher")
-    flag("--steps", type=whole, help="training steps of each student")
-    flag("--batch-size", type=whole, help="pictures a step of a student")
+    flag("--steps", type=count, help="training steps of a student")
+    flag("--batch-size", type=count, help="pictures a step of a student")
     flag("--lr", type=number(float, 0), default=4e-4, help="delta, the students' learning rate")
     flag("--ema", type=share, default=0.99, help="mu of the target network theta-")
-    flag("--rank", type=whole, default=32, help="r of the LoRA, whose alpha is the same")
-    flag("--kmin", type=whole, default=4, help="K_min, fewest steps to distil for")
-    flag("--kmax", type=whole, default=8, help="K_max, most steps to distil for")
+    flag("--rank", type=count, default=32, help="rank r of the LoRA, also its alpha")
+    flag("--kmin", type=count, default=4, help="K_min, fewest steps to distil for")
+    flag("--kmax", type=count, default=8, help="K_max, most steps to distil for")
     flag("--rho", type=share, default=0.2, help="rho, share of null conditions")
-    flag("--guidance", type=number(float, 1, 100), default=3.0, help="g = 1 + w', to distil")
-    flag("--solver-steps", type=whole, default=50, help="N, steps of the teacher's solver")
-    flag("--samples", type=number(int, 16), help="pictures that each figure is taken from")
-    flag("--seed", type=number(int, 0, 2**31), default=0, help="of all random numbers")
-    flag("--dtype", choices=["float32", "bf16"], help="bf16 pays on CPUs with AVX-512 or AMX too")
-    flag("--device", help="cpu or cuda")
-    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile UNet blocks")
+    flag("--guidance", type=number(float, 1, 100), default=3.0, help="guidance g to distil")
+    flag("--solver-steps", type=count, default=50, help="N, steps of the teacher's solver")
+    flag("--samples", type=number(int, 16), help="number of pictures for each figure")
+    flag("--seed", type=number(int, 0, 2**31), default=0, help="random seed")
+    flag("--dtype", choices=["float32", "bf16"],
+         help="precision; bf16 pays on CPUs with AVX-512 or AMX too")  # fmt: skip
+    flag("--device", help="device, cpu or cuda")
+    flag("--compile", action=argparse.BooleanOptionalAction,
+         help="torch.compile of the UNet's blocks")  # fmt: skip
     p.set_defaults(**PRESETS[preset])
     return p

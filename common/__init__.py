@@ -1,1 +1,1 @@
-"""What experiments and scripts share: command lines, files, plots, comparisons."""
+"""Shared by everything: command lines, files, plots, pictures, comparisons of methods."""

@@ -1,4 +1,4 @@
-"""What the scripts share: errors in one clear line, checked flags, files that are never half."""
+"""Command lines: errors in one clear line, flags with checked numbers, a usable device."""
 
 import argparse
 import contextlib
@@ -13,48 +13,51 @@ from safetensors import SafetensorError
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with a flag in one line; every flag's default stands in --help."""
+    """Reports a wrong flag in one line, and shows every flag's default in --help."""
 
     def __init__(self, description: str):
-        shown = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, formatter_class=shown, allow_abbrev=False)
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message: str):
         # argparse would print the whole usage first.
-        sys.exit(_one_line(f"{message} (see --help)"))
+        sys.exit(_print_error(f"{message} (see --help)"))
 
 
 def run(main, parser: Parser) -> None:
-    """main(args), with what a user can mend said in one line on stderr, and exit code 2."""
+    """main(args); an error that a user can mend becomes one line on stderr and exit code 2."""
     try:
         main(parser.parse_args())
-    # ValueError is what this project raises for input that cannot be used.
+    # This project raises ValueError for input that cannot be used.
     except (ValueError, OSError, SafetensorError) as problem:
-        sys.exit(_one_line(problem))
+        sys.exit(_print_error(problem))
     except KeyboardInterrupt:
-        _one_line("interrupted; what was finished is kept")
+        _print_error("interrupted; what was finished is kept")
         sys.exit(130)
 
 
-def _one_line(problem) -> int:
+def _print_error(problem) -> int:
+    """Prints the problem in one line, and returns the exit code."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(str(problem).split())}", file=sys.stderr)
     return 2
 
 
 def number(kind=float, low=-math.inf, high=math.inf):
-    """An argparse type: a finite number of this kind, no less than low and no more than high."""
+    """An argparse type: a finite int or float, no less than low and no more than high."""
 
-    def parse(words: str):
-        # "nan" compares as false and is refused by the same line as what is out of range.
+    def parse(text: str):
+        # "nan" compares as false, so the same line refuses it and what is out of range.
         with contextlib.suppress(ValueError, OverflowError):
-            value = kind(words)
+            value = kind(text)
             if low <= value <= high and math.isfinite(value):
                 return value
         name = "a whole number" if kind is int else "a number"
-        at_least = f" of at least {low:g}" if low > -math.inf else ""
-        at_most = f" of at most {high:g}" if high < math.inf else ""
-        limits = " and".join(filter(None, (at_least, at_most)))
-        raise argparse.ArgumentTypeError(f"{name}{limits} is needed, not {words!r}")
+        limits = []
+        if low > -math.inf:
+            limits.append(f" of at least {low:g}")
+        if high < math.inf:
+            limits.append(f" of at most {high:g}")
+        raise argparse.ArgumentTypeError(f"{name}{' and'.join(limits)} is needed, not {text!r}")
 
     return parse
 
@@ -63,7 +66,7 @@ def check_device(device: str) -> None:
     """ValueError if nothing can be computed on the device of --device."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda: no GPU is visible here; use --device cpu")
-    # Whatever the name, a device that cannot hold a number is none.
+    # A device that cannot hold a number and give it back ("meta", say) is unusable.
     try:
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError):

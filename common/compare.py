@@ -1,37 +1,58 @@
-"""The pictures of the 2-D experiment, named after the paper's figures that they mirror."""
+"""What the 2-D experiment and CIFAR-10 share: cases, budgets, names and colours, tables, curves."""
 
 from dataclasses import dataclass
 
-from tdd import equidistant, nonequidistant
+import numpy as np
 
-# A method keeps its colour and its name through all of the pictures.
-COLOURS = {
-    "teacher": (130, 134, 144), "cm": (216, 120, 40), "pcm4": (60, 150, 95), "pcm8": (130, 180, 60),
-    "tcd": (150, 90, 180), "tdd": (205, 45, 60), "tdd_eta0": (50, 110, 190), "tdd_rho0": (90,) * 3,
-    "tcd2": (100, 60, 130), "tcds": (210, 160, 230), "tdd2": (130, 20, 35), "tdds": (240, 140, 130),
-    "tdm4": (20, 140, 140), "tdm_unify": (210, 160, 20),
-}  # fmt: skip
+from common.plots import Axes, Figure
+from tdd import equidistant, nonequidistant, tuned
+
+# ---------------------------------------------------------------------------- methods and budgets
+#
+# A method keeps its name and colour through all tables and pictures. Budgets are counted in network
+# passes, so a method with expensive training steps takes fewer of them.
+
 NAMES = {
     "teacher": "teacher", "cm": "CM / LCM", "pcm4": "PCM-4", "pcm8": "PCM-8", "tcd": "TCD / CTM",
     "tdd": "TDD", "tdd_eta0": "TDD, eta 0", "tdd_rho0": "TDD, rho 0",
     "tcd2": "TCD, TCF(2)", "tcds": "TCD, TCF(S+)", "tdd2": "TDD, TCF(2)", "tdds": "TDD, TCF(S+)",
-    "tdm4": "TDM-4", "tdm_unify": "TDM-unify",
+    "tdm4": "TDM-4", "tdm_unify": "TDM-unify", "tdd_adv": "TDD (adv)", "tdd_high": "TDD, w' = 5",
+}  # fmt: skip
+COLOURS = {
+    "teacher": (130, 134, 144), "cm": (216, 120, 40), "pcm4": (60, 150, 95), "pcm8": (130, 180, 60),
+    "tcd": (150, 90, 180), "tdd": (205, 45, 60), "tdd_eta0": (50, 110, 190), "tdd_rho0": (90,) * 3,
+    "tcd2": (100, 60, 130), "tcds": (210, 160, 230), "tdd2": (130, 20, 35), "tdds": (240, 140, 130),
+    "tdm4": (20, 140, 140), "tdm_unify": (210, 160, 20), "tdd_adv": (225, 130, 170),
 }  # fmt: skip
 
-# The paper's Fig. 5: deterministic sampling, and the little noise that TCD and TDD advise.
-GAMMAS = (0.0, 0.2)
+# Forward passes of the network that a training step takes, a backward pass counted as two. By
+# trajectory consistency function: guided teacher 2, target network 1 an evaluation, student 3 an
+# evaluation. TDM: guided teacher 2, student 3, fake score 3 + 1, and before the step 1.5 (K = 4)
+# or 0.67 (K of 1, 2, 4).
+PASSES = {"1": 6, "2": 10, "s": 6, "tdm4": 10.5, "tdm_unify": 9.67}
 
 
-# ---------------------------------------------------------------------------- cases and samplers
+def equal_budget_steps(steps: int, kind: str) -> int:
+    """Training steps with as many passes as `steps` of the main comparison; kind: of PASSES."""
+    return round(steps * PASSES["1"] / PASSES[kind])
+
+
+# ------------------------------------------------------------------------------------------ cases
 #
-# Against the teacher's ODE samples a sampler with noise would always look wrong, however exact: its
-# samples are other ones. Hence a reference that is fed the same step noise, and so lands where this
-# sampler should.
+# Fig. 5 compares deterministic sampling with the little noise that TCD and TDD advise. The guidance
+# study (Fig. 6) adds guidance to a student, and takes it back from one distilled at a high w'.
+
+GAMMAS = (0.0, 0.2)
+W_ADDED = (1.0, 2.0, 3.0)  # w of the guidance study
+W_HIGH = 5.0  # w' of the student that Eq. 13 tunes down
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to sample: the fields of a row in metrics.json. w is 0 for a student on its own."""
+    """One way to sample: the fields of a row in metrics.json.
+
+    w: guidance at inference; 0 samples a student as distilled. tune: its w', if Eq. 13 is used.
+    """
 
     k: int
     gamma: float = 0.0
@@ -40,32 +61,67 @@ class Case:
     tune: float | None = None
     clip_steps: int = 0
 
+    @property
+    def w_inference(self) -> float:
+        """The w of Eq. 12 to sample with: tuned by Eq. 13 where `tune` asks for it."""
+        return self.w if self.tune is None else tuned(self.w, self.tune)
 
-def steps_of(args) -> list[int]:
-    """The numbers of steps that methods are compared in."""
+
+def compared_steps(kmin: int, kmax: int) -> list[int]:
+    """The numbers of steps k that methods are compared in, ascending."""
     # 1 and 2 lie outside of what TDD trains for; they show what that costs.
-    return sorted({1, 2, *range(args.kmin, args.kmax + 1)})
+    return sorted({1, 2, *range(kmin, kmax + 1)})
 
 
-def timesteps_of(args, case: Case) -> list[int]:
-    """A case's schedule, for what has been trained with N, K_min and K_max as in args."""
+def case_timesteps(case: Case, N: int, kmin: int, kmax: int) -> list[int]:
+    """A case's k timesteps on the grid of N solver steps, for a student of kmin to kmax steps."""
     if case.schedule == "nonequidistant":
-        return nonequidistant(case.k, args.solver_steps, args.kmin, args.kmax)
-    return equidistant(case.k, args.solver_steps)
+        return nonequidistant(case.k, N, kmin, kmax)
+    return equidistant(case.k, N)
 
 
-def table_of(title: str, ks: list[int], rows, width: int, cell: int) -> str:
-    """Text over the numbers of steps; rows: a name, `width` wide, and cells, `cell` wide each."""
-    rows = [(title, [f"k = {k}" for k in ks]), *rows]
-    return "\n".join(f"{name:{width}}" + "".join(f"{x:>{cell}}" for x in xs) for name, xs in rows)
+# ------------------------------------------------------------------------------ tables and curves
 
 
-# ------------------------------------------------------------------------------------ training
-#
-# A method's budget is counted in network passes: its steps are those of the main comparison times
-# PASSES["1"] / PASSES[method].
+def format_table(title: str, ks: list[int], rows, width: int, cell_width: int) -> str:
+    """Text over the numbers of steps; rows: pairs of a name and its cells, words in order of k."""
+    lines = []
+    for name, cells in [(title, [f"k = {k}" for k in ks]), *rows]:
+        lines.append(f"{name:{width}}" + "".join(f"{cell:>{cell_width}}" for cell in cells))
+    return "\n".join(lines)
 
-# Forward passes of the network that a training step takes, a backward pass counted as two. All but
-# TDM: guided teacher 2, target network 1 an evaluation, student 3 an evaluation. TDM: guided
-# teacher 2, student 3, fake score 3 + 1, and 1.5 (K = 4) or 0.67 (K of 1, 2, 4) before the step.
-PASSES = {"1": 6, "2": 10, "s": 6, "tdm4": 10.5, "tdm_unify": 9.67}
+
+def log_limits(values) -> tuple[float, float]:
+    """Limits of a logarithmic axis with a little room around the values."""
+    return min(values) * 0.8, max(values) * 1.2
+
+
+def curve_panel(
+    figure: Figure, box, title: str, ylabel: str, ks: list[int], curves: dict, ylim, size: int
+) -> Axes:
+    """Curves over the number of steps, log scale; returns the axes, to draw more into them.
+
+    box: left, top, width, height. curves: for each method (k, value, error) arrays; a band shows
+    value +- error. ylim: as from `log_limits`. size: of the text.
+    """
+    ticks = np.outer([0.001, 0.01, 0.1, 1, 10, 100], [1, 2, 5]).flatten()
+    ticks = ticks[(ylim[0] < ticks) & (ticks < ylim[1])]
+    axes = Axes(figure, box, (ks[0] - 0.3, ks[-1] + 0.3), ylim, log_y=True)
+    axes.frame(title, "steps k", ylabel, ks, ticks, size)
+    for method, (k, value, error) in curves.items():
+        axes.band(k, np.maximum(value - error, ylim[0]), value + error, COLOURS[method])
+        dash = 7 if method == "teacher" else None
+        axes.line(k, value, COLOURS[method], 2.5, dash, dots=4)
+    return axes
+
+
+def legend(figure: Figure, methods: list[str], line: tuple[float, float], x: float, size: int):
+    """A line and a name for each method, below each other from y = 130 on.
+
+    line: x of its two ends. x: where the names begin.
+    """
+    for i, method in enumerate(methods):
+        y = 130 + 34 * i
+        dash = 7 if method == "teacher" else None
+        figure.line([(line[0], y), (line[1], y)], COLOURS[method], 3, dash)
+        figure.text(x, y, NAMES[method], size, COLOURS[method])

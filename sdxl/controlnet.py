@@ -1,7 +1,7 @@
-"""SDXL's ControlNet: what an image (edges, depth, ..) adds to the UNet's skip connections.
+"""SDXL's ControlNet: residuals for the UNet's skip connections from an image of edges, depth, ..
 
-A copy of the UNet's first half that also sees the image; 1x1 convolutions lead from every output of
-that half to the UNet. Names and shapes are those of the published checkpoints.
+It is a copy of the UNet's first half that also sees the image; 1x1 convolutions lead from every
+output of that half to the UNet. Names and shapes are those of the published checkpoints.
 """
 
 from dataclasses import dataclass, replace
@@ -15,27 +15,31 @@ from unet import Encoder, UNetConfig, check_config
 
 @dataclass(frozen=True)
 class ControlNetConfig(UNetConfig):
-    """The UNet's sizes, and the image embedding's channels at full size, half, .. of the image."""
+    """The UNet's sizes, and the image embedding's channels at the image's full size, half, .."""
 
     embedding: tuple[int, ...] = (16, 32, 96, 256)
 
     @classmethod
     def from_json(cls, config: dict) -> "ControlNetConfig":
         """From a diffusers config.json; ValueError if it describes another family of models."""
-        rgb = {"controlnet_conditioning_channel_order": "rgb", "addition_embed_type": "text_time"}
-        check_config(config, "an SDXL ControlNet", rgb, {"global_pool_conditions": False})
-        # The rest are the UNet's fields, but there is no output to count channels of.
+        required = {
+            "controlnet_conditioning_channel_order": "rgb",
+            "addition_embed_type": "text_time",
+        }
+        check_config(config, "an SDXL ControlNet", required, {"global_pool_conditions": False})
+        # The rest are the UNet's fields, except that a ControlNet has no out_channels.
         sizes = super().from_json({**config, "out_channels": config["in_channels"]})
         return replace(sizes, embedding=tuple(config["conditioning_embedding_out_channels"]))
 
 
 # ---------------------------------------------------------------------------------------- network
 #
-# The image joins x_t behind the first convolution; from there on only the weights are its own.
+# The image's features are added to x_t's after the first convolution; from there on the layers are
+# those of the UNet, with other weights.
 
 
 class ImageEmbedding(nn.Module):
-    """An image (b, 3, 8h, 8w) as features in latent size, (b, c, h, w)."""
+    """An image (b, 3, 8h, 8w) as features of the latents' size, (b, c, h, w)."""
 
     def __init__(self, widths: tuple[int, ...], c: int):
         super().__init__()
@@ -58,16 +62,16 @@ class ControlNet(Encoder):
 
     def __init__(self, config: ControlNetConfig):
         super().__init__(config)
-        widths, last = config.channels, config.channels[-1]
-        self.controlnet_cond_embedding = ImageEmbedding(config.embedding, widths[0])
+        last = config.channels[-1]
+        self.controlnet_cond_embedding = ImageEmbedding(config.embedding, config.channels[0])
         self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(c, c, 1) for c in self.skip_widths)
         self.controlnet_mid_block = nn.Conv2d(last, last, 1)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict, image: Tensor, scale: float = 1.0):
-        """image in [0, 1] -> scale times one residual a skip connection, and last the middle's."""
+        """image in [0, 1] -> scale times each skip connection's residual, and last the middle's."""
         dtype = self.conv_in.weight.dtype
         h = self.conv_in(x_t.to(dtype)) + self.controlnet_cond_embedding(image.to(dtype))
-        features = self.encode(h, self.embed(t, cond), cond["tokens"].to(dtype))
+        features = self.encode(h, self.embed(t, cond), cond["prompt_embeds"].to(dtype))
         outputs = [*self.controlnet_down_blocks, self.controlnet_mid_block]
         # In the order of UNet.forward's skip connections, so that they add up one by one.
         return [scale * output(h) for output, h in zip(outputs, features, strict=True)]

@@ -1,7 +1,7 @@
 """SDXL checkpoints: published folders and single files, read strictly and without a second copy.
 
-Weights are memory-mapped and assigned to modules made on the meta device: nothing is initialised to
-be thrown away, and a module holds the file's own pages until its precision or device changes.
+Weights are memory-mapped and assigned to modules built on the meta device: no weight is initialised
+only to be replaced, and a module uses the file's pages until its precision or device changes.
 """
 
 import gc
@@ -19,19 +19,26 @@ from sdxl.controlnet import ControlNet, ControlNetConfig
 from sdxl.vae import VAE, VAEConfig
 from unet import UNet, UNetConfig
 
+HALF = torch.float16, torch.bfloat16
+
 
 def find_weights(folder: Path, half: bool = False) -> list[Path]:
-    """A component's weight files, one or the shards of an index: .fp16 last, or first if half."""
-    # Diffusers' networks are called one way, transformers' the other.
+    """A component's weight files, one or the shards of an index: .fp16 last, or first if half.
+
+    Raises ValueError if there are none.
+    """
+    # Diffusers names the files of its networks one way, transformers the other.
     for stem in ("diffusion_pytorch_model", "model"):
         for variant in (".fp16", "") if half else ("", ".fp16"):
-            whole = folder / f"{stem}{variant}.safetensors"
+            single = folder / f"{stem}{variant}.safetensors"
             index = folder / f"{stem}.safetensors.index{variant}.json"
-            if whole.exists():
-                return [whole]
+            if single.exists():
+                return [single]
             if index.exists():
                 shards = set(read_json(index).get("weight_map", {}).values())
-                return [folder / name for name in sorted(shards or {f"shards of {index.name}"})]
+                if not shards:
+                    raise ValueError(f"{index} names no shards; download the folder again")
+                return [folder / name for name in sorted(shards)]
     raise ValueError(f"{folder} holds no diffusion_pytorch_model or model .safetensors")
 
 
@@ -41,7 +48,7 @@ def find_weights(folder: Path, half: bool = False) -> list[Path]:
 
 
 class _SkipInit(TorchFunctionMode):
-    """No nn.init function does anything: on the meta device too they take half of a load's time."""
+    """Turns nn.init functions into no-ops: on the meta device they take half of a load's time."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -50,10 +57,10 @@ class _SkipInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def empty(cls, config) -> nn.Module:
-    """A network without memory for its weights, to be given to `assign`."""
-    # Thousands of new modules set the garbage collector off again and again, for nothing: it takes
-    # longer than making them.
+def build_on_meta(cls, config) -> nn.Module:
+    """A network without memory for its weights; `load_strict` gives it those."""
+    # Thousands of new modules trigger the garbage collector again and again, in vain: that would
+    # take longer than making the modules.
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -64,58 +71,67 @@ def empty(cls, config) -> nn.Module:
             gc.enable()
 
 
-def cast(module: nn.Module, dtype) -> None:
-    """Weights to `dtype`; in half precision those stay in float32 that module.FLOAT32 names."""
-    half = dtype in (torch.float16, torch.bfloat16)
+def cast(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Convert weights to dtype, except that module.KEEP_IN_FP32's stay in float32 beside half.
+
+    None leaves every weight in the file's precision.
+    """
     for name, p in module.named_parameters():
-        precise = half and name.split(".")[0] in getattr(module, "FLOAT32", ())
-        p.data = p.data.to(torch.float32 if precise else dtype)
+        keep = dtype in HALF and name.split(".")[0] in getattr(module, "KEEP_IN_FP32", ())
+        p.data = p.data.to(torch.float32 if keep else dtype)
 
 
-def assign(module: nn.Module, tensors: dict[str, Tensor], where, dtype=None) -> nn.Module:
+def load_strict(module: nn.Module, tensors: dict[str, Tensor], source, dtype=None) -> nn.Module:
     """Give a module made on the meta device its weights, in evaluation mode and without gradients.
 
-    dtype: as for `cast`. Raises ValueError that names every kind of mismatch: missing, unexpected
-    or mis-shaped.
+    source: the file or folder, for messages. dtype: as for `cast`. Raises ValueError with all
+    missing, unexpected and mis-shaped tensors: a user should not have to mend a file key by key.
     """
-    # One message with everything in it: a user should not have to mend a file key by key.
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    other = sorted(name for name, shape in wanted.items() if given.get(name, shape) != shape)
-    problems = {
-        "missing": sorted(wanted.keys() - given.keys()),
-        "unexpected": sorted(given.keys() - wanted.keys()),
-        "of another shape": [f"{name} {given[name]} instead of {wanted[name]}" for name in other],
-    }
-    said = [
-        f"{len(v)} {kind}: {', '.join(v[:3])}{' ..' * (len(v) > 3)}"
-        for kind, v in problems.items()
-        if v
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    wrong_shapes = []
+    for name in sorted(shapes.keys() & expected.keys()):
+        if shapes[name] != expected[name]:
+            wrong_shapes.append(f"{name} {shapes[name]} instead of {expected[name]}")
+    problems = [
+        _problem("missing", sorted(expected.keys() - shapes.keys())),
+        _problem("unexpected", sorted(shapes.keys() - expected.keys())),
+        _problem("of another shape", wrong_shapes),
     ]
-    if said:
-        raise ValueError(f"{where} does not fit {type(module).__name__}: {'; '.join(said)}")
+    if any(problems):
+        message = "; ".join(filter(None, problems))
+        raise ValueError(f"{source} does not fit {type(module).__name__}: {message}")
     module.load_state_dict(tensors, assign=True)
     cast(module, dtype)
     return module.eval().requires_grad_(False)
 
 
+def _problem(kind: str, entries: list[str]) -> str:
+    """The number of entries and the first three of them; "" for none."""
+    if not entries:
+        return ""
+    more = " .." if len(entries) > 3 else ""
+    return f"{len(entries)} {kind}: {', '.join(entries[:3])}{more}"
+
+
 def load_component(folder: Path, cls, config_cls, dtype=None) -> nn.Module:
-    """One component of a published folder: its config.json says what to build."""
+    """One component of a published folder, a `cls` of the sizes in its config.json."""
+    config_file = folder / "config.json"
     try:
-        config = config_cls.from_json(read_json(folder / "config.json"))
+        config = config_cls.from_json(read_json(config_file))
     except KeyError as problem:
-        raise ValueError(f"{folder / 'config.json'} has no {problem}: another family") from None
+        raise ValueError(f"{config_file} has no {problem}: another family") from None
     except ValueError as problem:
-        raise ValueError(f"{folder / 'config.json'}: {problem}") from None
+        raise ValueError(f"{config_file}: {problem}") from None
     tensors = {}
-    for path in find_weights(folder, dtype in (torch.float16, torch.bfloat16)):
+    for path in find_weights(folder, half=dtype in HALF):
         tensors |= read_tensors(path)[0]
     # Transformers 5 writes the first encoder without the prefix that published folders have.
     if cls is TextEncoder and "final_layer_norm.weight" in tensors:
         tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
     # A buffer of older libraries: 0, 1, 2, ..
     tensors = {k: v for k, v in tensors.items() if not k.endswith("position_ids")}
-    return assign(empty(cls, config), tensors, folder, dtype)
+    return load_strict(build_on_meta(cls, config), tensors, folder, dtype)
 
 
 # -------------------------------------------------------------------------------------- the model
@@ -123,7 +139,7 @@ def load_component(folder: Path, cls, config_cls, dtype=None) -> nn.Module:
 
 @dataclass
 class SDXL:
-    """The parts that make a picture."""
+    """The parts that make an image."""
 
     unet: UNet
     vae: VAE
@@ -144,33 +160,34 @@ def load_sdxl(path: Path, tokenizer: Path | None = None, dtype=None) -> SDXL:
     """
     if not path.exists():
         raise ValueError(f"--model {path} does not exist")
-    model = (_load_folder if path.is_dir() else _load_file)(path, tokenizer, dtype)
+    load = _load_folder if path.is_dir() else _load_file
+    model = load(path, tokenizer, dtype)
     unet, text_1, text_2 = model.unet.config, model.encoder_1.config, model.encoder_2.config
-    fits = {
-        "latents": (unet.in_channels, model.vae.config.latent_channels),
-        "tokens": (unet.tokens, text_1.hidden + text_2.hidden),
-        "pooled prompt and sizes": (unet.added, (text_2.projection or 0) + 6 * unet.time_ids_width),
-    }
     # Inpainting and image-editing models take more channels than there are latents.
-    for what, (wanted, given) in fits.items():
-        if wanted != given:
-            raise ValueError(f"{path}: its UNet takes {wanted} channels of {what}, not {given}")
+    pooled_and_sizes = (text_2.projection or 0) + 6 * unet.time_ids_width
+    for name, taken, available in (
+        ("latents", unet.in_channels, model.vae.config.latent_channels),
+        ("prompt_embeds", unet.cross_attention_dim, text_1.hidden + text_2.hidden),
+        ("pooled prompt and sizes", unet.add_embedding_dim, pooled_and_sizes),
+    ):
+        if taken != available:
+            raise ValueError(f"{path}: its UNet takes {taken} channels of {name}, not {available}")
     return model
 
 
 def _load_folder(path: Path, tokenizer: Path | None, dtype) -> SDXL:
-    # Its presence is what makes a folder a model folder; what it says is in the configs as well.
+    # The index marks a folder as a model; the components' configs repeat what is in it.
     read_json(path / "model_index.json")
     scheduler = path / "scheduler" / "scheduler_config.json"
-    kind = read_json(scheduler).get("prediction_type") if scheduler.exists() else None
-    if kind not in (None, "epsilon"):
-        raise ValueError(f"{path} predicts {kind}; this code samples eps-prediction models")
+    prediction = read_json(scheduler).get("prediction_type") if scheduler.exists() else None
+    if prediction not in (None, "epsilon"):
+        raise ValueError(f"{path} predicts {prediction}; this code samples eps-prediction models")
     return SDXL(
-        load_component(path / "unet", UNet, UNetConfig, dtype),
-        load_component(path / "vae", VAE, VAEConfig, torch.float32),
-        load_component(path / "text_encoder", TextEncoder, TextConfig, dtype),
-        load_component(path / "text_encoder_2", TextEncoder, TextConfig, dtype),
-        Tokenizer.from_folder(tokenizer or path / "tokenizer"),
+        unet=load_component(path / "unet", UNet, UNetConfig, dtype),
+        vae=load_component(path / "vae", VAE, VAEConfig, torch.float32),
+        encoder_1=load_component(path / "text_encoder", TextEncoder, TextConfig, dtype),
+        encoder_2=load_component(path / "text_encoder_2", TextEncoder, TextConfig, dtype),
+        tokenizer=Tokenizer.from_folder(tokenizer or path / "tokenizer"),
     )
 
 
@@ -179,27 +196,33 @@ def _load_file(path: Path, tokenizer: Path | None, dtype) -> SDXL:
         raise ValueError(f"{path} holds no tokenizer: name a folder with --tokenizer")
     tensors, _ = read_tensors(path)
     try:
-        unet, vae, text_1, text_2 = keys.configs(tensors)
+        unet, vae, text_1, text_2 = keys.infer_configs(tensors)
     except KeyError as problem:
         raise ValueError(f"{path} is no SDXL checkpoint: it has no {problem}") from None
-    parts = [
-        (UNet, unet, keys.UNET, dict(keys.unet_modules(unet))),
-        (VAE, vae, keys.VAE, dict(keys.vae_modules(vae))),
-        (TextEncoder, text_1, keys.TEXT_1, {}),
-        (TextEncoder, text_2, keys.TEXT_2, dict(keys.text_modules(text_2))),
-    ]
-    # What no module asks for and nobody knows is an error: it may be what makes the model another.
-    modules, rest = [], {name for name in tensors if not keys.IGNORED.search(name)}
-    for cls, config, prefix, table in parts:
-        module = empty(cls, config)
-        sources = {name: prefix + keys.original(name, table) for name in module.state_dict()}
-        own = {k: keys.take(tensors, k, v) for k, v in sources.items() if v in tensors}
-        modules.append(assign(module, own, path, torch.float32 if cls is VAE else dtype))
-        rest -= set(sources.values())
-    if rest:
-        some = ", ".join(sorted(rest)[:3])
-        raise ValueError(f"{path} holds {len(rest)} tensors that SDXL has not: {some} ..")
-    return SDXL(*modules, Tokenizer.from_folder(tokenizer))
+    unused = {name for name in tensors if not keys.IGNORED.search(name)}
+
+    def build(cls, config, prefix: str, table: dict[str, str], dtype) -> nn.Module:
+        """A component with its part of the tensors, which are then no longer unused."""
+        module, weights = build_on_meta(cls, config), {}
+        for name in module.state_dict():
+            key = prefix + keys.to_original_key(name, table)
+            if key in tensors:
+                weights[name] = keys.convert_tensor(tensors, name, key)
+                unused.discard(key)
+        return load_strict(module, weights, path, dtype)
+
+    model = SDXL(
+        unet=build(UNet, unet, keys.UNET, keys.unet_modules(unet), dtype),
+        vae=build(VAE, vae, keys.VAE, keys.vae_modules(vae), torch.float32),
+        encoder_1=build(TextEncoder, text_1, keys.TEXT_1, {}, dtype),
+        encoder_2=build(TextEncoder, text_2, keys.TEXT_2, keys.text_modules(text_2), dtype),
+        tokenizer=Tokenizer.from_folder(tokenizer),
+    )
+    # An unknown tensor may be what makes the file another kind of model.
+    if unused:
+        first = ", ".join(sorted(unused)[:3])
+        raise ValueError(f"{path} holds {len(unused)} tensors that SDXL does not have: {first} ..")
+    return model
 
 
 def load_controlnet(folder: Path, dtype=None) -> ControlNet:

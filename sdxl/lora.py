@@ -1,7 +1,7 @@
-"""LoRA: low-rank updates over a frozen base, switched per call, stacked, merged, read and written.
+"""LoRA: low-rank adapters on a frozen base, switched on for a call, stacked with weights, merged.
 
-Teacher, student and target network live on one copy of the base: `attach` hands layers their
-updates and `using` says which of them count, and how much, for the calls inside its block.
+Teacher, student and target network share one copy of the base. `add_adapter` gives its layers a
+LoRA's adapters under a name; within `active_adapters` the named LoRAs count, with their weights.
 """
 
 import math
@@ -12,22 +12,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet import Block, Told, UNet
+from unet import Block, ScalarEmbedding, UNet
 
 # The published TDD LoRA's layers: all attention and feed-forward projections and convolutions.
-TARGETS = re.compile(
+TARGET_MODULES = re.compile(
     r"(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv1|conv2"
     r"|conv_shortcut|downsamplers\.0\.conv|upsamplers\.0\.conv|time_emb_proj)$"
 )
 
 
-# ----------------------------------------------------------------------------------------- updates
+def named_layers(base: nn.Module) -> dict[str, nn.Module]:
+    """All layers that can have an adapter: linear layers and convolutions, by dotted name."""
+    modules = base.named_modules()
+    return {name: module for name, module in modules if isinstance(module, (nn.Linear, nn.Conv2d))}
+
+
+# ----------------------------------------------------------------------------------------- adapters
 #
 # For a convolution the down matrix looks at the whole kernel and the up matrix is 1x1, as in PEFT.
 
 
-class Update(nn.Module):
-    """One layer's update, scale * up @ down with scale = alpha / rank.
+class Adapter(nn.Module):
+    """One layer's adapter, scale * up @ down with scale = alpha / rank.
 
     down (r, in) and up (out, r), or (r, in, k, k) and (out, r, 1, 1) for a convolution.
     """
@@ -37,126 +43,133 @@ class Update(nn.Module):
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
         self.scale = alpha / len(down)
 
+    @classmethod
+    def init(cls, layer: nn.Module, rank: int, alpha: float, generator) -> "Adapter":
+        """An adapter that has no effect yet: up is zero."""
+        out, *fan_in = layer.weight.shape
+        # PEFT's start, uniform in +-1/sqrt(fan in): published learning rates assume it.
+        down = torch.rand((rank, *fan_in), generator=generator) * 2 - 1
+        up = torch.zeros([out, rank] + [1] * (len(fan_in) - 1))
+        return cls(down / math.prod(fan_in) ** 0.5, up, alpha)
+
     def add(self, y: Tensor, x: Tensor, layer: nn.Module, weight: float) -> Tensor:
         """y + weight * scale * up(down(x)), in y's own memory."""
-        # Float32 weights, as training keeps them, beside a base in half precision. The factor goes
-        # onto the small matrix: on y it would be another pass over all activations.
+        # The weights may be in float32, for training, beside a base in half precision. The factor
+        # is applied to the small matrix: on y it would be another pass over all activations.
         down, up = self.down.to(x.dtype), (weight * self.scale * self.up).to(x.dtype)
         if isinstance(layer, nn.Conv2d):
             h = F.conv2d(x, down, None, layer.stride, layer.padding)
             return y.add_(F.conv2d(h, up))
         return y.addmm_(F.linear(x, down), up.T)
 
-    def scaled(self, scale: float) -> "Update":
-        """The same update with this scale, and an up matrix that makes up for it.
+    def scaled(self, scale: float) -> "Adapter":
+        """The same adapter in float32 with this scale, and an up matrix that makes up for it.
 
-        Its gradients, and so what a learning rate means, are those of a LoRA begun with the scale.
+        A learning rate then means the same as for a new LoRA of this scale.
         """
         up = self.up.detach().float() * (self.scale / scale)
-        return Update(self.down.detach().float(), up, scale * len(self.down))
+        return Adapter(self.down.detach().float(), up, scale * len(self.down))
 
 
-class LoRA(nn.ModuleDict):
-    """Updates by the name of their layer, whose dots stand as slashes in parameter names.
+class LoRA(nn.Module):
+    """Adapters by the dotted name of their layer, and for some students a scalar embedding."""
 
-    told: the embedding of one more number, for a student that is told of one; it is all that is
-    added to a base besides updates.
-    """
-
-    def items(self):
-        own = super().items()
-        return [(name.replace("/", "."), update) for name, update in own if name != "number"]
+    def __init__(
+        self, adapters: dict[str, Adapter], scalar_embedding: ScalarEmbedding | None = None
+    ):
+        super().__init__()
+        self.adapters = adapters
+        # A dict registers nothing, and a module's name cannot have dots: checkpoints have slashes.
+        for name, adapter in adapters.items():
+            self.add_module(name.replace(".", "/"), adapter)
+        # This too is the name in checkpoints.
+        self.number = scalar_embedding
 
     @property
-    def told(self) -> Told | None:
-        return self._modules.get("number")
+    def scalar_embedding(self) -> ScalarEmbedding | None:
+        return self.number
 
     @classmethod
-    def of(cls, updates: dict[str, Update], told: Told | None = None) -> "LoRA":
-        own = {name.replace(".", "/"): update for name, update in updates.items()}
-        return cls(own | ({} if told is None else {"number": told}))
+    def init(cls, base: nn.Module, rank: int, alpha: float, generator, kind: str = "") -> "LoRA":
+        """A LoRA on the base's TARGET_MODULES that has no effect yet.
 
-    @classmethod
-    def fresh(cls, base: nn.Module, rank: int, alpha: float, generator, told: str = "") -> "LoRA":
-        """A LoRA over the base's TARGETS that changes nothing yet: up is zero.
-
-        told: "s" or "K", to have a `Told` of it, which changes nothing yet either.
+        kind: of a `ScalarEmbedding`, which has no effect yet either; "" for none.
         """
-        updates = {}
-        for name, layer in _layers(base).items():
-            if TARGETS.search(name):
-                out, *inner = layer.weight.shape
-                # PEFT's start, uniform in +-1/sqrt(fan in), which is where learning rates are from.
-                down = torch.rand((rank, *inner), generator=generator) * 2 - 1
-                up = torch.zeros((out, rank, *(1 for _ in inner[1:])))
-                updates[name] = Update(down / math.prod(inner) ** 0.5, up, alpha)
-        return cls.of(updates, fresh_told(base, told, generator) if told else None)
+        adapters = {}
+        for name, layer in named_layers(base).items():
+            if TARGET_MODULES.search(name):
+                adapters[name] = Adapter.init(layer, rank, alpha, generator)
+        embedding = init_scalar_embedding(base, kind, generator) if kind else None
+        return cls(adapters, embedding)
 
 
-def fresh_told(base: UNet, of: str, generator: torch.Generator) -> Told:
-    """An embedding of "s" or "K" for this UNet that changes nothing yet."""
+def init_scalar_embedding(base: UNet, kind: str, generator: torch.Generator) -> ScalarEmbedding:
+    """A scalar embedding for this UNet that has no effect yet."""
     c = base.config.channels[0]
-    embedding = Told(c, of)
+    embedding = ScalarEmbedding(c, kind)
+    # torch's initialisation of a linear layer, but from the generator.
     for p in embedding.linear_1.parameters():
-        # torch's own start for a linear layer, but from the generator.
         p.data = (torch.rand(p.shape, generator=generator) * 2 - 1) / c**0.5
     return embedding
 
 
-def _layers(base: nn.Module) -> dict[str, nn.Module]:
-    kinds = nn.Linear, nn.Conv2d
-    return {name: layer for name, layer in base.named_modules() if isinstance(layer, kinds)}
-
-
 # -------------------------------------------------------------------------------- on a frozen base
 #
-# A layer takes on a class that knows of updates; its weights, and so the base's state dict, stay
-# what and where they were.
+# Layers become LoRA subclasses in place, so the base's state dict is unchanged.
 
 
-class _Updated:
+class _LoRALayer:
+    """The forward pass of a layer with .adapters and the .active weights, each by LoRA's name."""
+
     def forward(self, x: Tensor) -> Tensor:
-        on = [(self.updates[k], w) for k, w in self.active.items() if w and k in self.updates]
-        # With nothing switched on, the base's output is what it always was, bit by bit.
-        if not on:
+        active = []
+        for name, weight in self.active.items():
+            if weight and name in self.adapters:
+                active.append((self.adapters[name], weight))
+        # With none active the output is the base's, bit for bit.
+        if not active:
             return super().forward(x)
-        # Rows of channels: adding in place to what is a view costs the backward pass a copy.
+        # Rows of channels: adding in place to a view would cost the backward pass a copy.
         rows = x if isinstance(self, nn.Conv2d) else x.flatten(0, -2)
         y = super().forward(rows)
-        for update, weight in on:
-            y = update.add(y, rows, self, weight)
+        for adapter, weight in active:
+            y = adapter.add(y, rows, self, weight)
         return y.view(*x.shape[:-1], -1) if x.ndim == 3 else y
 
 
-class UpdatedLinear(_Updated, nn.Linear):
-    """A linear layer with updates."""
+class LoRALinear(_LoRALayer, nn.Linear):
+    """A linear layer with adapters."""
 
 
-class UpdatedConv2d(_Updated, nn.Conv2d):
-    """A convolution with updates."""
+class LoRAConv2d(_LoRALayer, nn.Conv2d):
+    """A convolution with adapters."""
 
 
-def attach(base: nn.Module, name: str, lora: LoRA) -> None:
-    """Give the base's layers the updates of a LoRA, switched off, under a name."""
-    layers = _layers(base)
-    base.active_loras = getattr(base, "active_loras", {})
-    for layer_name, update in lora.items():
+def add_adapter(base: nn.Module, name: str, lora: LoRA) -> None:
+    """Give the base's layers a LoRA's adapters under a name, inactive until `active_adapters`."""
+    if not hasattr(base, "active_loras"):
+        base.active_loras = {}
+    layers = named_layers(base)
+    for layer_name, adapter in lora.adapters.items():
         layer = layers[layer_name]
-        if not isinstance(layer, _Updated):
-            layer.__class__ = UpdatedConv2d if isinstance(layer, nn.Conv2d) else UpdatedLinear
-            # Plain attributes: neither parameters nor state of the base. `active` is shared by all.
-            object.__setattr__(layer, "updates", {})
-            object.__setattr__(layer, "active", base.active_loras)
-        layer.updates[name] = update
+        if not isinstance(layer, _LoRALayer):
+            layer.__class__ = LoRAConv2d if isinstance(layer, nn.Conv2d) else LoRALinear
+            # Plain dicts are neither parameters nor state of the base. All layers share `active`.
+            layer.adapters, layer.active = {}, base.active_loras
+        layer.adapters[name] = adapter
+
+    def recompute_context():
+        return nullcontext(), active_adapters(base, **base.active_loras)
+
+    # A block is recomputed in the backward pass, outside of the `active_adapters` of its first run.
     for module in base.modules():
-        # A block worked out again in the backward pass, by then outside of `using`, needs the same.
         if isinstance(module, Block):
-            module.contexts = lambda: (nullcontext(), using(base, **base.active_loras))
+            module.recompute_context = recompute_context
 
 
 @contextmanager
-def using(base: nn.Module, **weights: float):
-    """Run the base with exactly these attached LoRAs at their weights; without any, it is plain."""
+def active_adapters(base: nn.Module, **weights: float):
+    """Run the base with exactly these LoRAs, name=weight; with none it is the plain base."""
     active = getattr(base, "active_loras", {})
     before = dict(active)
     active.clear()
@@ -170,12 +183,12 @@ def using(base: nn.Module, **weights: float):
 
 @torch.no_grad()
 def merge(base: nn.Module, lora: LoRA, weight: float = 1.0) -> None:
-    """Add a LoRA to the base's weights for good."""
-    layers = _layers(base)
-    for name, update in lora.items():
-        own = layers[name].weight
-        # In float32: in half precision the product would lose what small updates consist of.
-        product = update.up.float().flatten(1) @ update.down.float().flatten(1)
-        delta = weight * (update.scale * product.view(own.shape)).to(own.device)
+    """Add weight times a LoRA to the base's weights for good."""
+    layers = named_layers(base)
+    for name, adapter in lora.adapters.items():
+        old = layers[name].weight
+        # In float32: half precision would round away what small adapters add.
+        product = adapter.up.float().flatten(1) @ adapter.down.float().flatten(1)
+        delta = weight * (adapter.scale * product.view(old.shape)).to(old.device)
         # A new tensor: the old one may be a file's memory-mapped pages.
-        layers[name].weight = nn.Parameter((own.float() + delta).to(own.dtype), requires_grad=False)
+        layers[name].weight = nn.Parameter((old.float() + delta).to(old.dtype), requires_grad=False)

@@ -1,8 +1,4 @@
-"""LoRA: low-rank updates over a frozen base, switched per call, stacked, merged, read and written.
-
-Teacher, student and target network live on one copy of the base: `attach` hands layers their
-updates and `using` says which of them count, and how much, for the calls inside its block.
-"""
+"""LoRA files: every common naming is read; PEFT/diffusers and kohya naming are written."""
 
 import json
 import re
@@ -14,14 +10,24 @@ from torch import Tensor, nn
 from common import files
 from common.files import read_json, read_tensors
 from sdxl import keys
-from sdxl.load import assign
-from sdxl.lora import LoRA, Update, _layers
-from unet import Told, UNet
+from sdxl.load import load_strict
+from sdxl.lora import Adapter, LoRA, named_layers
+from unet import ScalarEmbedding, UNet
+
+# The start of a layer's key in PEFT's and diffusers' naming, and in kohya's.
+KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+
+# A student's scalar embedding has keys that only this project reads, and a header entry "told" with
+# the paper's symbol for the scalar.
+SCALAR = "unet.told."
+SCALAR_KINDS = {"s": "target_time", "K": "num_steps"}
+SCALAR_SYMBOLS = {kind: symbol for symbol, kind in SCALAR_KINDS.items()}
 
 # ----------------------------------------------------------------------------------------- reading
 #
-# Four spellings of the same three things. A file is read whole or not at all: a key that no layer
-# answers to is an error, since a LoRA applied in part looks like a bad LoRA.
+# All namings spell the same three things: a layer's down matrix, up matrix and alpha. A file is
+# read completely or not at all: a key that fits no layer is an error, since a LoRA applied in part
+# looks like a bad LoRA.
 
 SUFFIXES = {
     ".lora_A.weight": "down", ".lora_B.weight": "up",
@@ -29,9 +35,9 @@ SUFFIXES = {
     ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",
     ".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha",
 }  # fmt: skip
-DOTTED = ("unet", "text_encoder", "text_encoder_2")
-KOHYA = ("lora_unet", "lora_te1", "lora_te2")
-TOLD = "unet.told."
+RAW_PEFT = "base_model.model."
+# The oldest diffusers files hold attention processors: .processor.to_out_lora.up.weight
+PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)")
 
 
 def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module) -> list[LoRA]:
@@ -41,134 +47,168 @@ def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module
     Raises ValueError naming keys that fit no layer, halves without the other, and wrong shapes.
     """
     tensors, metadata = read_tensors(path)
-    own = {k.removeprefix(TOLD): tensors.pop(k) for k in [*tensors] if k.startswith(TOLD)}
-    bases = [unet, encoder_1, encoder_2]
-    layers, table = [_layers(base) for base in bases], _spellings(bases)
-    # (component, layer) -> its down, up and alpha, as the keys come.
-    found, strangers = {}, []
-    # The oldest diffusers files hold attention processors: .processor.to_out_lora.up.weight
-    oldest = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)")
-    for key, tensor in tensors.items():
-        key = oldest.sub(r".\1.lora.\2", key).replace(".to_out.lora.", ".to_out.0.lora.")
-        suffix = next((s for s in SUFFIXES if key.endswith(s)), None)
-        place = table.get(key.removesuffix(suffix or "").removeprefix("base_model.model."))
-        if suffix is None or place is None:
-            strangers.append(key)
-        else:
-            found.setdefault(place, {})[SUFFIXES[suffix]] = tensor
-    if strangers or not found:
-        some = ", ".join(strangers[:3]) or "no LoRA key at all"
-        count = f"{len(strangers)} keys fit nothing"
-        raise ValueError(f"{path} is no LoRA for this model: {count}: {some}")
-    updates, header = [{}, {}, {}], _header(path, metadata)
-    # Raw PEFT files keep their settings beside them, and only there.
-    if any(key.startswith("base_model.model.") for key in tensors):
+    embedding = _pop_scalar_embedding(path, tensors, metadata.get("told"), unet)
+    bases = {"unet": unet, "text_encoder": encoder_1, "text_encoder_2": encoder_2}
+    groups = _group_by_layer(path, tensors, bases)
+    settings = _peft_settings(path, metadata)
+    # Raw PEFT files have their settings in a file beside them, and only there.
+    if any(key.startswith(RAW_PEFT) for key in tensors):
         config = read_json(Path(path).parent / "adapter_config.json")
-        header = {f"unet.{name}": value for name, value in config.items()}
-    for (component, name), parts in found.items():
-        if "alpha" not in parts and "down" in parts:
-            parts["alpha"] = _header_alpha(header, DOTTED[component], name, len(parts["down"]))
-        updates[component][name] = _update(f"{path}: {name}", layers[component][name], **parts)
-    told = _told(path, own, metadata.get("told"), unet) if own else None
-    return [LoRA.of(each, None if i else told) for i, each in enumerate(updates)]
+        settings = {f"unet.{name}": value for name, value in config.items()}
+    loras = []
+    for component, base in bases.items():
+        layers, adapters = named_layers(base), {}
+        for name, parts in groups[component].items():
+            if "alpha" not in parts and "down" in parts:
+                parts["alpha"] = _peft_alpha(settings, component, name, rank=len(parts["down"]))
+            adapters[name] = _build_adapter(f"{path}: {name}", layers[name], parts)
+        loras.append(LoRA(adapters, embedding if component == "unet" else None))
+    return loras
 
 
-def _told(path: Path, tensors: dict[str, Tensor], of: str | None, unet: UNet) -> Told:
-    if of not in ("s", "K"):
-        raise ValueError(f"{path} has an embedding, but its header does not say what of")
-    return assign(Told(unet.config.channels[0], of), tensors, path)
+def _pop_scalar_embedding(
+    path: Path, tensors: dict[str, Tensor], symbol: str | None, unet: UNet
+) -> ScalarEmbedding | None:
+    """The student's scalar embedding, whose tensors are removed; None if there is none."""
+    weights = {}
+    for key in list(tensors):
+        if key.startswith(SCALAR):
+            weights[key.removeprefix(SCALAR)] = tensors.pop(key)
+    if not weights:
+        return None
+    if symbol not in SCALAR_KINDS:
+        raise ValueError(f"{path} has a scalar embedding, but its header does not say of what")
+    embedding = ScalarEmbedding(unet.config.channels[0], SCALAR_KINDS[symbol])
+    return load_strict(embedding, weights, path)
 
 
-def _spellings(bases) -> dict[str, tuple[int, str]]:
-    """Every spelling of a layer's name, to its component and name."""
-    # kohya turns dots into underscores, which cannot be undone: look up, do not parse.
-    table, original = {}, dict(keys.unet_modules(bases[0].config))
-    for component, base in enumerate(bases):
-        for name in _layers(base):
-            # Transformers 5 drops text_model., raw PEFT files name no component.
-            ours = [name, name.removeprefix("text_model.")]
-            spelled = ours if component else [name, keys.original(name, original)]
-            table |= {f"{DOTTED[component]}.{one}": (component, name) for one in ours}
-            for one in spelled:
-                table[f"{KOHYA[component]}_{one.replace('.', '_')}"] = component, name
-            if component == 0:
-                table[name] = component, name
-    return table
+def _group_by_layer(
+    path: Path, tensors: dict[str, Tensor], bases: dict[str, nn.Module]
+) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """component -> layer -> its "down", "up" and "alpha", as far as the file has them."""
+    spellings = _layer_spellings(bases)
+    groups, unexpected_keys = {component: {} for component in bases}, []
+    for key, tensor in tensors.items():
+        spelled = PROCESSOR.sub(r".\1.lora.\2", key).replace(".to_out.lora.", ".to_out.0.lora.")
+        suffix = next((suffix for suffix in SUFFIXES if spelled.endswith(suffix)), "")
+        spelled = spelled.removesuffix(suffix).removeprefix(RAW_PEFT)
+        if suffix and spelled in spellings:
+            component, name = spellings[spelled]
+            groups[component].setdefault(name, {})[SUFFIXES[suffix]] = tensor
+        else:
+            unexpected_keys.append(key)
+    if unexpected_keys:
+        first = ", ".join(unexpected_keys[:3])
+        count = f"{len(unexpected_keys)} keys fit nothing"
+        raise ValueError(f"{path} is no LoRA for this model: {count}: {first}")
+    if not any(groups.values()):
+        raise ValueError(f"{path} is no LoRA for this model: it has no LoRA keys")
+    return groups
 
 
-def _update(where: str, layer: nn.Module, down=None, up=None, alpha=None) -> Update:
-    if down is None or up is None:
-        raise ValueError(f"{where} has an up or a down matrix only: the file is not whole")
-    # Some write linear layers as 1x1 convolutions.
+def _layer_spellings(bases: dict[str, nn.Module]) -> dict[str, tuple[str, str]]:
+    """Every spelling of a layer's name -> its component and name."""
+    # A table, because kohya's underscores for dots cannot be parsed back.
+    spellings = {}
+    original = keys.unet_modules(bases["unet"].config)
+    for component, base in bases.items():
+        for name in named_layers(base):
+            # Transformers 5 leaves out text_model.
+            short_name = name.removeprefix("text_model.")
+            kohya_names = [name, short_name]
+            if component == "unet":
+                kohya_names = [name, keys.to_original_key(name, original)]
+                # Raw PEFT files name no component.
+                spellings[name] = component, name
+            for kohya_name in kohya_names:
+                spellings[f"{KOHYA[component]}_{kohya_name.replace('.', '_')}"] = component, name
+            spellings[f"{component}.{name}"] = component, name
+            spellings[f"{component}.{short_name}"] = component, name
+    return spellings
+
+
+def _build_adapter(source: str, layer: nn.Module, parts: dict) -> Adapter:
+    """A layer's adapter from its matrices and alpha, where None means its rank.
+
+    Raises ValueError, beginning with `source`, unless both matrices are there and fit the layer.
+    """
+    if "down" not in parts or "up" not in parts:
+        raise ValueError(f"{source} has an up or a down matrix only: the file is incomplete")
+    down, up, alpha = parts["down"], parts["up"], parts["alpha"]
+    # Some tools write linear layers as 1x1 convolutions.
     if layer.weight.ndim == 2:
         down, up = down.flatten(1), up.flatten(1)
-    out, *inner = layer.weight.shape
-    if list(down.shape[1:]) != inner or len(up) != out or up.shape[1] != len(down):
+    out, *fan_in = layer.weight.shape
+    if list(down.shape[1:]) != fan_in or len(up) != out or up.shape[1] != len(down):
         raise ValueError(
-            f"{where} is {tuple(up.shape)} x {tuple(down.shape)}, its layer "
+            f"{source} is {tuple(up.shape)} x {tuple(down.shape)}, its layer "
             f"{tuple(layer.weight.shape)}: a LoRA for another model"
         )
     if not (down.is_floating_point() and up.is_floating_point()):
-        raise ValueError(f"{where} is {down.dtype}: quantised LoRAs are not read")
+        raise ValueError(f"{source} is {down.dtype}: quantised LoRAs are not read")
     alpha = len(down) if alpha is None else torch.as_tensor(alpha).flatten()[0]
-    return Update(down, up, float(alpha))
+    return Adapter(down, up, float(alpha))
 
 
-def _header(path: Path, metadata: dict) -> dict:
-    """What PEFT writes into a file's header: its settings, by component."""
+def _peft_settings(path: Path, metadata: dict[str, str]) -> dict:
+    """PEFT's settings in a file's header, as "component.name"; {} if it has none."""
     try:
-        header = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except ValueError:
-        header = None
-    if not isinstance(header, dict):
+        settings = None
+    if not isinstance(settings, dict):
         raise ValueError(f"{path}: its header's lora_adapter_metadata is broken")
-    return header
+    return settings
 
 
-def _header_alpha(header: dict, component: str, name: str, rank: int) -> float | None:
-    """A layer's alpha by PEFT's rules, None if the header does not say."""
-    # A pattern names layers by the end of their name, as a regular expression.
-    patterns = header.get(f"{component}.alpha_pattern") or {}
-    found = (v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", name))
-    alpha = next(found, header.get(f"{component}.lora_alpha"))
+def _peft_alpha(settings: dict, component: str, name: str, rank: int) -> float | None:
+    """A layer's alpha by PEFT's rules, None if the settings have none."""
+    alpha = settings.get(f"{component}.lora_alpha")
+    # A pattern names layers by the end of their name, as a regular expression; the first counts.
+    for pattern, value in (settings.get(f"{component}.alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            alpha = value
+            break
     # Rank-stabilised LoRA: alpha / sqrt(rank) instead of alpha / rank.
-    stable = rank**0.5 if header.get(f"{component}.use_rslora") else 1.0
-    return None if alpha is None else alpha * stable
+    if alpha is not None and settings.get(f"{component}.use_rslora"):
+        return alpha * rank**0.5
+    return alpha
 
 
 # ----------------------------------------------------------------------------------------- writing
 #
-# alpha / rank is folded into the up matrices, which makes alpha = rank: right in every loader, in
-# those that never look for alpha as well. Losing it makes published LoRAs eight times too strong.
+# alpha / rank is folded into the up matrices, so alpha = rank: right in every loader, also in those
+# that never look for alpha. Published LoRAs read without their alpha are eight times too strong.
 
 
 def write_peft(path: Path, lora: LoRA, **metadata: str) -> None:
-    """A UNet's LoRA in PEFT/diffusers naming; what it is told, in keys that only we read."""
-    # Layers may differ in rank; the header names the largest, and the others one by one.
+    """A UNet's LoRA in PEFT/diffusers naming, with its scalar embedding; metadata: the header's."""
     tensors, ranks = {}, {}
-    for name, update in lora.items():
-        tensors[f"unet.{name}.lora_A.weight"] = update.down
-        tensors[f"unet.{name}.lora_B.weight"] = update.scale * update.up
-        ranks[name] = len(update.down)
+    for name, adapter in lora.adapters.items():
+        tensors[f"unet.{name}.lora_A.weight"] = adapter.down
+        tensors[f"unet.{name}.lora_B.weight"] = adapter.scale * adapter.up
+        ranks[name] = len(adapter.down)
+    # Layers may differ in rank: the settings have the largest, and a pattern for each other layer.
     rank = max(ranks.values())
-    config = {
+    pattern = {name: r for name, r in ranks.items() if r != rank}
+    settings = {
         "unet.r": rank, "unet.lora_alpha": rank, "unet.target_modules": sorted(ranks),
-        "unet.rank_pattern": {k: r for k, r in ranks.items() if r != rank},
-        "unet.alpha_pattern": {k: r for k, r in ranks.items() if r != rank},
+        "unet.rank_pattern": pattern, "unet.alpha_pattern": pattern,
     }  # fmt: skip
-    if lora.told is not None:
-        tensors |= {TOLD + k: v for k, v in lora.told.state_dict().items()}
-        metadata["told"] = lora.told.of
-    metadata["lora_adapter_metadata"] = json.dumps(config)
+    if lora.scalar_embedding is not None:
+        for name, tensor in lora.scalar_embedding.state_dict().items():
+            tensors[SCALAR + name] = tensor
+        metadata["told"] = SCALAR_SYMBOLS[lora.scalar_embedding.kind]
+    metadata["lora_adapter_metadata"] = json.dumps(settings)
     files.write_tensors(path, tensors, format="pt", **metadata)
 
 
 def write_kohya(path: Path, lora: LoRA, **metadata: str) -> None:
-    """A UNet's LoRA in kohya naming, which ComfyUI and diffusers read, alpha tensors included."""
+    """A UNet's LoRA in kohya naming, which ComfyUI and diffusers read, without the embedding."""
     tensors = {}
-    for name, update in lora.items():
+    for name, adapter in lora.adapters.items():
         key = f"lora_unet_{name.replace('.', '_')}"
-        tensors[f"{key}.lora_down.weight"] = update.down
-        tensors[f"{key}.lora_up.weight"] = update.scale * update.up
-        tensors[f"{key}.alpha"] = torch.tensor(float(len(update.down)))
+        tensors[f"{key}.lora_down.weight"] = adapter.down
+        tensors[f"{key}.lora_up.weight"] = adapter.scale * adapter.up
+        tensors[f"{key}.alpha"] = torch.tensor(float(len(adapter.down)))
     files.write_tensors(path, tensors, format="pt", **metadata)

@@ -1,89 +1,182 @@
-"""One frozen base as all networks of a method, and a training step of TDD or TDM on it.
+"""SDXL in tdd.py's terms: conditions, networks eps(x_t, t, cond), data and samples."""
 
-The teacher is the base with no LoRA on, the student the base with its LoRA; the target network has
-that LoRA's moving average, TDM's fake score a LoRA of its own. One copy of the weights in memory,
-whatever the method.
-"""
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sdxl.clip import encode_prompts
 from sdxl.load import SDXL
-from sdxl.lora import LoRA
-from tdd import equidistant, nonequidistant, told
-from unet import Block, UNet
-
-# ----------------------------------------------------------------------------------------- networks
-#
-# Three callables, as tdd.py wants them, over one set of weights. Switching a LoRA on and off costs
-# nothing; merging it in for a pass costs more than it saves, and in bf16 rounds it away.
-
-
-def tell(unet: nn.Module, lora: LoRA | None = None, k: int | None = None):
-    """The UNet as a network that takes what it, or the LoRA, embeds: eps(x_t, t, cond, n).
-
-    k: the number of steps it is to be sampled in; told of that, it takes no more than the UNet.
-    """
-    embedding = getattr(unet, "told", None) if lora is None else lora.told
-    if embedding is None:
-        return unet
-
-    def network(x_t: Tensor, t: Tensor, cond: dict, n: Tensor, *control) -> Tensor:
-        return unet(x_t, t, {**cond, "told": embedding(n)}, *control)
-
-    return network if k is None or embedding.of != "K" else told(network, k)
-
+from sdxl.lora import merge
+from sdxl.lora_files import read_lora
+from solvers import CLEAN, SOLVERS, sdxl_schedule, solve
+from tcd import TCF
+from tdd import (
+    clip_x0,
+    equidistant,
+    gamma_sample,
+    guided,
+    noise_stream,
+    nonequidistant,
+    tuned,
+    with_scalar,
+)
+from unet import Block, ScalarEmbedding, UNet
 
 SCHEDULES = {"equidistant": equidistant, "nonequidistant": nonequidistant}
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-
-# ----------------------------------------------------------------------------------------- sampling
-#
-# The loop itself is tdd.gamma_sample (or solvers.solve for the plain model); here SDXL is brought
-# into its terms: a condition, a null condition and a network eps(x_t, t, cond).
+# -------------------------------------------------------------------------------------- conditions
 
 
-def conditions(model: SDXL, prompts: list[str], negative: str | None, height: int, width: int):
+def make_conditions(model: SDXL, prompts: list[str], negative: str | None, height: int, width: int):
     """The condition of each prompt and the null condition: zeros, or the negative prompt's."""
     device = model.unet.conv_in.weight.device
     cond = encode_prompts(prompts, model.tokenizer, model.encoder_1, model.encoder_2)
-    # As if the picture had been that large from the start, and nothing cut off.
+    # As if the picture had that size from the start and nothing was cropped.
     sizes = torch.tensor([[height, width, 0, 0, height, width]], device=device)
     cond = {**cond, "time_ids": sizes.expand(len(prompts), 6)}
     if negative is None:
-        return cond, null_of(cond)
+        return cond, null_condition(cond)
     null = encode_prompts([negative], model.tokenizer, model.encoder_1, model.encoder_2)
     return cond, {**null, "time_ids": sizes}
 
 
-def null_of(cond: dict) -> dict:
-    """The null condition that goes with a condition: no prompt, and the same sizes."""
-    return {k: v if k == "time_ids" else torch.zeros_like(v[:1]) for k, v in cond.items()}
+def null_condition(cond: dict) -> dict:
+    """The null condition beside a condition: zeros for the prompt, the same sizes."""
+    null = {name: torch.zeros_like(tensor[:1]) for name, tensor in cond.items()}
+    return {**null, "time_ids": cond["time_ids"]}
 
 
-def controlled(unet, controlnet, image: Tensor, scale: float):
-    """The UNet with a ControlNet's residuals of an image (1, 3, H, W) in [0, 1]."""
+@torch.no_grad()
+def encode_batch(model: SDXL, batch: dict, generator: torch.Generator, device) -> tuple:
+    """Latents x_0 (b, 4, h/8, w/8), drawn from the autoencoder's Gaussian, and the condition."""
+    images = batch["images"].to(device, non_blocking=True)
+    b, _, h, w = images.shape
+    noise = torch.randn((b, 4, h // model.vae.factor, w // model.vae.factor), generator=generator)
+    x_0 = model.vae.encode(images, noise.to(device))
+    prompts = encode_prompts(batch["captions"], model.tokenizer, model.encoder_1, model.encoder_2)
+    return x_0, {**prompts, "time_ids": batch["time_ids"].to(device)}
 
-    def model(x_t: Tensor, t: Tensor, cond: dict, *told: Tensor) -> Tensor:
+
+# ---------------------------------------------------------------------------------------- networks
+
+
+def scalar_network(unet: nn.Module, embedding: ScalarEmbedding | None, k: int | None = None):
+    """The UNet as eps(x_t, t, cond, value), if there is an embedding for value (b,).
+
+    k: the number of steps to sample in; a network of the number of steps then takes it from here.
+    """
+    if embedding is None:
+        return unet
+
+    def network(x_t: Tensor, t: Tensor, cond: dict, value: Tensor, *control) -> Tensor:
+        return unet(x_t, t, {**cond, "scalar": embedding(value)}, *control)
+
+    if k is not None and embedding.kind == "num_steps":
+        return with_scalar(network, k)
+    return network
+
+
+def merge_loras(model: SDXL, loras: list[tuple[Path, float]], tcf: str, k: int):
+    """The network eps(x_t, t, cond) of the model with (file, scale) LoRAs merged in, for k steps.
+
+    Merged, a LoRA costs nothing when sampling. Raises ValueError if files and --tcf do not agree.
+    """
+    network = scalar_network(model.unet, getattr(model.unet, "scalar_embedding", None))
+    for path, scale in loras:
+        parts = read_lora(path, model.unet, model.encoder_1, model.encoder_2)
+        for base, lora in zip((model.unet, model.encoder_1, model.encoder_2), parts, strict=True):
+            merge(base, lora, scale)
+        embedding = parts[0].scalar_embedding
+        if embedding is not None:
+            is_tcf_s = embedding.kind == "target_time"
+            if network is not model.unet or is_tcf_s != (tcf == "s"):
+                hint = "give --tcf s, and only then" if is_tcf_s else "leave --tcf s away"
+                scalar = "target time" if is_tcf_s else "number of steps"
+                raise ValueError(
+                    f"--lora {path} takes the {scalar} as an input: {hint}, and give no second "
+                    "LoRA of its kind"
+                )
+            embedding.to(model.unet.conv_in.weight.device)
+            # The last layer is linear: scaling it scales the whole embedding.
+            for parameter in embedding.linear_2.parameters():
+                parameter.mul_(scale)
+            network = scalar_network(model.unet, embedding, k)
+    if tcf == "s" and network is model.unet:
+        raise ValueError("--tcf s: neither a --lora nor a --unet was trained with it")
+    return network
+
+
+def with_controlnet(network, controlnet, image: Tensor, scale: float):
+    """The network with a ControlNet's residuals of an image (1, 3, H, W) in [0, 1]."""
+
+    def model(x_t: Tensor, t: Tensor, cond: dict, *scalar: Tensor) -> Tensor:
         images = image.expand(len(x_t), -1, -1, -1)
-        return unet(x_t, t, cond, *told, controlnet(x_t, t, cond, images, scale))
+        control = controlnet(x_t, t, cond, images, scale)
+        return network(x_t, t, cond, *scalar, control)
 
     return model
 
 
-def timesteps_of(args) -> list[int]:
-    """The k timesteps of the chosen schedule; ValueError if there is none."""
-    return SCHEDULES[args.schedule](args.steps, args.solver_steps)
-
-
-def compile_blocks(unet: UNet, **how) -> None:
-    """torch.compile each block of the UNet, for any batch."""
-    # Blocks, not the network: a dozen shapes instead of one huge graph, and the switches stay
-    # outside. Only the batch may vary, for that of the teacher does from step to step.
+def compile_blocks(unet: UNet, **options) -> None:
+    """torch.compile each block of the UNet, for any batch size."""
+    # Blocks, not the network: a dozen shapes instead of one huge graph, and the LoRA switches stay
+    # outside. Only the batch may vary, as the teacher's does from step to step.
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = 256
     for module in unet.modules():
         if isinstance(module, Block):
-            module.compile(**how)
+            module.compile(**options)
+
+
+# ----------------------------------------------------------------------------------------- sampling
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """One way to sample: w of Eq. 12, gamma of Eq. 18, C of Eq. 17 in the first clip_steps steps.
+
+    w_distilled: w' of the student, for Eq. 13's tuning, or None. sampler: "tdd", the gamma-sampler,
+    or one of solvers.SOLVERS for the plain model. solver_steps: N. tcf: one of tcd.TCF.
+    """
+
+    steps: int = 4
+    solver_steps: int = 250
+    schedule: str = "equidistant"
+    sampler: str = "tdd"
+    w: float = 1.0
+    w_distilled: float | None = None
+    gamma: float = 0.2
+    tcf: str = "1"
+    clip_steps: int = 0
+    clip_percentile: float = 0.995
+    clip_max: float = 1.0
+
+    @property
+    def timesteps(self) -> list[int]:
+        """The k timesteps of the schedule; ValueError if it has none for this k."""
+        return SCHEDULES[self.schedule](self.steps, self.solver_steps)
+
+    @property
+    def w_tuned(self) -> float:
+        """w, or Eq. 13's if the student's w' is known."""
+        return self.w if self.w_distilled is None else tuned(self.w, self.w_distilled)
+
+
+def sample_latents(config: SamplerConfig, network, cond, null, shape, seeds, device) -> Tensor:
+    """Final latents (b, *shape), float32; each depends on its own prompt and seed alone."""
+    eps = guided(network, cond, null, config.w_tuned)
+    # Image i has its own CPU generator, so it is the same alone, in a batch or on a GPU.
+    noise = noise_stream(seeds, shape, device)
+    x_T = next(noise)
+    if config.sampler != "tdd":
+        stops = [*config.timesteps, CLEAN]
+        return solve(eps, x_T, stops, sdxl_schedule(), SOLVERS[config.sampler]())
+    clip = partial(clip_x0, percentile=config.clip_percentile, max_value=config.clip_max)
+    return gamma_sample(
+        eps, x_T, config.timesteps, sdxl_schedule(), config.gamma, noise, clip, config.clip_steps,
+        TCF[config.tcf],
+    )  # fmt: skip

@@ -1,6 +1,7 @@
-"""SDXL's autoencoder: pictures in [-1, 1] to latents and back, (b, 3, 8h, 8w) <-> (b, 4, h, w)."""
+"""SDXL's autoencoder: images in [-1, 1] to latents and back, (b, 3, 8h, 8w) <-> (b, 4, h, w)."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise, product
 
@@ -17,7 +18,7 @@ class VAEConfig:
     """The sizes of an autoencoder; the defaults are SDXL's. channels: from the finest level."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
-    blocks: int = 2
+    layers_per_block: int = 2
     groups: int = 32
     latent_channels: int = 4
     scaling_factor: float = 0.13025
@@ -25,19 +26,26 @@ class VAEConfig:
     @classmethod
     def from_json(cls, config: dict) -> "VAEConfig":
         """From a diffusers config.json; ValueError if it describes another kind of autoencoder."""
-        same = {"_class_name": "AutoencoderKL", "use_quant_conv": True, "use_post_quant_conv": True}
-        same |= {"mid_block_add_attention": True, "shift_factor": None, "latents_mean": None}
-        check_config(config, "SDXL's AutoencoderKL", {}, same)
-        sizes = ("layers_per_block", "norm_num_groups", "latent_channels", "scaling_factor")
-        if missing := [name for name in ("block_out_channels", *sizes) if name not in config]:
-            raise ValueError(f"not the config of an AutoencoderKL: it has no {missing[0]}")
-        return cls(tuple(config["block_out_channels"]), *(config[name] for name in sizes))
+        default = {
+            "_class_name": "AutoencoderKL", "use_quant_conv": True, "use_post_quant_conv": True,
+            "mid_block_add_attention": True, "shift_factor": None, "latents_mean": None,
+        }  # fmt: skip
+        check_config(config, "SDXL's AutoencoderKL", {}, default)
+        try:
+            return cls(
+                channels=tuple(config["block_out_channels"]),
+                layers_per_block=config["layers_per_block"], groups=config["norm_num_groups"],
+                latent_channels=config["latent_channels"], scaling_factor=config["scaling_factor"],
+            )  # fmt: skip
+        except KeyError as missing:
+            message = f"not the config of an AutoencoderKL: it has no {missing.args[0]}"
+            raise ValueError(message) from None
 
 
 # ------------------------------------------------------------------------------- encoder, decoder
 #
-# Everything is one chain, so nested Sequentials suffice; their keys are the checkpoints' names. The
-# UNet's residual block does nearly all the work, here without a time embedding.
+# Each direction is one chain of modules, so nested Sequentials suffice; their keys are the
+# checkpoints' names. The residual block is the UNet's, here without a time embedding.
 
 
 class Attention(nn.Module):
@@ -46,7 +54,9 @@ class Attention(nn.Module):
     def __init__(self, c: int, groups: int):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, c, eps=1e-6)
-        self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
+        self.to_q = nn.Linear(c, c)
+        self.to_k = nn.Linear(c, c)
+        self.to_v = nn.Linear(c, c)
         self.to_out = nn.ModuleList([nn.Linear(c, c)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,58 +77,83 @@ class Middle(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](h)))
 
 
-def _coder(c_in: int, widths, c_out: int, groups: int, **inner: nn.Module) -> nn.Sequential:
-    """One direction, (b, c_in, ..) -> (b, c_out, ..): the inner modules between convolutions."""
-    first, last = (nn.Conv2d(*c, 3, padding=1) for c in ((c_in, widths[0]), (widths[-1], c_out)))
-    norm = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-    return _named(conv_in=first, **inner, conv_norm_out=norm, conv_act=nn.SiLU(), conv_out=last)
-
-
-def _levels(widths, blocks: int, groups: int, name: str, resize, **conv) -> nn.Sequential:
-    """A level a width: residual blocks, and a change of size in front of the next level."""
-    levels = [{"resnets": _resnets(*w, blocks, groups)} for w in pairwise((widths[0], *widths))]
-    for level, c in zip(levels[:-1], widths):
-        level[name] = nn.Sequential(_named(resize=resize, conv=nn.Conv2d(c, c, 3, **conv)))
-    return nn.Sequential(*(_named(**level) for level in levels))
-
-
 def _resnets(c_in: int, c: int, blocks: int, groups: int) -> nn.Sequential:
     widths = [c_in] + [c] * blocks
-    return nn.Sequential(*(ResnetBlock(*w, 0, groups, eps=1e-6) for w in pairwise(widths)))
+    return nn.Sequential(*(ResnetBlock(a, b, 0, groups, eps=1e-6) for a, b in pairwise(widths)))
 
 
-def _named(**modules: nn.Module) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(modules))
+def _levels(
+    widths, blocks: int, groups: int, name: str, resize: Callable[[int], nn.Module]
+) -> nn.Sequential:
+    """One level for each width: residual blocks, then a change of size, except after the last.
+
+    name: the change of size's; resize(c) makes it for c channels.
+    """
+    levels, c_in = nn.Sequential(), widths[0]
+    for i, c in enumerate(widths):
+        level = nn.Sequential(OrderedDict(resnets=_resnets(c_in, c, blocks, groups)))
+        if i < len(widths) - 1:
+            level.add_module(name, resize(c))
+        levels.append(level)
+        c_in = c
+    return levels
+
+
+def _downsampler(c: int) -> nn.Sequential:
+    # A border on the right and below only: the weights were trained for it.
+    border, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c, c, 3, stride=2)
+    return nn.Sequential(nn.Sequential(OrderedDict(border=border, conv=conv)))
+
+
+def _upsampler(c: int) -> nn.Sequential:
+    nearest, conv = nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)
+    return nn.Sequential(nn.Sequential(OrderedDict(nearest=nearest, conv=conv)))
 
 
 # ------------------------------------------------------------------------------------ autoencoder
 #
-# One example at a time: at 1024 pixels the decoder's widest layers take 1 GB an example. A larger
-# picture is decoded in tiles, which cross-fade where they overlap.
+# One example at a time: at 1024 pixels the decoder's widest layers take 1 GB for each example. A
+# larger image is decoded in tiles, which cross-fade where they overlap.
 
 
 class VAE(nn.Module):
-    """Pictures to latents in the UNet's scale and back; keep it in float32, float16 overflows."""
+    """Images to latents in the UNet's scale and back; keep it in float32, as float16 overflows."""
 
     tile, overlap = 128, 32  # in latents
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        self.config, self.factor = config, 2 ** (len(config.channels) - 1)
-        widths, c, groups = config.channels, config.latent_channels, config.groups
-        # A border on the right and below only: the weights were trained for it.
-        border, nearest = nn.ZeroPad2d((0, 1, 0, 1)), nn.Upsample(scale_factor=2)
-        down = _levels(widths, config.blocks, groups, "downsamplers", border, stride=2)
-        up = _levels(widths[::-1], config.blocks + 1, groups, "upsamplers", nearest, padding=1)
-        middle_1, middle_2 = Middle(widths[-1], groups), Middle(widths[-1], groups)
-        self.encoder = _coder(3, widths, 2 * c, groups, down_blocks=down, mid_block=middle_1)
-        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * c, 2 * c, 1), nn.Conv2d(c, c, 1)
-        self.decoder = _coder(c, widths[::-1], 3, groups, mid_block=middle_2, up_blocks=up)
+        self.config = config
+        self.factor = 2 ** (len(config.channels) - 1)  # pixels a latent, in height and width
+        fine, coarse = config.channels[0], config.channels[-1]
+        c, groups, blocks = config.latent_channels, config.groups, config.layers_per_block
+        upwards = config.channels[::-1]
+        self.encoder = nn.Sequential(OrderedDict(
+            conv_in=nn.Conv2d(3, fine, 3, padding=1),
+            down_blocks=_levels(config.channels, blocks, groups, "downsamplers", _downsampler),
+            mid_block=Middle(coarse, groups),
+            conv_norm_out=nn.GroupNorm(groups, coarse, eps=1e-6),
+            conv_act=nn.SiLU(),
+            conv_out=nn.Conv2d(coarse, 2 * c, 3, padding=1),
+        ))  # fmt: skip
+        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
+        self.post_quant_conv = nn.Conv2d(c, c, 1)
+        self.decoder = nn.Sequential(OrderedDict(
+            conv_in=nn.Conv2d(c, coarse, 3, padding=1),
+            mid_block=Middle(coarse, groups),
+            up_blocks=_levels(upwards, blocks + 1, groups, "upsamplers", _upsampler),
+            conv_norm_out=nn.GroupNorm(groups, fine, eps=1e-6),
+            conv_act=nn.SiLU(),
+            conv_out=nn.Conv2d(fine, 3, 3, padding=1),
+        ))  # fmt: skip
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Images (b, 3, H, W) in [-1, 1] -> latents (b, 4, H/8, W/8): by noise, or the mean."""
+        """Images (b, 3, H, W) in [-1, 1] -> latents (b, 4, H/8, W/8).
+
+        noise: standard normal, of the latents' shape, to sample them; without it they are the mean.
+        """
         dtype = self.quant_conv.weight.dtype
-        # quant_conv gives a Gaussian an example: its mean and its log variance.
+        # quant_conv gives a Gaussian for each example: its mean and its log variance.
         moments = [self.quant_conv(self.encoder(x)) for x in images.to(dtype).split(1)]
         latents, log_variance = torch.cat(moments).chunk(2, 1)
         if noise is not None:
@@ -126,7 +161,7 @@ class VAE(nn.Module):
         return latents * self.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (b, 3, 8h, 8w) of latents (b, 4, h, w), about [-1, 1] but not clamped to it."""
+        """Latents (b, 4, h, w) -> images (b, 3, 8h, 8w), near [-1, 1] but not clamped to it."""
         latents = latents.to(self.post_quant_conv.weight.dtype) / self.config.scaling_factor
         return torch.cat([self._decode_one(z) for z in latents.split(1)])
 
@@ -144,11 +179,18 @@ class VAE(nn.Module):
         return image
 
     def _windows(self, n: int) -> list[tuple[int, Tensor]]:
-        """Where the tiles along n latents start, and each one's weights, (8 tile,)."""
+        """The start of each tile along n latents, and its weights, (8 tile,)."""
         f, size = self.factor, self.tile
         starts = [*range(0, n - size, size - self.overlap), max(n - size, 0)]
-        place = torch.arange(f * n, dtype=torch.float64) / f
-        # A tile fades in until the one before ends and loses what it takes: all sums are one.
-        fades = [((place - b) / (a + size - b)).clamp(0, 1) for a, b in pairwise(starts)]
-        shares = pairwise([torch.ones_like(place), *fades, torch.zeros_like(place)])
-        return [(a, (b - c)[f * a : f * (a + size)]) for a, (b, c) in zip(starts, shares)]
+        pixel = torch.arange(f * n, dtype=torch.float64) / f
+        # The next tile fades in over the overlap and this one loses what it takes, so that the
+        # weights add up to one everywhere.
+        windows, fade_in = [], torch.ones_like(pixel)
+        for start, following in zip(starts, [*starts[1:], None]):
+            next_fade_in = torch.zeros_like(pixel)
+            if following is not None:
+                next_fade_in = ((pixel - following) / (start + size - following)).clamp(0, 1)
+            weights = fade_in - next_fade_in
+            windows.append((start, weights[f * start : f * (start + size)]))
+            fade_in = next_fade_in
+        return windows

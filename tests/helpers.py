@@ -81,9 +81,9 @@ class Net(torch.nn.Module):
         return h.sin().reshape(x_t.shape)
 
 
-def readme_table(after):
-    """The README's first table after these words: its rows' cells by their first."""
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+def read_table(page, after):
+    """The first table of a page, such as "README.md", after these words: cells by row name."""
+    text = (Path(__file__).parent.parent / page).read_text(encoding="utf-8")
     lines = text[text.index(after) :].splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("| ---"))
     rows = [line.split("|")[1:-1] for line in lines[first + 1 :]]

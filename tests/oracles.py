@@ -22,8 +22,8 @@ from tdd import targets_of
 from tests import helpers
 from tests.helpers import ALPHA, SCHEDULE, SIGMA, randn, toy_eps
 from training import build
-from training.adversarial import Adversary
-from training.distill import Algorithm, Distillation, Matching
+from training.adversarial import Discriminator
+from training.distill import TDDConfig, TDDStep, TDMConfig, TDMStep
 
 
 def diffusers_run(scheduler, k, x_t, model=toy_eps, **step_options):
@@ -85,12 +85,8 @@ def vocabulary():
 def networks():
     text_1 = CLIPTextModel(text_config(64, hidden_act="quick_gelu"))
     text_2 = CLIPTextModelWithProjection(text_config(64, hidden_act="gelu", projection_dim=48))
-    return [
-        randomise(module, seed)
-        for seed, module in enumerate(
-            [UNet2DConditionModel(**UNET), AutoencoderKL(**VAE), text_1, text_2]
-        )
-    ]
+    modules = [UNet2DConditionModel(**UNET), AutoencoderKL(**VAE), text_1, text_2]
+    return [randomise(module, seed) for seed, module in enumerate(modules)]
 
 
 @pytest.fixture(scope="session")
@@ -100,10 +96,10 @@ def folder(tmp_path_factory):
     parts = ("unet", "vae", "text_encoder", "text_encoder_2")
     for name, module in zip(parts, networks(), strict=True):
         module.save_pretrained(root / name)
-    weights = root / "text_encoder" / "model.safetensors"
-    published = {
-        f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(weights).items()
-    }
+    # Published folders have the prefix that transformers 5 leaves out.
+    weights, published = root / "text_encoder" / "model.safetensors", {}
+    for name, tensor in load_file(weights).items():
+        published[f"text_model.{name.removeprefix('text_model.')}"] = tensor
     save_file(published, weights, {"format": "pt"})
     (root / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     (root / "tokenizer").mkdir()
@@ -116,24 +112,26 @@ def folder(tmp_path_factory):
 def single(folder, tmp_path_factory):
     """The same model as one file in the original names, with the extras that real files carry."""
     model, tensors = load.load_sdxl(folder), {}
-    unet, vae = keys.unet_modules(model.unet.config), keys.vae_modules(model.vae.config)
-    tables = [dict(unet), dict(vae), {}, dict(keys.text_modules(model.encoder_2.config))]
-    modules = [model.unet, model.vae, model.encoder_1, model.encoder_2]
-    prefixes = [keys.UNET, keys.VAE, keys.TEXT_1, keys.TEXT_2]
-    for prefix, module, table in zip(prefixes, modules, tables, strict=True):
-        for name, tensor in module.state_dict().items():
-            key = prefix + keys.original(name, table)
+    parts = [
+        (keys.UNET, model.unet, keys.unet_modules(model.unet.config)),
+        (keys.VAE, model.vae, keys.vae_modules(model.vae.config)),
+        (keys.TEXT_1, model.encoder_1, {}),
+        (keys.TEXT_2, model.encoder_2, keys.text_modules(model.encoder_2.config)),
+    ]
+    for prefix, module, table in parts:
+        state = module.state_dict()
+        for name, tensor in state.items():
+            key = prefix + keys.to_original_key(name, table)
             if ".in_proj_" in key:  # q, k, v follow each other in one tensor
+                if "q_proj" not in name:
+                    continue
                 qkv = [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
-                tensor = (
-                    torch.cat([module.state_dict()[n] for n in qkv]) if "q_proj" in name else None
-                )
+                tensor = torch.cat([state[n] for n in qkv])
             elif key.endswith(".text_projection"):
                 tensor = tensor.T
             elif ".attn_1." in key and "norm" not in key and tensor.ndim == 2:
                 tensor = tensor[:, :, None, None]
-            if tensor is not None:
-                tensors[key] = tensor.contiguous().clone()
+            tensors[key] = tensor.contiguous().clone()
     tensors["model_ema.decay"] = torch.ones(())
     tensors["denoiser.sigmas"] = torch.ones(1000)
     tensors["alphas_cumprod"] = torch.ones(1000)
@@ -156,11 +154,11 @@ class Reference:
             CLIPTextModel(text_config(64, hidden_act="quick_gelu")).eval(),
             CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2"),
         ]
-        own = load_file(folder / "text_encoder" / "model.safetensors")
-        wanted = self.encoders[0].state_dict()
-        self.encoders[0].load_state_dict(
-            {k: own.get(k, own.get(f"text_model.{k}")) for k in wanted}
-        )
+        published = load_file(folder / "text_encoder" / "model.safetensors")
+        state = self.encoders[0].state_dict()
+        for name in state:
+            state[name] = published.get(name, published.get(f"text_model.{name}"))
+        self.encoders[0].load_state_dict(state)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=77)
 
     def encode(self, prompt):
@@ -227,28 +225,16 @@ def close(a, b, atol=1e-4):
 
 
 ALL = [
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "proj_in",
-    "proj_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "downsamplers.0.conv",
-    "upsamplers.0.conv",
-    "time_emb_proj",
-]
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+    "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+]  # fmt: skip
 
 
-def own_draws(method, N, b, shape, eta, rho, generator):
-    """Lines 8, 9 and 11 from the same uniforms: t_{n+1}, t_n, tau~, who keeps the prompt, noise."""
+def reference_draws(method, N, b, shape, eta, rho, generator):
+    """Lines 8, 9 and 11 from the same uniforms: t_{n+1}, t_n, tau~, keep_prompt; and the noise."""
     u = torch.rand((4, b), generator=generator, dtype=torch.float64).T.tolist()
     rows, per_n = [], 1000 // N
-    for u_n, u_tau, u_eta, u_kept in u:
+    for u_n, u_tau, u_eta, u_keep in u:
         n = 1 + int(u_n * (N - 1))
         t = Fraction(1000 * n, N)
         times = {
@@ -263,7 +249,7 @@ def own_draws(method, N, b, shape, eta, rho, generator):
         tau = times[int(u_tau * len(times))]
         tau = 0 if tau == 0 else math.ceil(tau / per_n) * per_n - 1
         tau = math.floor(tau * (1 - eta * u_eta))
-        rows.append(((n + 1) * per_n - 1, n * per_n - 1, tau, u_kept >= rho))
+        rows.append(((n + 1) * per_n - 1, n * per_n - 1, tau, u_keep >= rho))
     return rows, torch.randn(shape, generator=generator)
 
 
@@ -277,23 +263,24 @@ class Theirs:
         self.unet.to(dtype).requires_grad_(False)
         self.params, self.learns = {}, {"student"}
         for name, lora in loras.items():
-            for layer, update in lora.items():
+            for layer, adapter in lora.adapters.items():
                 module = self.unet.get_submodule(layer)
-                for part, p in (("lora_A", update.down), ("lora_B", update.up)):
-                    own = getattr(module, part)[name].weight
-                    own.data = p.detach().clone()
-                    self.params[name, layer, part] = own.requires_grad_(name == "student")
+                for part, p in (("lora_A", adapter.down), ("lora_B", adapter.up)):
+                    weight = getattr(module, part)[name].weight
+                    weight.data = p.detach().clone()
+                    self.params[name, layer, part] = weight.requires_grad_(name == "student")
 
-        self.told = {}
+        self.scalar_weights = {}
         for name, lora in loras.items():
-            if lora.told is not None:
-                weights = {k: v.detach().clone() for k, v in lora.told.state_dict().items()}
-                weights = {k: v.requires_grad_(name == "student") for k, v in weights.items()}
-                self.told[name] = weights
-                self.params |= {(name, "told", k): v for k, v in weights.items()}
+            if lora.scalar_embedding is not None:
+                weights = {}
+                for k, v in lora.scalar_embedding.state_dict().items():
+                    weights[k] = v.detach().clone().requires_grad_(name == "student")
+                    self.params[name, "scalar", k] = weights[k]
+                self.scalar_weights[name] = weights
 
-    def eps(self, adapter, x, t, c, n=None):
-        """n: what the adapter is told besides, added to the time embedding's output by a hook."""
+    def eps(self, adapter, x, t, c, scalar=None):
+        """scalar: for an adapter's embedding, added to the time embedding's output by a hook."""
         if adapter is None:
             self.unet.disable_adapters()
         else:
@@ -304,13 +291,13 @@ class Theirs:
             p.requires_grad_(key[0] in self.learns)
         added = {"text_embeds": c["pooled"], "time_ids": c["time_ids"]}
         hooks = []
-        if adapter in self.told:
-            own = self.told[adapter]
-            waves = get_timestep_embedding(torch.tensor([n]), 64, True, 0).to(x.dtype)
-            h = waves @ own["linear_1.weight"].T + own["linear_1.bias"]
-            told = (h * h.sigmoid()) @ own["linear_2.weight"].T + own["linear_2.bias"]
-            hooks = [self.unet.time_embedding.register_forward_hook(lambda m, i, o: o + told)]
-        out = self.unet(x, torch.tensor([t]), c["tokens"], added_cond_kwargs=added).sample
+        if adapter in self.scalar_weights:
+            w = self.scalar_weights[adapter]
+            waves = get_timestep_embedding(torch.tensor([scalar]), 64, True, 0).to(x.dtype)
+            h = waves @ w["linear_1.weight"].T + w["linear_1.bias"]
+            extra = (h * h.sigmoid()) @ w["linear_2.weight"].T + w["linear_2.bias"]
+            hooks = [self.unet.time_embedding.register_forward_hook(lambda m, i, o: o + extra)]
+        out = self.unet(x, torch.tensor([t]), c["prompt_embeds"], added_cond_kwargs=added).sample
         for hook in hooks:
             hook.remove()
         return out
@@ -321,87 +308,99 @@ class Theirs:
 
     def loss(self, x_0, cond, rows, noise, w, target, distance):
         """Mean of Eq. 10 over the examples, gradients left in the student's adapter."""
-        total, aims = 0.0, []
-        for i, (t1, t0, tau, kept) in enumerate(rows):
+        total = 0.0
+        for i, (t1, t0, tau, keep_prompt) in enumerate(rows):
             c = {k: v[i : i + 1] for k, v in cond.items()}
             empty = {k: v if k == "time_ids" else 0 * v for k, v in c.items()}
             x1 = ALPHA[t1 + 1] * x_0[i : i + 1] + SIGMA[t1 + 1] * noise[i : i + 1]
-            c = c if kept else empty
+            c = c if keep_prompt else empty
             with torch.no_grad():
                 x0 = self.jump(None, x1, t1, t0, c)
-                if kept:
+                if keep_prompt:
                     x0 = (1 + w) * x0 - w * self.jump(None, x1, t1, t0, empty)
-                aims.append(self.jump(target, x0, t0, tau, c))
-            loss = distance(self.jump("student", x1, t1, tau, c) - aims[-1]) / len(rows)
+                aim = self.jump(target, x0, t0, tau, c)
+            loss = distance(self.jump("student", x1, t1, tau, c) - aim) / len(rows)
             loss.backward()
             total += loss.item()
         return total
 
 
 def drawn(nets, x_0, seed):
-    return nets.draw(x_0.shape, torch.Generator().manual_seed(seed), "cpu")
+    return nets.sample(x_0.shape, torch.Generator().manual_seed(seed), "cpu")
 
 
 def example(b=4, dtype=torch.float64, seed=0):
     """x_0 and a condition for the tiny SDXL."""
-    cond = {"tokens": randn(b, 77, 128, seed=seed + 1), "pooled": randn(b, 48, seed=seed + 2)}
+    cond = {
+        "prompt_embeds": randn(b, 77, 128, seed=seed + 1),
+        "pooled": randn(b, 48, seed=seed + 2),
+    }
     cond = {k: v.to(dtype) for k, v in cond.items()}
     cond["time_ids"] = torch.tensor([[64, 80, 0, 8, 64, 64]]).repeat(b, 1)
     cond["time_ids"][:, 2] = torch.arange(b)
     return randn(b, 4, 8, 8, seed=seed).to(dtype), cond
 
 
-def busy(unet, rank=4, alpha=2.0, seed=1, told=""):
-    """A LoRA that already does something, and so does what it is told."""
-    lora = LoRA.fresh(unet, rank, alpha, torch.Generator().manual_seed(seed), told)
+def busy(unet, rank=4, alpha=2.0, seed=1, scalar=""):
+    """A LoRA that already has an effect, and so does its scalar embedding."""
+    lora = LoRA.init(unet, rank, alpha, torch.Generator().manual_seed(seed), scalar)
     generator = torch.Generator().manual_seed(seed + 1)
-    for _, update in lora.items():
-        update.up.data = 0.3 * torch.randn(update.up.shape, generator=generator)
-    if told:
-        for p in lora.told.linear_2.parameters():
+    for adapter in lora.adapters.values():
+        adapter.up.data = 0.3 * torch.randn(adapter.up.shape, generator=generator)
+    if scalar:
+        for p in lora.scalar_embedding.linear_2.parameters():
             p.data = 0.1 * torch.randn(p.shape, generator=generator)
     return lora
 
 
-def tiny(
-    folder, dtype=torch.float64, rank=4, alpha=2.0, adversary=False, seed=1, told="", **settings
+def tiny_tdd(
+    folder,
+    dtype=torch.float64,
+    rank=4,
+    alpha=2.0,
+    discriminator=False,
+    seed=1,
+    scalar="",
+    **settings,
 ):
-    """Ours on the tiny SDXL, with a LoRA that already does something."""
+    """Ours on the tiny SDXL, with a LoRA that already has an effect."""
     unet = load.load_sdxl(folder).unet.to(dtype)
-    lora = busy(unet, rank, alpha, seed, told)
-    algorithm = Algorithm(**{"targets": targets_of("tdd", 50), "schedule": SCHEDULE, **settings})
-    if adversary:
-        adversary = Adversary.fresh(unet, 250, 0)
-    return Distillation(unet, lora.to(dtype), algorithm, adversary or None)
+    lora = busy(unet, rank, alpha, seed, scalar)
+    config = TDDConfig(**{"targets": targets_of("tdd", 50), "schedule": SCHEDULE, **settings})
+    heads = Discriminator.init(unet, 250, 0) if discriminator else None
+    return TDDStep(unet, lora.to(dtype), config, heads)
 
 
-def matching(folder, told="", **settings):
-    """TDM's student and fake score on the tiny SDXL, both with something to say."""
+def tiny_tdm(folder, scalar="", **settings):
+    """TDM's student and fake score on the tiny SDXL, both with an effect."""
     unet = load.load_sdxl(folder).unet.double()
-    loras = (busy(unet, seed=seed, told=told).double() for seed in (1, 5))
-    return Matching(unet, *loras, SCHEDULE, N=50, **settings)
+    lora, fake_lora = (busy(unet, seed=seed, scalar=scalar).double() for seed in (1, 5))
+    return TDMStep(unet, lora, fake_lora, TDMConfig(SCHEDULE, N=50, **settings))
 
 
-def of_its_own(folder):
-    """A student that is a UNet of its own and told of s, with a moving average, in float32."""
+def full_student(folder):
+    """A UNet trained as a whole that takes its target time, with a moving average, in float32."""
     unet = load.load_sdxl(folder).unet.requires_grad_(False)
-    own = build.copy_of(unet, "s", torch.Generator().manual_seed(0))
-    own.checkpoint_blocks()
-    settings = {"targets": targets_of("tcd", 50), "schedule": SCHEDULE, "eta": 0.0, "mu": 0.9}
-    return Distillation(unet, None, Algorithm(**settings, jump=TCF["s"]), None, own)
+    full = build.copy_unet(unet, "target_time", torch.Generator().manual_seed(0))
+    full.checkpoint_blocks()
+    config = TDDConfig(targets_of("tcd", 50), SCHEDULE, eta=0.0, mu=0.9, jump=TCF["s"])
+    return TDDStep(unet, None, config, None, full)
 
 
 def same_gradients(lora, theirs, name):
-    """Of a LoRA of ours and of an adapter of theirs, to 1e-5."""
-    own = {(k, part): p for k, u in lora.items()
-           for part, p in (("lora_A", u.down), ("lora_B", u.up))}  # fmt: skip
-    if lora.told is not None:
-        own |= {("told", k): p for k, p in lora.told.named_parameters()}
-    for key, p in own.items():
+    """Asserts that a LoRA of ours has the gradients of an adapter of theirs, to 1e-5."""
+    params = {}
+    for layer, adapter in lora.adapters.items():
+        params[layer, "lora_A"] = adapter.down
+        params[layer, "lora_B"] = adapter.up
+    if lora.scalar_embedding is not None:
+        for k, p in lora.scalar_embedding.named_parameters():
+            params["scalar", k] = p
+    for key, p in params.items():
         grad = theirs.params[name, *key].grad
         assert grad is not None, key
         assert (p.grad - grad).abs().max() <= 1e-5 * grad.abs().max(), key
-    assert len(own) == sum(key[0] == name for key in theirs.params)
+    assert len(params) == sum(key[0] == name for key in theirs.params)
 
 
 def weights(model):

@@ -23,9 +23,11 @@ from cifar import data as cifar_data
 from cifar import evaluate as cifar_eval
 from cifar import sample as cifar_sample
 from cifar import train as cifar_train
+from cifar.config import STUDENTS
 from common import plots
+from common.compare import W_ADDED
 from solvers import sdxl_schedule
-from tests.helpers import ALPHA, SIGMA, randn, readme_table, run
+from tests.helpers import ALPHA, SIGMA, randn, read_table, run
 from training import loop
 
 HERE = Path(__file__).parent.parent
@@ -38,8 +40,11 @@ W = 2.0
 
 
 def flags(output, data, **more):
-    given = {"data": "cifar10", "data-dir": data, "output": output, **TINY, **more}
-    return [word for key, value in given.items() for word in (f"--{key}", *str(value).split())]
+    values = {"data": "cifar10", "data-dir": data, "output": output, **TINY, **more}
+    words = []
+    for name, value in values.items():
+        words += [f"--{name}", *str(value).split()]
+    return words
 
 
 def slice_of_cifar(folder, seed=0):
@@ -72,8 +77,9 @@ def runs(tmp_path_factory, data):
     return output, done.stdout
 
 
-def arguments(output, data, **more):
-    return cifar_train.parser().parse_args(flags(output, data, **more))
+def build_config(output, data, **more):
+    args = cifar_train.parser().parse_args(flags(output, data, **more))
+    return cifar_train.build_config(args)
 
 
 # ------------------------------------------------------------------------------------------ data
@@ -88,14 +94,14 @@ def test_records_are_read_as_they_lie_in_the_file(data):
     assert len(cifar_data.read_split(data, train=True)[0]) == 150
 
 
-def test_folding_is_pixel_unshuffle_and_loses_nothing(data):
+def test_x0_is_the_unshuffled_picture_and_loses_nothing(data):
     images, _ = cifar_data.read_split(data, train=False)
-    x_0 = cifar_data.fold(images)
+    x_0 = cifar_data.to_x0(images)
     want = nn.PixelUnshuffle(2)(images.double() / 255 * 2 - 1)
     torch.testing.assert_close(x_0.double(), want, rtol=0, atol=1e-6)
-    assert torch.equal(cifar_data.unfold(x_0), images)
+    assert torch.equal(cifar_data.to_bytes(x_0), images)
     # Beyond [-1, 1] there is no colour.
-    assert cifar_data.unfold(3 * torch.ones(1, 12, 16, 16)).eq(255).all()
+    assert cifar_data.to_bytes(3 * torch.ones(1, 12, 16, 16)).eq(255).all()
 
 
 def test_a_batch_depends_on_seed_and_position_alone(data):
@@ -116,31 +122,33 @@ def test_a_batch_depends_on_seed_and_position_alone(data):
     assert 0 < flipped < 16
 
 
-def test_pictures_are_shifted_as_one_by_one(data):
+def test_random_crops_are_cut_one_by_one(data):
     images, _ = cifar_data.read_split(data, train=False)
-    by = torch.randint(0, 9, (30, 2), generator=torch.Generator().manual_seed(0))
-    for x, (down, right), moved in zip(
-        images, by.tolist(), cifar_classifier.shifted(images, by), strict=True
-    ):
+    corners = torch.randint(0, 9, (30, 2), generator=torch.Generator().manual_seed(0))
+    crops = cifar_classifier.random_crop(images, corners)
+    for x, (top, left), crop in zip(images, corners.tolist(), crops, strict=True):
         padded = np.pad(x.numpy(), ((0, 0), (4, 4), (4, 4)))
-        assert np.array_equal(moved.numpy(), padded[:, down : down + 32, right : right + 32])
+        assert np.array_equal(crop.numpy(), padded[:, top : top + 32, left : left + 32])
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda folder: (folder / "data_batch_3.bin").unlink(), "data_batch_3.bin is missing"),
-        (lambda folder: (folder / "test_batch.bin").write_bytes(b"1" * 5000), "no whole CIFAR-10"),
-        (lambda folder: (folder / "test_batch.bin").write_bytes(b""), "no whole CIFAR-10"),
-        (lambda folder: (folder / "test_batch.bin").write_bytes(b"\x0b" * 3073), "no whole"),
+        (
+            lambda folder: (folder / "test_batch.bin").write_bytes(b"1" * 5000),
+            "no complete CIFAR-10",
+        ),
+        (lambda folder: (folder / "test_batch.bin").write_bytes(b""), "no complete CIFAR-10"),
+        (lambda folder: (folder / "test_batch.bin").write_bytes(b"\x0b" * 3073), "no complete"),
     ],
 )
-def test_data_that_is_not_there_says_where_to_get_it(spoil, said, tmp_path, monkeypatch, capsys):
+def test_data_that_is_not_there_says_where_to_get_it(spoil, message, tmp_path, monkeypatch, capsys):
     folder = slice_of_cifar(tmp_path / "data")
     spoil(folder)
     code, _, err = run(cifar_train, monkeypatch, capsys, *flags(tmp_path / "out", folder))
     assert code == 2 and err.count("\n") == 1
-    assert said in err and "cifar-10-binary.tar.gz" in err and "--data-dir" in err
+    assert message in err and "cifar-10-binary.tar.gz" in err and "--data-dir" in err
 
 
 # --------------------------------------------------------------------------------------- teacher
@@ -172,9 +180,9 @@ def test_teachers_loss_is_min_snr_weighted():
 
 def test_labels_give_way_to_the_null_condition():
     cond = cifar_data.condition(torch.tensor([3, 9]), torch.tensor([True, False]))
-    assert cond["tokens"].shape == (2, 1, 10) and cond["tokens"][0, 0].argmax() == 3
+    assert cond["prompt_embeds"].shape == (2, 1, 10) and cond["prompt_embeds"][0, 0].argmax() == 3
     assert cond["pooled"][0].tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
-    assert not cond["tokens"][1].any() and not cond["pooled"][1].any()
+    assert not cond["prompt_embeds"][1].any() and not cond["pooled"][1].any()
     assert cond["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 2
 
 
@@ -185,11 +193,11 @@ def test_saved_teacher_is_a_diffusers_unet(runs):
     cond = cifar_data.condition(torch.tensor([1, 5, 9]), torch.tensor([True, True, False]))
     cond = {key: value.double() for key, value in cond.items()}
     added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
-    want = theirs(x_t, t, cond["tokens"], added_cond_kwargs=added).sample
+    want = theirs(x_t, t, cond["prompt_embeds"], added_cond_kwargs=added).sample
     torch.testing.assert_close(ours(x_t, t, cond), want, rtol=1e-6, atol=1e-6)
 
 
-def stage_of(args, data, name):
+def stage_of(config, data, name):
     """A stage and what trains it."""
     first = {
         "classifier": (cifar_train.classifier_stage, cifar_train.train_classifier),
@@ -198,16 +206,16 @@ def stage_of(args, data, name):
     split = cifar_data.read_split(data, train=True)
     if name in first:
         make, train = first[name]
-        return make(args, split), train
-    return cifar_train.student_stage(args, name, split), cifar_train.train_student
+        return make(config, split), train
+    return cifar_train.student_stage(config, name, split), cifar_train.train_student
 
 
 def trained(output, data, name, **more):
     """The log and the weights of a stage, which is not finished yet."""
-    args = arguments(output, data, **more)
-    stage, train = stage_of(args, data, name)
+    config = build_config(output, data, **more)
+    stage, train = stage_of(config, data, name)
     assert not stage.finished()
-    train(args, stage)
+    train(config, stage)
     log = [json.loads(line) for line in (stage.folder / "log.jsonl").read_text().splitlines()]
     (weights,) = stage.folder.glob("*.safetensors")
     return log, load_file(weights)
@@ -216,8 +224,8 @@ def trained(output, data, name, **more):
 @pytest.mark.parametrize(
     ("name", "called", "cut", "steps"),
     [
-        ("classifier", "shifted", 5, 12), ("teacher", "teacher_loss", 12, 30),
-        ("tdd_adv", "fold", 4, 6), ("tdds", "fold", 2, 6), ("tdm_unify", "fold", 3, 4),
+        ("classifier", "random_crop", 5, 12), ("teacher", "teacher_loss", 12, 30),
+        ("tdd_adv", "to_x0", 4, 6), ("tdds", "to_x0", 2, 6), ("tdm_unify", "to_x0", 3, 4),
     ],
 )  # fmt: skip
 def test_an_interrupted_stage_goes_on_bit_by_bit(
@@ -227,12 +235,12 @@ def test_an_interrupted_stage_goes_on_bit_by_bit(
         for output in ("straight", "cut"):
             shutil.copytree(runs[0] / "teacher", tmp_path / output / "teacher")
     _, straight = trained(tmp_path / "straight", data, name, steps=6)
-    count, wanted = iter(range(1000)), getattr(cifar_train, called)
+    count, function = iter(range(1000)), getattr(cifar_train, called)
 
-    def interrupted(*given):
+    def interrupted(*inputs):
         if next(count) == cut - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return wanted(*given)
+        return function(*inputs)
 
     monkeypatch.setattr(cifar_train, called, interrupted)
     with pytest.raises(SystemExit) as stop:
@@ -283,7 +291,7 @@ def test_second_run_uses_what_is_there(runs, data, monkeypatch, capsys):
     # The pictures in the sheets are the samples themselves: the first of TDD, non-equidistant.
     first = samples_of(output, "tdd", k=5, schedule="nonequidistant")[0].permute(1, 2, 0).numpy()
     assert any(np.array_equal(x, first) for x in pasted)
-    assert out.count("finished before, used again") == 2 + len(cifar_train.STUDENTS)
+    assert out.count("finished before, used again") == 2 + len(STUDENTS)
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
     for name in ("samples", "curves", "guidance", "clipping", "schedules"):
         assert Image.open(output / f"{name}.png").size[0] > 300
@@ -298,23 +306,23 @@ def test_second_run_uses_what_is_there(runs, data, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"teacher-lr": 2e-3}, "teacher was made with teacher-lr 0.001, not 0.002"),
-        ({"steps": 4}, "lcm was made with steps 3, not 4"),
-        ({"guidance": 4, "methods": "tdd"}, "tdd was made with guidance 2.0, not 3.0"),
+        ({"steps": 4}, "cm was made with steps 3, not 4"),
+        ({"guidance": 4, "methods": "tdd"}, "tdd was made with guidance 3.0, not 4.0"),
         ({"classifier-steps": 13}, "classifier was made with steps 12, not 13"),
         ({"samples": 31}, "--samples 31: there are 30 real ones to compare with"),
-        ({"channels": "32 48"}, "--channels [32, 48]: up to 4 levels, of a multiple of 32 each"),
-        ({"kmax": 11, "methods": "lcm"}, "kmax 11 steps do not fit N = 10 solver steps"),
+        ({"channels": "32 48"}, "--channels 32 48: up to 4 levels, of a multiple of 32 each"),
+        ({"kmax": 11, "methods": "cm"}, "kmax 11 steps do not fit N = 10 solver steps"),
     ],
 )
 def test_changed_settings_never_reuse_anothers_weights(
-    runs, data, monkeypatch, capsys, changed, said
+    runs, data, monkeypatch, capsys, changed, message
 ):
     words = flags(runs[0], data, **changed)
     code, _, err = run(cifar_train, monkeypatch, capsys, *words)
-    assert code == 2 and err.count("\n") == 1 and said in err
+    assert code == 2 and err.count("\n") == 1 and message in err
 
 
 CHANGED = {
@@ -324,24 +332,24 @@ CHANGED = {
     "seed": 1, "dtype": "bf16",
 }  # fmt: skip
 # What the evaluation alone depends on, or no result at all.
-FREE = {"methods": "tdd", "samples": 16, "compile": ""}
+MAY_CHANGE = {"methods": "tdd", "samples": 16, "compile": ""}
 
 
 def test_every_flag_is_among_the_settings_or_makes_no_difference(runs, data):
     names = {action.dest.replace("_", "-") for action in cifar_train.parser()._actions}
     # Where things lie and are done, and what is but other defaults.
     rest = {"help", "data", "data-dir", "output", "device", "preset"}
-    assert names == {*CHANGED, *FREE, *rest}
-    stages = ("classifier", "teacher", "lcm", "pcm4", "tdd", "tdd_adv", "tdm4")
+    assert names == {*CHANGED, *MAY_CHANGE, *rest}
+    stages = ("classifier", "teacher", "cm", "pcm4", "tdd", "tdd_adv", "tdm4")
 
     def settings(**more):
-        args = arguments(runs[0], data, **more)
-        return [stage_of(args, data, name)[0].settings for name in stages]
+        config = build_config(runs[0], data, **more)
+        return [stage_of(config, data, name)[0].settings for name in stages]
 
     plain = settings()
     for name, value in CHANGED.items():
         assert settings(**{name: value}) != plain, name
-    for name, value in FREE.items():
+    for name, value in MAY_CHANGE.items():
         assert settings(**{name: value}) == plain, name
 
 
@@ -350,10 +358,10 @@ def test_samples_of_other_weights_are_not_used_again(runs, data, tmp_path, monke
     shutil.copytree(runs[0], output)
     path = output / "tdd/lora.safetensors"
     with safe_open(path, "pt") as file:
-        about = file.metadata()
-    save_file({key: 3 * value for key, value in load_file(path).items()}, path, about)
+        metadata = file.metadata()
+    save_file({key: 3 * value for key, value in load_file(path).items()}, path, metadata)
     before = set((output / "samples").iterdir())
-    words = flags(output, data, methods="lcm tdd")
+    words = flags(output, data, methods="cm tdd")
     assert run(cifar_train, monkeypatch, capsys, *words)[0] == 0
     assert {p.name[:4] for p in set((output / "samples").iterdir()) - before} == {"tdd-"}
     old, new = (
@@ -364,7 +372,7 @@ def test_samples_of_other_weights_are_not_used_again(runs, data, tmp_path, monke
         for folder in (runs[0], output)
     )  # fmt: skip
     assert all((new[key] == old[key]) == (key[0] != "tdd") for key in new)
-    assert {key[0] for key in new} == {"teacher", "lcm", "tdd"}
+    assert {key[0] for key in new} == {"teacher", "cm", "tdd"}
 
 
 def test_changed_data_never_reuse_anothers_weights(runs, tmp_path, monkeypatch, capsys):
@@ -373,14 +381,29 @@ def test_changed_data_never_reuse_anothers_weights(runs, tmp_path, monkeypatch, 
     assert code == 2 and "classifier was made with data" in err
 
 
+def test_a_stage_of_another_version_is_refused(runs, data, tmp_path, monkeypatch, capsys):
+    shutil.copytree(runs[0] / "teacher", tmp_path / "teacher")
+    path = tmp_path / "teacher/stage.json"
+    stage = json.loads(path.read_text())
+    assert stage["settings"].pop("version") == "2"
+    path.write_text(json.dumps(stage))
+    for script, words in (
+        (cifar_train, flags(tmp_path, data)),
+        (cifar_sample, ["--sample", "teacher", "--runs", tmp_path]),
+    ):
+        code, _, err = run(script, monkeypatch, capsys, *words)
+        assert code == 2 and err.count("\n") == 1
+        assert "teacher/stage.json has settings of version 1, not 2" in err
+
+
 def test_students_of_another_teacher_are_refused(runs, data, tmp_path):
-    args = arguments(tmp_path, data)
+    config = build_config(tmp_path, data)
     (tmp_path / "teacher").symlink_to(runs[0] / "teacher")
     (tmp_path / "tdd").mkdir()
     stage = json.loads((runs[0] / "tdd/stage.json").read_text())
     stage["settings"]["teacher"] = "0123456789ab"
     (tmp_path / "tdd/stage.json").write_text(json.dumps(stage))
-    stage = cifar_train.student_stage(args, "tdd", cifar_data.read_split(data, train=True))
+    stage = cifar_train.student_stage(config, "tdd", cifar_data.read_split(data, train=True))
     with pytest.raises(ValueError, match="tdd was made with teacher 0123456789ab, not"):
         stage.finished()
 
@@ -417,9 +440,9 @@ def test_frechet_distance_is_the_textbooks():
 def test_jackknife_of_a_mean_is_the_standard_error():
     """With groups of one picture each it is the sample's deviation over the root of n."""
     x = randn(cifar_eval.GROUPS)
-    found = cifar_eval.jackknife([x[i].mean().item() for i in cifar_eval.subsets(len(x))])
-    assert found["value"] == pytest.approx(x.mean().item())
-    assert found["error"] == pytest.approx(x.std().item() / len(x) ** 0.5)
+    mean = cifar_eval.jackknife([x[i].mean().item() for i in cifar_eval.subsets(len(x))])
+    assert mean["value"] == pytest.approx(x.mean().item())
+    assert mean["error"] == pytest.approx(x.std().item() / len(x) ** 0.5)
     # What depends on the class alone has no error: every group holds each class as often.
     of_class = (torch.arange(200) % 10 < 3).double()
     shares = [of_class[i].mean().item() for i in cifar_eval.subsets(200)]
@@ -434,15 +457,15 @@ def test_png_bits_tell_flat_pictures_from_noise():
     assert low < 2 and 24 < high < 27
 
 
-def samples_of(output, method, **wanted):
+def samples_of(output, method, **case):
     """The saved samples of the one case with these settings."""
-    found = []
+    matching = []
     for path in (output / "samples").glob(f"{method}-*.safetensors"):
         with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["about"])
-            if wanted.items() <= about.items():
-                found.append(file.get_tensor("images"))
-    (images,) = found
+            settings = json.loads(file.metadata()["settings"])
+            if case.items() <= settings.items():
+                matching.append(file.get_tensor("images"))
+    (images,) = matching
     return images
 
 
@@ -460,14 +483,14 @@ def test_rows_are_what_the_samples_give(runs, data):
         few = samples_of(output, "tdd", k=4, gamma=0.0, w=0.0, clip_steps=4)
         many = samples_of(output, "teacher", k=10)
         (features, logits), (reference, _) = read(few), read(many)
-    scale = (np.trace(np.cov(cifar_train.T)) / 100) ** 0.5
-    wanted = {"method": "tdd", "k": 4, "gamma": 0.0, "w": 0.0, "clip_steps": 4}
-    (row,) = [row for row in metrics["rows"] if wanted.items() <= row.items()]
+    scale = (np.trace(np.cov(train.T)) / 100) ** 0.5
+    case = {"method": "tdd", "k": 4, "gamma": 0.0, "w": 0.0, "clip_steps": 4}
+    (row,) = [row for row in metrics["rows"] if case.items() <= row.items()]
     labels = np.arange(20) % 10
     want = {
         "frechet_data": frechet_by_definition(features / scale, train / scale),
         "frechet_teacher": frechet_by_definition(features / scale, reference / scale),
-        "agreement": np.mean(logits.argmax(1) == labels),
+        "accuracy": np.mean(logits.argmax(1) == labels),
         "rmse": np.sqrt(np.mean(((few.double() - many.double()) / 127.5).numpy() ** 2)),
     }
     for name, value in want.items():
@@ -485,7 +508,7 @@ def test_rows_are_what_the_samples_give(runs, data):
 def test_every_case_of_the_issue_is_there(runs):
     rows = json.loads((runs[0] / "metrics.json").read_text())["rows"]
     seen = {(r["method"], r["k"], r["gamma"], r["schedule"], r["w"], r["tune"]) for r in rows}
-    plain = [m for m in cifar_train.STUDENTS if m not in ("tdd_rho0", "tdd_high")]
+    plain = [m for m in STUDENTS if m not in ("tdd_rho0", "tdd_high")]
     for method in plain:
         assert {(method, k, 0.0, "equidistant", 0.0, None) for k in (1, 2, 4, 5, 6)} <= seen
         assert {(method, k, 0.2, "equidistant", 0.0, None) for k in (4, 5, 6)} <= seen
@@ -510,10 +533,10 @@ def diffusers_student(output, name):
 
 
 @torch.no_grad()
-def ddim_by_hand(unet, labels, seeds, timesteps, w, clip_steps, told=lambda s: None):
+def ddim_by_hand(unet, labels, seeds, timesteps, w, clip_steps, before_step=lambda s: None):
     """Guided DDIM on diffusers' UNet, x_0 clipped, as bytes (n, 32, 32, 3).
 
-    told(s): called before each step with where it ends.
+    before_step(s): called before each step with where it ends.
     """
     code = torch.eye(10, dtype=torch.float64)[labels]
     size = torch.tensor([[32, 32, 0, 0, 32, 32]]).repeat(len(labels), 1)
@@ -527,7 +550,7 @@ def ddim_by_hand(unet, labels, seeds, timesteps, w, clip_steps, told=lambda s: N
     ]
     x = torch.cat(draws).double()
     for i, t in enumerate(timesteps):
-        told(timesteps[i + 1] if i + 1 < len(timesteps) else 0)
+        before_step(timesteps[i + 1] if i + 1 < len(timesteps) else 0)
         e = (1 + w) * eps(x, t, code) - w * eps(x, t, 0 * code)
         x_0 = (x - SIGMA[t + 1] * e) / ALPHA[t + 1]
         if i < clip_steps:
@@ -546,7 +569,7 @@ def ddim_by_hand(unet, labels, seeds, timesteps, w, clip_steps, told=lambda s: N
     [
         ("tdd", 0.0, [], [999, 799, 499, 299], 4),
         ("teacher", 2.0, ["--cfg", 3, "--clip-steps", 1], [999, 799, 499, 299], 1),
-        ("tdd_high", -0.5, ["--cfg", 3, "--tune-guidance", 5], [999, 799, 499, 299], 4),
+        ("tdd_high", -0.5, ["--cfg", 3, "--tune-guidance", 6], [999, 799, 499, 299], 4),
     ],
 )
 def test_saved_networks_are_sampled_as_diffusers_would(
@@ -565,35 +588,36 @@ def test_saved_networks_are_sampled_as_diffusers_would(
 
 
 @pytest.mark.parametrize("name", ["tcds", "tdds", "tdm_unify"])
-def test_students_that_are_told_are_sampled_as_diffusers_with_a_hook(
+def test_students_with_a_scalar_are_sampled_as_diffusers_with_a_hook(
     runs, tmp_path, monkeypatch, capsys, name
 ):
-    """What is told (s, or the number of steps) reaches the network, in an embedding made large."""
+    """The target time or the number of steps reaches the network, in an embedding made large."""
     for folder in ("teacher", name):
         shutil.copytree(runs[0] / folder, tmp_path / folder)
     path = tmp_path / name / "lora.safetensors"
     with safe_open(path, "pt") as file:
-        about = file.metadata()
+        metadata = file.metadata()
     weights = load_file(path)
     last = weights["unet.told.linear_2.weight"]
     weights["unet.told.linear_2.weight"] = 0.3 * randn(*last.shape, seed=3).float()
-    save_file(weights, path, about)
+    save_file(weights, path, metadata)
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "teacher")
     lora = {k: v for k, v in weights.items() if ".told." not in k}
     unet.load_lora_adapter(lora, prefix="unet")
-    own = {k.removeprefix("unet.told."): v.double() for k, v in weights.items() if ".told." in k}
+    prefix = "unet.told."
+    embedding = {k.removeprefix(prefix): v.double() for k, v in weights.items() if prefix in k}
     vector = []
 
-    def told(s):
+    def embed(s):
         number = torch.tensor([3.0 if name == "tdm_unify" else s])
         waves = get_timestep_embedding(number, 64, True, 0).double()
-        h = waves @ own["linear_1.weight"].T + own["linear_1.bias"]
-        h = h * h.sigmoid() @ own["linear_2.weight"].T + own["linear_2.bias"]
+        h = waves @ embedding["linear_1.weight"].T + embedding["linear_1.bias"]
+        h = h * h.sigmoid() @ embedding["linear_2.weight"].T + embedding["linear_2.bias"]
         vector[:] = [h]
 
     unet.double().time_embedding.register_forward_hook(lambda m, i, out: out + vector[0])
     times = [999, 699, 399]
-    want = ddim_by_hand(unet, [3, 8], [5, 6], times, 0.0, 3, told)
+    want = ddim_by_hand(unet, [3, 8], [5, 6], times, 0.0, 3, embed)
     words = ["--sample", name, "--runs", tmp_path, "--labels", "cat", "ship", "--num-images", 1]
     words += ["--gamma", 0, "--solver-steps", 10, "--seed", 5, "--steps", 3]
     code, _, err = run(cifar_sample, monkeypatch, capsys, *words, "--output", tmp_path / "x.png")
@@ -607,7 +631,7 @@ def test_students_that_are_told_are_sampled_as_diffusers_with_a_hook(
 def test_a_student_is_sampled_on_its_own_grid(runs, tmp_path, monkeypatch, capsys):
     drawn = {}
     for name, words in {
-        "own": [],
+        "default": [],
         "same": ["--solver-steps", 10],
         "other": ["--solver-steps", 8],
     }.items():
@@ -615,8 +639,8 @@ def test_a_student_is_sampled_on_its_own_grid(runs, tmp_path, monkeypatch, capsy
         words += ["--sample", "tdd", "--runs", runs[0], "--num-images", 1, "--output", path]
         assert run(cifar_sample, monkeypatch, capsys, *words)[0] == 0
         drawn[name] = np.asarray(Image.open(path))
-    assert np.array_equal(drawn["own"], drawn["same"])
-    assert not np.array_equal(drawn["own"], drawn["other"])
+    assert np.array_equal(drawn["default"], drawn["same"])
+    assert not np.array_equal(drawn["default"], drawn["other"])
 
 
 def test_sampling_from_the_command_line_of_the_toy(runs, tmp_path):
@@ -629,18 +653,18 @@ def test_sampling_from_the_command_line_of_the_toy(runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
-        (["--sample", "tddd"], "no finished student 'tddd'; there: lcm pcm4 tcd tcd2"),
+        (["--sample", "tddd"], "no finished student 'tddd'; there: cm pcm4 tcd tcd2"),
         (["--sample", "tdd", "--steps", 11], "11 steps: from 1 to 10"),
         (["--sample", "tdd", "--device", "nowhere"], "--device nowhere cannot be used here"),
         (["--sample", "tdd", "--labels", "unicorn"], "invalid choice: 'unicorn'"),
     ],
 )
-def test_sampling_says_what_is_wrong(runs, tmp_path, monkeypatch, capsys, words, said):
+def test_sampling_says_what_is_wrong(runs, tmp_path, monkeypatch, capsys, words, message):
     words = ["--runs", runs[0], "--solver-steps", 10, "--output", tmp_path / "x.png", *words]
     code, _, err = run(cifar_sample, monkeypatch, capsys, *words)
-    assert code == 2 and err.count("\n") == 1 and said in err
+    assert code == 2 and err.count("\n") == 1 and message in err
 
 
 def test_sampling_needs_a_teacher(tmp_path, monkeypatch, capsys):
@@ -661,13 +685,13 @@ def test_presets_fill_the_flags():
 # ------------------------------------------------------------------------------- the measured run
 
 NAMES = {
-    "teacher, guided DDIM": "teacher", "CM / LCM": "lcm", "PCM-4": "pcm4", "TCD / CTM": "tcd",
+    "teacher, guided DDIM": "teacher", "CM / LCM": "cm", "PCM-4": "pcm4", "TCD / CTM": "tcd",
     "TDD": "tdd", "TDD, eta = 0": "tdd_eta0", "TDD, adversarial": "tdd_adv",
     "TCD, TCF(2)": "tcd2", "TCD, TCF(S+)": "tcds", "TDD, TCF(S+)": "tdds",
     "TDM-4": "tdm4", "TDM-unify (1, 2, 4)": "tdm_unify",
 }  # fmt: skip
 
-PAPERS = ["lcm", "pcm4", "tcd", "tdd_eta0", "tdd", "tdd_adv"]  # the comparison of its Table 1
+PAPERS = ["cm", "pcm4", "tcd", "tdd_eta0", "tdd", "tdd_adv"]  # the comparison of its Table 1
 
 
 @pytest.fixture(scope="module")
@@ -683,9 +707,9 @@ def figure():
     assert {row["n"] for row in result["rows"]} == {2000}
 
     def figure(method, k, metric, part="value", **more):
-        wanted = {"method": method, "k": k, "gamma": 0.0, "schedule": "equidistant", "tune": None,
-                  "w": W if method == "teacher" else 0.0, "clip_steps": k, **more}  # fmt: skip
-        (row,) = [row for row in result["rows"] if wanted.items() <= row.items()]
+        case = {"method": method, "k": k, "gamma": 0.0, "schedule": "equidistant", "tune": None,
+                "w": W if method == "teacher" else 0.0, "clip_steps": k, **more}  # fmt: skip
+        (row,) = [row for row in result["rows"] if case.items() <= row.items()]
         return row[metric][part]
 
     return figure
@@ -697,50 +721,50 @@ def over_k(figure, metric):
 
 
 @pytest.mark.parametrize("metric", ["rmse", "frechet_teacher"])
-def test_distances_are_what_the_readme_says(figure, metric):
+def test_distances_are_what_the_docs_say(figure, metric):
     """What holds, and what does not; one training each, so without more slack than sampling has."""
     by = over_k(figure, metric)
-    tdd, told = by["tdd"], by["tdds"]
+    tdd, tdds = by["tdd"], by["tdds"]
     assert tdd[0] < 0.8 * by["teacher"][0] and tdd[4] > by["teacher"][4]
-    assert (tdd < by["tcd"]).all() and (tdd < by["lcm"]).all()
+    assert (tdd < by["tcd"]).all() and (tdd < by["cm"]).all()
     assert (np.diff(tdd) > 0).all() and (by["pcm4"] < tdd).all()
     rivals = by.keys() - {"teacher", "tdd_eta0"}
     assert all((by["tdd_eta0"] < by[m]).all() for m in rivals)
-    assert (np.diff(told) < np.diff(tdd)).all() and told[4] < 0.85 * tdd[4]
+    assert (np.diff(tdds) < np.diff(tdd)).all() and tdds[4] < 0.85 * tdd[4]
     clipped = [figure("tdd", 4, metric, clip_steps=n) for n in (4, 1, 0)]
     assert clipped == sorted(clipped)
 
 
-def test_noise_between_the_steps_is_what_the_readme_says(figure):
+def test_noise_between_the_steps_is_what_the_docs_say(figure):
     for k in (4, 6, 8):
         tdd, *others = (
-            figure(m, k, "frechet_teacher", gamma=0.2) for m in ("tdd", "teacher", "tcd", "lcm")
+            figure(m, k, "frechet_teacher", gamma=0.2) for m in ("tdd", "teacher", "tcd", "cm")
         )
         assert tdd < min(others)
 
 
-def test_schedules_and_guidance_are_what_the_readme_says(figure):
+def test_schedules_and_guidance_are_what_the_docs_say(figure):
     for k in (5, 6, 7):
         other = figure("tdd", k, "frechet_teacher", schedule="nonequidistant")
         assert other < 0.8 * figure("tdd", k, "frechet_teacher")
-    for w in (0.0, *cifar_eval.GUIDED):
-        with_null, without = (figure(m, 4, "agreement", w=w) for m in ("tdd", "tdd_rho0"))
+    for w in (0.0, *W_ADDED):
+        with_null, without = (figure(m, 4, "accuracy", w=w) for m in ("tdd", "tdd_rho0"))
         assert abs(with_null - without) < 0.01
 
 
-def test_agreement_and_distance_to_the_data_are_what_the_readme_says(figure):
-    data, agreement = over_k(figure, "frechet_data"), over_k(figure, "agreement")
-    for rival in ("tcd", "lcm"):
-        assert (data["tdd"] < data[rival]).all() and (agreement["tdd"] > agreement[rival]).all()
-    assert figure("teacher", 50, "agreement") > 0.70
+def test_accuracy_and_distance_to_the_data_are_what_the_docs_say(figure):
+    data, accuracy = over_k(figure, "frechet_data"), over_k(figure, "accuracy")
+    for rival in ("tcd", "cm"):
+        assert (data["tdd"] < data[rival]).all() and (accuracy["tdd"] > accuracy[rival]).all()
+    assert figure("teacher", 50, "accuracy") > 0.70
     assert figure("teacher", 50, "frechet_data") < 31 * figure("real", 0, "frechet_data")
     assert data["tdd"][0] < data["teacher"][4]
-    assert all(agreement["teacher"][0] > agreement[m].max() for m in PAPERS)
-    many = figure("teacher", 50, "agreement") - figure("teacher", 50, "agreement", "error")
-    assert agreement["tdm4"][0] > many and figure("tdm_unify", 2, "agreement") > many
+    assert all(accuracy["teacher"][0] > accuracy[m].max() for m in PAPERS)
+    many = figure("teacher", 50, "accuracy") - figure("teacher", 50, "accuracy", "error")
+    assert accuracy["tdm4"][0] > many and figure("tdm_unify", 2, "accuracy") > many
 
 
-def test_the_readmes_tables_are_the_measured_run(figure):
+def test_the_tables_are_the_measured_run(figure):
     def same(cells, columns, method):
         """Every cell to its last digit, and the error behind it where there is one."""
         for cell, (metric, k, gamma) in zip(cells, columns, strict=True):
@@ -751,21 +775,21 @@ def test_the_readmes_tables_are_the_measured_run(figure):
 
     ks = (1, 2, 4, 5, 6, 7, 8)
     data = "Fréchet distance to the training pictures"
-    metrics = ("frechet_data", "agreement", "png_bits")
+    metrics = ("frechet_data", "accuracy", "png_bits")
     tables = {
         "Distance (rmse, x_0 in": [("rmse", k, 0.0) for k in ks],
         "Fréchet distance to the same samples": [("frechet_teacher", k, 0.0) for k in ks],
         data: [(metric, k, 0.0) for metric in metrics for k in (4, 8)],
         "With gamma = 0.2, Fréchet": [
             (metric, k, 0.2)
-            for metric in ("frechet_teacher", "frechet_data", "agreement") for k in (4, 6, 8)
+            for metric in ("frechet_teacher", "frechet_data", "accuracy") for k in (4, 6, 8)
         ],
     }  # fmt: skip
     # Of the third, these have a figure for their own number of steps alone.
     others = {f"teacher, {k} steps": ("teacher", k) for k in (25, 50)}
     others["test pictures"] = "real", 0
     for after, columns in tables.items():
-        found = readme_table(after)
+        found = read_table("docs/results-cifar10.md", after)
         for row, method in NAMES.items():
             same(found.pop(row), columns, method)
         for row, (method, k) in others.items() if after == data else ():

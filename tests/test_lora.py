@@ -9,7 +9,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from sdxl import keys, load
-from sdxl.lora import TARGETS, LoRA, attach, merge, using
+from sdxl.lora import TARGET_MODULES, LoRA, active_adapters, add_adapter, merge
 from sdxl.lora_files import read_lora, write_kohya, write_peft
 from tests.oracles import ALL, Reference, close, ours
 
@@ -28,7 +28,7 @@ def peft_unet(folder, rank=4, alpha=2, seed=0, unet=None, name="default", target
 def inputs(seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     cond = {
-        "tokens": torch.randn((2, 77, 128), generator=generator).to(dtype),
+        "prompt_embeds": torch.randn((2, 77, 128), generator=generator).to(dtype),
         "pooled": torch.randn((2, 48), generator=generator).to(dtype),
         "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64], [128, 64, 8, 0, 64, 64]]),
     }
@@ -39,7 +39,7 @@ def inputs(seed=0, dtype=torch.float32):
 def theirs(unet):
     x, t, cond = inputs(dtype=unet.dtype)
     added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
-    return unet(x, t, cond["tokens"], added_cond_kwargs=added).sample
+    return unet(x, t, cond["prompt_embeds"], added_cond_kwargs=added).sample
 
 
 @pytest.fixture
@@ -61,12 +61,11 @@ def spelled(naming, unet, path, alpha):
         )
     elif naming == "older diffusers":  # never knew alpha: it is folded in
         state = {k: v * (alpha / 4 if "lora_B" in k else 1) for k, v in state.items()}
-        older = convert_state_dict_to_diffusers(state)
-        older = {
-            k.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): v
-            for k, v in older.items()
-        }
-        save_file({f"unet.{k}": v.contiguous() for k, v in older.items()}, path)
+        older = {}
+        for k, v in convert_state_dict_to_diffusers(state).items():
+            k = k.replace("lora_A", "lora.down").replace("lora_B", "lora.up")
+            older[f"unet.{k}"] = v.contiguous()
+        save_file(older, path)
     else:
         kohya = convert_state_dict_to_kohya({f"unet.{k}": v for k, v in state.items()})
         kohya |= {k: torch.tensor(float(alpha)) for k in kohya if k.endswith(".alpha")}
@@ -78,7 +77,7 @@ def spelled(naming, unet, path, alpha):
 def in_original_names(kohya, unet):
     from unet import UNetConfig
 
-    table = dict(keys.unet_modules(UNetConfig.from_json(dict(unet.config))))
+    table = keys.unet_modules(UNetConfig.from_json(dict(unet.config)))
     modules = {
         n.replace(".base_layer", "") for n, m in unet.named_modules() if hasattr(m, "weight")
     }
@@ -86,7 +85,7 @@ def in_original_names(kohya, unet):
     def spell(name):
         return f"lora_unet_{name.replace('.', '_')}"
 
-    original = {spell(m): spell(keys.original(m, table)) for m in modules}
+    original = {spell(m): spell(keys.to_original_key(m, table)) for m in modules}
     return {original[k.split(".", 1)[0]] + "." + k.split(".", 1)[1]: v for k, v in kohya.items()}
 
 
@@ -95,13 +94,15 @@ def test_every_naming_reads_as_peft_computes(naming, folder, model, tmp_path):
     unet = peft_unet(folder)
     spelled(naming, unet, tmp_path / "lora.safetensors", alpha=2)
     lora, *others = read(tmp_path / "lora.safetensors", model)
-    assert [len(other) for other in others] == [0, 0]
-    assert {name for name, _ in lora.items()} == {
-        n for n, m in model.unet.named_modules() if TARGETS.search(n) and hasattr(m, "weight")
+    assert [len(other.adapters) for other in others] == [0, 0]
+    assert lora.adapters.keys() == {
+        n
+        for n, m in model.unet.named_modules()
+        if TARGET_MODULES.search(n) and hasattr(m, "weight")
     }
     plain = model.unet(*inputs())
-    attach(model.unet, "one", lora)
-    with using(model.unet, one=1.0):
+    add_adapter(model.unet, "one", lora)
+    with active_adapters(model.unet, one=1.0):
         got = model.unet(*inputs())
     assert close(got, theirs(unet), 1e-5)
     assert not close(plain, theirs(unet), 1e-2)
@@ -136,20 +137,20 @@ def test_stacked_loras_with_weights(folder, model):
     generator = torch.Generator().manual_seed(0)
     for name, rank, alpha in (("one", 4, 2), ("two", 3, 6)):
         state = get_peft_model_state_dict(unet, adapter_name=name)
-        lora = LoRA.fresh(model.unet, rank, alpha, generator)
-        kept = {}
-        for layer, update in lora.items():
+        lora = LoRA.init(model.unet, rank, alpha, generator)
+        adapters = {}
+        for layer, adapter in lora.adapters.items():
             if f"{layer}.lora_A.weight" in state:
-                update.down.data = state[f"{layer}.lora_A.weight"]
-                update.up.data = state[f"{layer}.lora_B.weight"]
-                kept[layer] = update
-        attach(model.unet, name, LoRA.of(kept).double())
+                adapter.down.data = state[f"{layer}.lora_A.weight"]
+                adapter.up.data = state[f"{layer}.lora_B.weight"]
+                adapters[layer] = adapter
+        add_adapter(model.unet, name, LoRA(adapters).double())
     # -1.2 times an alpha of twice the rank magnifies float32's rounding to 1e-5 of the output.
     exact, unet = inputs(dtype=torch.float64), unet.double()
     model.unet.double()
-    with using(model.unet, one=0.5, two=-1.2):
+    with active_adapters(model.unet, one=0.5, two=-1.2):
         assert close(model.unet(*exact), theirs(unet), 1e-12)
-        with using(model.unet, two=0.3):  # blocks nest, and the outer one comes back
+        with active_adapters(model.unet, two=0.3):  # blocks nest, and the outer one comes back
             unet.set_adapters(["two"], [0.3])
             assert close(model.unet(*exact), theirs(unet), 1e-12)
         unet.set_adapters(["one", "two"], [0.5, -1.2])
@@ -160,18 +161,16 @@ def test_gradients_are_pefts(folder, model):
     unet, x = peft_unet(folder), inputs()[0]
     params = {k: p.requires_grad_() for k, p in unet.named_parameters() if ".default." in k}
     (theirs(unet) * x).sum().backward()
-    lora = LoRA.fresh(model.unet, 4, 2, torch.Generator())
+    lora = LoRA.init(model.unet, 4, 2, torch.Generator())
     state = get_peft_model_state_dict(unet)
-    for name, update in lora.items():
-        update.down.data, update.up.data = (
-            state[f"{name}.lora_A.weight"],
-            state[f"{name}.lora_B.weight"],
-        )
-    attach(model.unet, "one", lora)
-    with using(model.unet, one=1.0):
+    for name, adapter in lora.adapters.items():
+        adapter.down.data = state[f"{name}.lora_A.weight"]
+        adapter.up.data = state[f"{name}.lora_B.weight"]
+    add_adapter(model.unet, "one", lora)
+    with active_adapters(model.unet, one=1.0):
         (model.unet(*inputs()) * x).sum().backward()
-    for name, update in lora.items():
-        for ours_, part in ((update.down, "lora_A"), (update.up, "lora_B")):
+    for name, adapter in lora.adapters.items():
+        for ours_, part in ((adapter.down, "lora_A"), (adapter.up, "lora_B")):
             assert close(ours_.grad, params[f"{name}.{part}.default.weight"].grad, 1e-3), name
     assert all(p.grad is None for p in model.unet.parameters())
 
@@ -180,16 +179,16 @@ def test_fresh_lora_is_pefts_start(folder, model):
     unet = UNet2DConditionModel.from_pretrained(folder / "unet")
     unet.add_adapter(LoraConfig(r=64, lora_alpha=8, target_modules=ALL))
     state = get_peft_model_state_dict(unet)
-    lora = LoRA.fresh(model.unet, 64, 8, torch.Generator().manual_seed(0))
-    assert {f"{n}.lora_{p}.weight" for n, _ in lora.items() for p in "AB"} == set(state)
-    for name, update in lora.items():
+    lora = LoRA.init(model.unet, 64, 8, torch.Generator().manual_seed(0))
+    assert {f"{n}.lora_{p}.weight" for n in lora.adapters for p in "AB"} == set(state)
+    for name, adapter in lora.adapters.items():
         a = state[f"{name}.lora_A.weight"]
-        assert update.scale == 0.125
-        assert update.up.shape == state[f"{name}.lora_B.weight"].shape
-        assert not update.up.any()
-        assert update.down.shape == a.shape
-        assert update.down.abs().max().item() == pytest.approx(a.abs().max().item(), rel=0.02)
-        assert update.down.std().item() == pytest.approx(a.std().item(), rel=0.05)
+        assert adapter.scale == 0.125
+        assert adapter.up.shape == state[f"{name}.lora_B.weight"].shape
+        assert not adapter.up.any()
+        assert adapter.down.shape == a.shape
+        assert adapter.down.abs().max().item() == pytest.approx(a.abs().max().item(), rel=0.02)
+        assert adapter.down.std().item() == pytest.approx(a.std().item(), rel=0.05)
 
 
 @pytest.mark.parametrize("write", [write_peft, write_kohya])
@@ -207,11 +206,11 @@ def test_what_we_write_loads_in_diffusers_and_here(write, folder, model, tmp_pat
     assert "unexpected" not in caplog.text.lower()
     assert "missing" not in caplog.text.lower()
     loaded = get_peft_model_state_dict(fresh, adapter_name=next(iter(fresh.peft_config)))
-    assert len(loaded) == 2 * len(lora)
+    assert len(loaded) == 2 * len(lora.adapters)
     assert close(theirs(fresh), theirs(unet), 1e-5)
     again = read(path, model)[0]
-    attach(model.unet, "again", again)
-    with using(model.unet, again=1.0):
+    add_adapter(model.unet, "again", again)
+    with active_adapters(model.unet, again=1.0):
         assert close(model.unet(*inputs()), theirs(unet), 1e-5)
     from safetensors import safe_open
 
@@ -224,10 +223,8 @@ def te_file(path, naming, reference, seed=0):
     generator, tensors, deltas = torch.Generator().manual_seed(seed), {}, []
     for i in (1, 2):
         for layer in range(3):
-            down, up = (
-                torch.randn((2, 64), generator=generator),
-                torch.randn((64, 2), generator=generator),
-            )
+            down = torch.randn((2, 64), generator=generator)
+            up = torch.randn((64, 2), generator=generator)
             name = f"text_model.encoder.layers.{layer}.self_attn.q_proj"
             if naming == "kohya":
                 key = f"lora_te{i}_{name.replace('.', '_')}"
@@ -240,10 +237,8 @@ def te_file(path, naming, reference, seed=0):
             deltas.append((i - 1, layer, 0.5 * up @ down))
     save_file(tensors, path)
     for i, layer, delta in deltas:
-        encoder = reference.encoders[i]
-        getattr(encoder, "text_model", encoder).encoder.layers[
-            layer
-        ].self_attn.q_proj.weight.data += delta
+        encoder = getattr(reference.encoders[i], "text_model", reference.encoders[i])
+        encoder.encoder.layers[layer].self_attn.q_proj.weight.data += delta
 
 
 @pytest.mark.parametrize("naming", ["kohya", "older diffusers"])
@@ -275,7 +270,7 @@ def test_two_unet_loras_through_sample(folder, monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (
             lambda t: {**t, "unet.nowhere.lora_A.weight": torch.ones(1, 1)},
@@ -293,11 +288,11 @@ def test_two_unet_loras_through_sample(folder, monkeypatch, capsys, tmp_path):
         (lambda t: {"x": torch.ones(1)}, "no LoRA for this model"),
     ],
 )
-def test_wrong_files_are_refused(spoil, said, folder, model, tmp_path):
+def test_wrong_files_are_refused(spoil, message, folder, model, tmp_path):
     path = tmp_path / "lora.safetensors"
     spelled("peft", peft_unet(folder), path, alpha=2)
     save_file(spoil(load_file(path)), path)
-    with pytest.raises(ValueError, match=said) as refusal:
+    with pytest.raises(ValueError, match=message) as refusal:
         read(path, model)
     assert str(path) in str(refusal.value)
 
@@ -343,23 +338,21 @@ def test_keys_of_other_tools(folder, model, tmp_path):
         name = f"encoder.layers.0.self_attn.q_proj.{part}.weight"
         tower[f"text_encoder.{name}"] = torch.ones((2, 64) if i == 1 else (64, 2))
     (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 2}')
-    for tensors, component, count in (
-        (raw, 0, len(raw) // 2),
-        (old, 0, len(old) // 2),
-        (tower, 1, 1),
-    ):
+    cases = [(raw, 0, len(raw) // 2), (old, 0, len(old) // 2), (tower, 1, 1)]
+    for tensors, component, count in cases:
         save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "lora.safetensors")
         got = read(tmp_path / "lora.safetensors", model)[component]
-        assert len(got) == count > 0
+        assert len(got.adapters) == count > 0
     save_file({k: v.contiguous() for k, v in raw.items()}, tmp_path / "lora.safetensors")
-    assert {u.scale for _, u in read(tmp_path / "lora.safetensors", model)[0].items()} == {0.5}
+    lora = read(tmp_path / "lora.safetensors", model)[0]
+    assert {adapter.scale for adapter in lora.adapters.values()} == {0.5}
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(ValueError, match=r"adapter_config\.json is missing"):
         read(tmp_path / "lora.safetensors", model)
     save_file({k: v.contiguous() for k, v in old.items()}, tmp_path / "lora.safetensors")
-    for name, update in read(tmp_path / "lora.safetensors", model)[0].items():
-        assert torch.equal(update.down, state[f"{name}.lora_A.weight"])
-        assert torch.equal(update.up, state[f"{name}.lora_B.weight"])
+    for name, adapter in read(tmp_path / "lora.safetensors", model)[0].adapters.items():
+        assert torch.equal(adapter.down, state[f"{name}.lora_A.weight"])
+        assert torch.equal(adapter.up, state[f"{name}.lora_B.weight"])
 
 
 def test_broken_header_is_refused(folder, model, tmp_path):

@@ -115,7 +115,7 @@ def vaes(which="tiny", dtype=torch.float32):
 
 def inputs(h, w, b=2, channels=4, dtype=torch.float32):
     cond = {
-        "tokens": randn(b, 7, 24, seed=2, dtype=dtype),
+        "prompt_embeds": randn(b, 7, 24, seed=2, dtype=dtype),
         "pooled": randn(b, 20, seed=3, dtype=dtype),
         "time_ids": torch.tensor([[1024, 768, 0, 64, 512, 1024], [333, 512, 8, 0, 640, 256]])[:b],
     }
@@ -125,7 +125,7 @@ def inputs(h, w, b=2, channels=4, dtype=torch.float32):
 
 def theirs_of(model, x_t, t, cond, *image, **more):
     added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
-    return model(x_t, t, cond["tokens"], *image, added_cond_kwargs=added, **more)
+    return model(x_t, t, cond["prompt_embeds"], *image, added_cond_kwargs=added, **more)
 
 
 def error(ours, theirs):
@@ -158,8 +158,8 @@ def test_unet_is_diffusers(h, w, layout, dtype, bound):
 def test_unet_of_other_sizes_is_diffusers():
     theirs, ours = unets("small", torch.float64)
     for h, w in SIZES:
-        given = inputs(h, w, channels=9, dtype=torch.float64)
-        assert error(ours(*given), theirs_of(theirs, *given).sample) <= 1e-12
+        network_inputs = inputs(h, w, channels=9, dtype=torch.float64)
+        assert error(ours(*network_inputs), theirs_of(theirs, *network_inputs).sample) <= 1e-12
 
 
 def gradients(model, forward, x_t):
@@ -178,15 +178,15 @@ def test_unet_gradients_are_diffusers(checkpointing, dtype, bound):
     x_t, t, cond = inputs(9, 10, dtype=dtype)
     expected = gradients(theirs, lambda x: theirs_of(theirs, x, t, cond).sample, x_t)
     ours.checkpoint_blocks(checkpointing)
-    found = gradients(ours, lambda x: ours(x, t, cond), x_t)
+    actual = gradients(ours, lambda x: ours(x, t, cond), x_t)
     ours.checkpoint_blocks(False)
-    assert found.keys() == expected.keys()
-    assert max(error(found[k], expected[k]) for k in found) <= bound
+    assert actual.keys() == expected.keys()
+    assert max(error(actual[k], expected[k]) for k in actual) <= bound
 
 
 def test_checkpointing_keeps_less_for_the_backward_pass():
     _, ours = unets()
-    kept = {}
+    saved = {}
     for on in (True, False):
         sizes = []
         ours.checkpoint_blocks(on)
@@ -194,8 +194,8 @@ def test_checkpointing_keeps_less_for_the_backward_pass():
             lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x
         ):
             ours(*inputs(16, 16))
-        kept[on] = sum(sizes)
-    assert kept[True] < kept[False] / 4
+        saved[on] = sum(sizes)
+    assert saved[True] < saved[False] / 4
 
 
 @torch.no_grad()
@@ -219,13 +219,17 @@ def test_loaded_in_half_precision_the_last_layers_stay_in_float32():
     exact = unets()[1]
     x_t, t, cond = inputs(16, 16)
     weights = {k: v.half() for k, v in exact.state_dict().items()}
-    exact = load.assign(load.empty(UNet, exact.config), weights, "a file", torch.float32)
-    loaded = load.assign(load.empty(UNet, exact.config), weights, "a file", torch.bfloat16)
+    exact = load.load_strict(
+        load.build_on_meta(UNet, exact.config), weights, "a file", torch.float32
+    )
+    loaded = load.load_strict(
+        load.build_on_meta(UNet, exact.config), weights, "a file", torch.bfloat16
+    )
     kinds = {k.split(".")[0] for k, p in loaded.named_parameters() if p.dtype == torch.float32}
     assert kinds == {"conv_norm_out", "conv_out"}
     assert torch.equal(loaded.conv_out.weight, exact.conv_out.weight)
     seen = []
-    loaded.conv_norm_out.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    loaded.conv_norm_out.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     got, norm, out = loaded(x_t, t, cond), exact.conv_norm_out, exact.conv_out
     h = seen[0].bfloat16().float()  # what comes before is in bfloat16
     h = F.silu(F.group_norm(h, 8, norm.weight, norm.bias))
@@ -241,27 +245,29 @@ def test_loaded_in_half_precision_the_last_layers_stay_in_float32():
 def test_controlnet_is_diffusers(h, w):
     theirs, ours = controlnets(torch.float64)
     image = randn(2, 3, 8 * h, 8 * w, seed=4, dtype=torch.float64).sigmoid()
-    given = (*inputs(h, w, dtype=torch.float64), image)
+    network_inputs = (*inputs(h, w, dtype=torch.float64), image)
     for scale in (1.0, 0.4):
-        down, middle = theirs_of(theirs, *given, conditioning_scale=scale, return_dict=False)
-        found = ours(*given, scale)
-        assert len(found) == len(down) + 1 == 10
-        assert all(error(a, b) <= 1e-12 for a, b in zip(found, (*down, middle)))
-    default = ours(*given)
-    assert all(error(a, b / 0.4) <= 1e-12 for a, b in zip(default, found))
+        down, middle = theirs_of(
+            theirs, *network_inputs, conditioning_scale=scale, return_dict=False
+        )
+        residuals = ours(*network_inputs, scale)
+        assert len(residuals) == len(down) + 1 == 10
+        assert all(error(a, b) <= 1e-12 for a, b in zip(residuals, (*down, middle)))
+    default = ours(*network_inputs)
+    assert all(error(a, b / 0.4) <= 1e-12 for a, b in zip(default, residuals))
 
 
 @pytest.mark.parametrize("h, w", SIZES)
 @torch.no_grad()
 def test_unet_with_a_controlnet_is_diffusers(h, w):
     (theirs, ours), (base, unet) = (nets(dtype=torch.float64) for nets in (controlnets, unets))
-    given = inputs(h, w, dtype=torch.float64)
+    network_inputs = inputs(h, w, dtype=torch.float64)
     image = randn(2, 3, 8 * h, 8 * w, seed=4, dtype=torch.float64).sigmoid()
-    down, middle = theirs_of(theirs, *given, image, return_dict=False)
+    down, middle = theirs_of(theirs, *network_inputs, image, return_dict=False)
     more = dict(down_block_additional_residuals=down, mid_block_additional_residual=middle)
-    y = theirs_of(base, *given, **more).sample
-    assert error(unet(*given, ours(*given, image)), y) <= 1e-12
-    assert error(unet(*given), y) > 0.1
+    y = theirs_of(base, *network_inputs, **more).sample
+    assert error(unet(*network_inputs, ours(*network_inputs, image)), y) <= 1e-12
+    assert error(unet(*network_inputs), y) > 0.1
 
 
 def test_controlnet_gradients_are_diffusers():
@@ -279,9 +285,9 @@ def test_controlnet_gradients_are_diffusers():
     expected = gradients(theirs, of_theirs, x_t)
     for on in (True, False):
         ours.checkpoint_blocks(on)
-        found = gradients(ours, lambda x: flat(ours(x, t, cond, image)), x_t)
-        assert found.keys() == expected.keys()
-        assert max(error(found[k], expected[k]) for k in found) <= 1e-10
+        actual = gradients(ours, lambda x: flat(ours(x, t, cond, image)), x_t)
+        assert actual.keys() == expected.keys()
+        assert max(error(actual[k], expected[k]) for k in actual) <= 1e-10
 
 
 # -------------------------------------------------------------------------------------------- VAE
@@ -324,8 +330,8 @@ def test_log_variance_is_clamped():
         model.quant_conv.bias[4:] = torch.tensor([60.0, -90.0, 15.0, -15.0]).double()
     images = randn(2, 3, 32, 40).double().tanh()
     draw = theirs.encode(images).latent_dist.sample(torch.Generator().manual_seed(7))
-    found = ours.encode(images, randn(2, 4, 4, 5, seed=7, dtype=torch.float64)) / 0.13025
-    assert max(error(found[:, i], draw[:, i]) for i in range(4)) <= 1e-12
+    latents = ours.encode(images, randn(2, 4, 4, 5, seed=7, dtype=torch.float64)) / 0.13025
+    assert max(error(latents[:, i], draw[:, i]) for i in range(4)) <= 1e-12
     assert draw[:, 0].abs().max() > 2e4
 
 
@@ -362,15 +368,15 @@ def test_tiles_are_diffusers_where_they_lie_alike(tiled):
     """One row of tiles. Diffusers goes on with narrower ones, so only its first are the same."""
     theirs, ours = tiled
     z = randn(2, 3, 6, 20)
-    expected, found = theirs.decode(z).sample, ours.decode(0.7 * z)
-    assert error(found[..., : 4 * 18], expected[..., : 4 * 18]) <= 1e-5
+    expected, actual = theirs.decode(z).sample, ours.decode(0.7 * z)
+    assert error(actual[..., : 4 * 18], expected[..., : 4 * 18]) <= 1e-5
     down = z.mT
     assert (
         error(ours.decode(0.7 * down)[..., : 4 * 18, :], theirs.decode(down).sample[..., :72, :])
         <= 1e-5
     )
     theirs.disable_tiling()
-    assert error(found, theirs.decode(z).sample) > 0.01
+    assert error(actual, theirs.decode(z).sample) > 0.01
 
 
 @torch.no_grad()
@@ -412,9 +418,9 @@ def test_tiles_are_whole_and_cross_fade(tiled, h, w, rows, columns):
     for i, y in enumerate(rows):
         for j, x in enumerate(columns):
             part = theirs.decode(z[:, :, y : y + 8, x : x + 8]).sample
-            whole = torch.zeros_like(expected)
-            whole[:, :, 4 * y : 4 * y + part.shape[2], 4 * x : 4 * x + part.shape[3]] = part
-            expected += fade(h, rows, i)[:, None] * fade(w, columns, j) * whole
+            tile = torch.zeros_like(expected)
+            tile[:, :, 4 * y : 4 * y + part.shape[2], 4 * x : 4 * x + part.shape[3]] = part
+            expected += fade(h, rows, i)[:, None] * fade(w, columns, j) * tile
     assert error(ours.decode(0.7 * z), expected) <= 1e-12
 
 
@@ -438,8 +444,8 @@ def test_tiles_of_a_decoder_without_context_are_the_whole_picture(tiled):
     ours.decoder = torch.nn.Upsample(scale_factor=4)
     for h, w in ((9, 9), (15, 15), (20, 31), (3, 40), (40, 6)):
         z = randn(2, 3, h, w, dtype=torch.float64)
-        whole = ours.decoder(ours.post_quant_conv(z / 0.7))
-        assert error(ours.decode(z), whole) <= 1e-14
+        untiled = ours.decoder(ours.post_quant_conv(z / 0.7))
+        assert error(ours.decode(z), untiled) <= 1e-14
 
 
 # --------------------------------------------------------------------------------- names, configs

@@ -16,7 +16,7 @@ from transformers import CLIPTextModelWithProjection
 
 import sample
 from common import pictures
-from sdxl import keys, load, pipeline
+from sdxl import keys, load
 from sdxl.lora import LoRA
 from sdxl.lora_files import write_peft
 from solvers import SOLVERS, solve
@@ -85,7 +85,10 @@ FLAGS = {"gamma": "--gamma", "cfg": "--cfg", "negative": "--negative-prompt",
 def test_latents_are_an_independent_samplers(
     schedule, k, options, folder, monkeypatch, capsys, tmp_path
 ):
-    flags = [word for name, value in options.items() for word in (FLAGS[name], value)]
+    flags = []
+    for name, value in options.items():
+        # The paper's w' is g' - 1.
+        flags += [FLAGS[name], value + 1 if name == "tune" else value]
     prompt = "a red fox, 2 trees."
     got = ours(monkeypatch, capsys, folder, tmp_path, "--prompt", prompt, "--schedule", schedule,
                "--steps", k, "--seed", 7, *flags)  # fmt: skip
@@ -96,7 +99,7 @@ def test_latents_are_an_independent_samplers(
 def test_a_lora_brings_its_grid_and_leaves_the_last_layers_in_float32(folder, tmp_path):
     """N from the header that train_sdxl.py writes; a flag goes before it, the paper's 250 after."""
     unet, path = load.load_sdxl(folder).unet, tmp_path / "lora.safetensors"
-    fresh = LoRA.fresh(unet, 4, 2.0, torch.Generator().manual_seed(0))
+    fresh = LoRA.init(unet, 4, 2.0, torch.Generator().manual_seed(0))
     write_peft(path, fresh, tdd_solver_steps="50")
     (tmp_path / "unet").mkdir()
     shutil.copy(path, tmp_path / "unet/diffusion_pytorch_model.safetensors")
@@ -107,18 +110,21 @@ def test_a_lora_brings_its_grid_and_leaves_the_last_layers_in_float32(folder, tm
         sample.check(args)
         return args
 
-    own, paper = [999, 759, 499, 259], [999, 751, 499, 251]
-    assert pipeline.timesteps_of(checked()) == paper
-    assert pipeline.timesteps_of(checked("--lora", f"{path}:0.5")) == own
-    assert pipeline.timesteps_of(checked("--unet", tmp_path / "unet")) == own
-    assert pipeline.timesteps_of(checked("--lora", path, "--solver-steps", 250)) == paper
+    def timesteps(*words):
+        return sample.build_config(checked(*words)).timesteps
+
+    of_50, of_250 = [999, 759, 499, 259], [999, 751, 499, 251]
+    assert timesteps() == of_250
+    assert timesteps("--lora", f"{path}:0.5") == of_50
+    assert timesteps("--unet", tmp_path / "unet") == of_50
+    assert timesteps("--lora", path, "--solver-steps", 250) == of_250
     other = tmp_path / "other.safetensors"
     for said in ("250", "many"):
         write_peft(other, fresh, tdd_solver_steps=said)
         with pytest.raises(ValueError, match=r"is of .* solver steps: give --solver-steps"):
             checked("--lora", path, "--lora", other)
     for words in ([], ["--lora", path]):
-        model, _ = sample.build(checked(*words))
+        model, _ = sample.load(checked(*words))
         state = {k: v for k, v in model.unet.state_dict().items() if v.dtype == torch.float32}
         assert {k.split(".")[0] for k in state} == {"conv_norm_out", "conv_out"}
         assert torch.equal(state["conv_out.weight"], unet.conv_out.weight)
@@ -202,7 +208,7 @@ def test_solvers_sample_the_teacher(name, folder, monkeypatch, capsys, tmp_path)
 
     with torch.no_grad():
         x = torch.randn((1, 4, 8, 9), generator=torch.Generator().manual_seed(0))
-        assert close(got, solve(eps, x, [*times, -1], SCHEDULE, SOLVERS[name]))
+        assert close(got, solve(eps, x, [*times, -1], SCHEDULE, SOLVERS[name]()))
 
 
 def test_controlnet(folder, monkeypatch, capsys, tmp_path):
@@ -285,7 +291,7 @@ def test_a_line_is_a_prompt(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffone\u2028still one\r\n\ntwo\x0c\x85".encode())
     args = sample.parser().parse_args(["--model", "x", "--prompts", str(file), "--num-images", "2"])
-    assert sample.read_prompts(args) == ["one\u2028still one"] * 2 + ["two\x0c\x85"] * 2
+    assert sample.expand_prompts(args) == ["one\u2028still one"] * 2 + ["two\x0c\x85"] * 2
 
 
 # ---------------------------------------------------------------------------------- bad input

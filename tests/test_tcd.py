@@ -6,12 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from solvers import CLEAN, renoise, solve
+from solvers import CLEAN, integrate_eps, renoise, solve
 from tcd import TCF, tcf_2, tcf_s
-from tdd import clip_x0, draw, equidistant, gamma_sample, guided, targets_of, tdd_loss
+from tdd import (
+    clip_x0,
+    equidistant,
+    gamma_sample,
+    guided,
+    noise_stream,
+    sample_step,
+    targets_of,
+    tdd_loss,
+)
 from tests.helpers import (
     ALPHA,
     SCHEDULE,
+    SDXL,
     SIGMA,
     Net,
     at,
@@ -22,6 +32,7 @@ from tests.helpers import (
     randn,
     toy_eps,
 )
+from tests.oracles import diffusers_run
 
 
 @pytest.mark.parametrize("name, order", [("1", 1), ("2", 2)])
@@ -34,10 +45,48 @@ def test_as_a_solver_it_converges_to_the_gaussian_flow_with_its_order(name, orde
     assert slope == pytest.approx(order, abs=0.1 * order) and errors[-1] < 0.01
 
 
+# ----------------------------------------------------------------------------------- diffusers
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.2, 0.3, 0.9, 1.0])
+def test_sampler_is_diffusers_tcd_but_for_the_last_step(gamma):
+    """TCDScheduler ends on timestep 0, with sigma_0 left in; the paper's sampler returns x_0."""
+    from diffusers import TCDScheduler
+
+    scheduler = TCDScheduler(**SDXL, original_inference_steps=50)
+    scheduler.set_timesteps(6)
+    assert scheduler.timesteps.tolist() == equidistant(6, 50)
+    stream = noise_stream(range(3), (2, 4))
+    x_T, stops = next(stream), []
+    gamma_sample(toy_eps, x_T, equidistant(6, 50), SCHEDULE, gamma, stream,
+                 callback=lambda p, x: stops.append(x))  # fmt: skip
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    assert torch.equal(x_T, torch.cat([torch.randn((1, 2, 4), generator=g) for g in generators]))
+    theirs = diffusers_run(scheduler, 6, x_T, eta=gamma, generator=generators)
+    for a, b in zip(stops[:-1], theirs[:-1], strict=True):
+        assert torch.allclose(a, b, atol=2e-5)
+    last = scheduler.timesteps[-1]
+    end = integrate_eps(stops[-2], toy_eps(stops[-2], last.expand(3)), last, 0, SCHEDULE)
+    assert torch.allclose(end, theirs[-1], atol=2e-5)
+    assert not torch.allclose(stops[-1], theirs[-1], atol=2e-3)
+
+
+def test_noise_stream_is_diffusers():
+    from diffusers.utils.torch_utils import randn_tensor
+
+    generators = [torch.Generator("cpu").manual_seed(5 + i) for i in range(4)]
+    stream = noise_stream(range(5, 9), (4, 8, 6))
+    for _ in range(3):
+        assert torch.equal(next(stream), randn_tensor((4, 4, 8, 6), generator=generators))
+    assert torch.equal(
+        next(noise_stream([7], (4, 8, 6))), next(noise_stream(range(5, 9), (4, 8, 6)))[2:3]
+    )
+
+
 def test_tcf_2_is_equation_22():
     x_t = randn(5, 3)
     for t, s in [(999, 751), (499, 0), (20, 3)]:
-        ours, _ = tcf_2(toy_eps, x_t, t, s, SCHEDULE)
+        ours = tcf_2(toy_eps, x_t, t, s, SCHEDULE)
         assert torch.allclose(ours, equation_22(toy_eps, x_t, t, s)[0], rtol=1e-9)
 
 
@@ -49,31 +98,31 @@ def test_boundary_condition_is_equation_27(name):
     def model(x_t, t, s=None):
         return toy_eps(x_t, t) * 1e3
 
-    ours, _ = TCF[name](model, x_t, t, s, SCHEDULE)
+    ours = TCF[name](model, x_t, t, s, SCHEDULE)
     assert torch.equal(ours[:2], x_t[:2])
     assert not torch.allclose(ours[2], x_t[2])
 
 
-def told_eps(x_t, t, s):
-    """A network that is told where its jump is to end."""
+def scalar_eps(x_t, t, s):
+    """A network that takes its jump's target time."""
     return toy_eps(x_t, t) + 0.3 * torch.cos(s / 300).reshape(-1, *[1] * (x_t.ndim - 1))
 
 
-def test_tcf_s_is_equation_24_for_a_network_told_of_s():
+def test_tcf_s_is_equation_24_for_a_network_of_its_target_time():
     x_t = randn(4, 2)
     for t, s in [(999, 751), (499, 0)]:
         (a_t, s_t, l_t), (a_s, s_s, l_s) = at(t), at(s)
-        eps = told_eps(x_t, torch.full((4,), t), torch.full((4,), s))
+        eps = scalar_eps(x_t, torch.full((4,), t), torch.full((4,), s))
         F = (x_t - s_t * eps) / a_t
         expected = s_s / s_t * x_t - a_s * (math.exp(l_t - l_s) - 1) * F
-        assert torch.allclose(tcf_s(told_eps, x_t, t, s, SCHEDULE)[0], expected, rtol=1e-9)
+        assert torch.allclose(tcf_s(scalar_eps, x_t, t, s, SCHEDULE), expected, rtol=1e-9)
     # Sampling's end is training's last target to the network, and sigma = 0 to the integrator.
-    end, _ = tcf_s(told_eps, x_t, 499, CLEAN, SCHEDULE)
+    end = tcf_s(scalar_eps, x_t, 499, CLEAN, SCHEDULE)
     assert torch.allclose(end, F, rtol=1e-9)
     each = torch.tensor([751, 0, 20, 998])
-    rows, _ = tcf_s(told_eps, x_t, 999, each, SCHEDULE)
+    rows = tcf_s(scalar_eps, x_t, 999, each, SCHEDULE)
     for i, s in enumerate(each.tolist()):
-        alone, _ = tcf_s(told_eps, x_t[i : i + 1], 999, s, SCHEDULE)
+        alone = tcf_s(scalar_eps, x_t[i : i + 1], 999, s, SCHEDULE)
         assert torch.allclose(rows[i : i + 1], alone, rtol=1e-9)
 
 
@@ -137,10 +186,10 @@ def test_loss_is_algorithm_2_with_each_function(name, method):
 
     student, target, teacher = map(network, range(3))
     x_0, cond, null = randn(16, 2, 3), randn(16, 4, seed=5), torch.zeros(1, 4)
-    d = draw(targets_of(method, 50), x_0.shape, 0.3, 0.4, torch.Generator().manual_seed(1))
+    d = sample_step(targets_of(method, 50), x_0.shape, 0.3, 0.4, torch.Generator().manual_seed(1))
     w = 2 + 12 * torch.rand(16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     args = x_0, cond, null, d, w, SCHEDULE
-    loss = tdd_loss(student, target, teacher, *args, jump=TCF[name])
+    loss = tdd_loss(student, target, teacher, *args, jump=TCF[name]).loss
 
     def jump(model, x, t, s, c):
         if name == "2":
@@ -154,7 +203,7 @@ def test_loss_is_algorithm_2_with_each_function(name, method):
         t1, t0, tau = (int(v[i]) for v in (d.t_next, d.t_n, d.tau))
         x, c = ALPHA[t1 + 1] * x_0[i : i + 1] + SIGMA[t1 + 1] * d.noise[i : i + 1], cond[i : i + 1]
         (a_t, s_t, _), (a_s, s_s, _), time = at(t1), at(t0), torch.tensor([t1])
-        c = c if d.kept[i] else null
+        c = c if d.keep_prompt[i] else null
         eps = (1 + w[i]) * teacher(x, time, c) - w[i] * teacher(x, time, null)
         x_n = a_s * (x - s_t * eps) / a_t + s_s * eps
         apart = jump(student, x, t1, tau, c) - jump(target, x_n, t0, tau, c)

@@ -9,11 +9,11 @@ import torch
 from torch.distributions import Normal
 
 import tdm
-from sdxl.pipeline import null_of
+from sdxl.pipeline import null_condition
 from solvers import CLEAN, SOLVERS
 from tdd import equidistant
 from tests.helpers import ALPHA, MU, SCHEDULE, SIGMA, V, gaussian_eps, randn, toy_eps
-from tests.oracles import Theirs, example, matching, same_gradients
+from tests.oracles import Theirs, example, same_gradients, tiny_tdm
 
 # ------------------------------------------------------------------------- trajectories and draws
 
@@ -21,7 +21,7 @@ from tests.oracles import Theirs, example, matching, same_gradients
 def test_draws_take_every_step_alike_and_keep_their_intervals_apart():
     generator, seen, where = torch.Generator().manual_seed(0), {}, {}
     for _ in range(3000):
-        d = tdm.draw((1, 2, 4), (8, 2), 50, generator)
+        d = tdm.sample_step((1, 2, 4), (8, 2), 50, generator)
         t_next, t_m = d.stops[-2:]
         seen[d.K, t_m] = seen.get((d.K, t_m), 0) + 1
         where.setdefault((d.K, t_m), []).extend(d.tau.tolist())
@@ -45,19 +45,19 @@ def test_generation_is_the_solver_with_a_gradient_through_one_step(name):
     stops = [*equidistant(4, 50), CLEAN]
     for taken in range(1, 5):
         a = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-        d = tdm.Draws(4, stops[: taken + 1], randn(3, 2), torch.tensor([30]), randn(3, 2, seed=1))
+        d = tdm.StepSample(
+            4, stops[: taken + 1], randn(3, 2), torch.tensor([30]), randn(3, 2, seed=1)
+        )
         tau = torch.full((3,), stops[taken] + 30)
         d = tdm.replace(d, tau=tau)
         p = tdm.generate(lambda x, t, a=a: a * toy_eps(x, t), d, SCHEDULE, SOLVERS[name])
-        x, past = d.x_T, None
+        x, solver = d.x_T, SOLVERS[name]()
         for i in range(taken):
-            own = a.detach() if i < taken - 1 else a
+            factor = a.detach() if i < taken - 1 else a
             before, s = x, stops[i + 1]
-            x, past = SOLVERS[name](
-                lambda x, t, own=own: own * toy_eps(x, t), x, stops[i], s, SCHEDULE, past
+            x = solver(
+                lambda x, t, factor=factor: factor * toy_eps(x, t), x, stops[i], s, SCHEDULE
             )
-            if past is not None and i < taken - 1:
-                past = past[0].detach(), past[1]
         assert torch.allclose(p.x_m, x, rtol=1e-12)
         (grad,) = torch.autograd.grad(p.x_m.sum(), a, retain_graph=True)
         assert torch.allclose(grad, torch.autograd.grad(x.sum(), a)[0], rtol=1e-9)
@@ -71,7 +71,7 @@ def test_generation_is_the_solver_with_a_gradient_through_one_step(name):
 
 def test_matching_clean_samples_diffuses_the_prediction():
     stops = [999, 751, 499]
-    d = tdm.Draws(4, stops, randn(3, 2), torch.full((3,), 600), randn(3, 2, seed=1))
+    d = tdm.StepSample(4, stops, randn(3, 2), torch.full((3,), 600), randn(3, 2, seed=1))
     noisy, clean = (tdm.generate(toy_eps, d, SCHEDULE, clean=c) for c in (False, True))
     assert torch.equal(clean.x_m, noisy.x_hat) and clean.t_m == CLEAN
     expected = ALPHA[601] * noisy.x_hat + SIGMA[601] * d.noise
@@ -83,7 +83,7 @@ def test_matching_clean_samples_diffuses_the_prediction():
 
 
 def sample_of(d=(2, 3), n=5, t=751, t_m=499, tau=600, x_m=None):
-    draws = tdm.Draws(4, [t, t_m], randn(n, *d), torch.full((n,), tau), randn(n, *d, seed=1))
+    draws = tdm.StepSample(4, [t, t_m], randn(n, *d), torch.full((n,), tau), randn(n, *d, seed=1))
     return tdm.generate(toy_eps, draws, SCHEDULE)
 
 
@@ -117,7 +117,7 @@ def best_fake(K: int, m: int, tau: int, weight: str):
     """At points x_tau: the eps that minimises fake_loss, the exact one, that of diffused x^; p."""
     e = torch.linspace(-6, 6, 2001, dtype=torch.float64)[:, None]
     stops = [*equidistant(K, 50), CLEAN][: K - m + 1]
-    d = tdm.Draws(K, stops, e, torch.full((len(e),), tau), torch.zeros_like(e))
+    d = tdm.StepSample(K, stops, e, torch.full((len(e),), tau), torch.zeros_like(e))
     p = tdm.generate(mixture_eps, d, SCHEDULE)
     ratio, spread = (float(a.flatten()[0]) for a in p.bridge(SCHEDULE))
     prior, (a, s) = torch.exp(-(e[:, 0] ** 2) / 2), (ALPHA[tau + 1], SIGMA[tau + 1])
@@ -208,7 +208,7 @@ def gradients(loss, t, t_m, tau):
     """The gradient that student_loss gives with the exact fake score, and (mean, var) by theta."""
     theta = torch.tensor([M, S2], dtype=torch.float64, requires_grad=True)
     x_T, noise, weight = gauss_hermite()
-    d = tdm.Draws(4, [t, t_m], x_T, torch.full((len(x_T),), tau), noise)
+    d = tdm.StepSample(4, [t, t_m], x_T, torch.full((len(x_T),), tau), noise)
     p = tdm.generate(student_of(theta), d, SCHEDULE)
     mean, var = diffused(theta.detach(), t, t_m, tau)
 
@@ -288,24 +288,24 @@ def test_equation_6_with_and_without_dmds_normaliser():
 # ------------------------------------------------------------------------------- SDXL's networks
 
 STEPS = [
-    # Ks, told, weight, loss, solver
-    ((4,), "", "density", "huber", "ddim"), ((1, 2, 4), "K", "exact", "l2", "ddim"),
-    ((2, 4), "K", "none", "fisher", "ddim"), ((4,), "", "mean", "dmd", "dpm++2m"),
+    # Ks, scalar, weight, loss, solver
+    ((4,), "", "density", "huber", "ddim"), ((1, 2, 4), "num_steps", "exact", "l2", "ddim"),
+    ((2, 4), "num_steps", "none", "fisher", "ddim"), ((4,), "", "mean", "dmd", "dpm++2m"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("Ks, told, weight, loss, solver", STEPS)
-def test_step_is_algorithm_1_over_diffusers(Ks, told, weight, loss, solver, folder):
+@pytest.mark.parametrize("Ks, scalar, weight, loss, solver", STEPS)
+def test_step_is_algorithm_1_over_diffusers(Ks, scalar, weight, loss, solver, folder):
     """Both losses and every gradient of both LoRAs, with peft's adapters in the place of ours."""
-    settings = {"w": 2.5, "weight": weight, "loss": loss, "solver": SOLVERS[solver]}
-    nets = matching(folder, told, Ks=Ks, **settings)
+    settings = {"w": 2.5, "fake_weight": weight, "loss": loss, "make_solver": SOLVERS[solver]}
+    nets = tiny_tdm(folder, scalar, Ks=Ks, **settings)
     nets.base.checkpoint_blocks(loss == "fisher")
     loras = {"student": nets.lora, "fake": nets.fake_lora}
     theirs = Theirs(folder, loras, 4, 2.0, torch.float64)
     _, cond = example(2)
-    null = null_of(cond)
+    null = null_condition(cond)
     for seed in range(3):
-        d = nets.draw((2, 4, 8, 8), torch.Generator().manual_seed(seed), "cpu")
+        d = nets.sample((2, 4, 8, 8), torch.Generator().manual_seed(seed), "cpu")
         found = nets.losses(cond, null, d)
         found["total"].backward()
         expected = [by_hand(theirs, cond, d, i, weight, loss, solver) for i in range(2)]

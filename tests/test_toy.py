@@ -14,8 +14,9 @@ from torch import nn
 import tdm
 import train_toy
 from common import compare
+from common.plots import CLASS_COLOURS
 from tests import helpers
-from tests.helpers import SCHEDULE, SIGMA, randn, readme_table
+from tests.helpers import SCHEDULE, SIGMA, randn, read_table
 from toy import data as toy_data
 from toy import evaluate as toy_eval
 from toy import model, students
@@ -25,45 +26,47 @@ from unet import timestep_embedding
 # -------------------------------------------------------------------------------------- the toy
 
 
-def test_ensemble_members_are_separate_mlps():
-    ensemble = model.Ensemble.fresh(3, SCHEDULE, torch.Generator().manual_seed(0), width=8)
-    for p in ensemble.parameters():
+def test_members_of_a_batched_mlp_are_separate_mlps():
+    batched = model.BatchedMLP.init(3, SCHEDULE, torch.Generator().manual_seed(0), width=8)
+    for p in batched.parameters():
         p.data = randn(*p.shape, seed=p.numel(), dtype=torch.float32)
     x_t, t, cond = randn(12, 2).float(), torch.arange(12) * 83, randn(12, 4, seed=2).float()
-    together = ensemble(x_t, t, cond)
+    together = batched(x_t, t, cond)
     for row in range(12):
         m, (time,) = row % 3, t[row : row + 1].tolist()
         h = torch.cat([x_t[row], timestep_embedding(t[row : row + 1], 32)[0], cond[row]])
         for i in range(4):
-            h = (h if i == 0 else h * h.sigmoid()) @ ensemble.weight[i][m] + ensemble.bias[i][m, 0]
+            h = (h if i == 0 else h * h.sigmoid()) @ batched.weight[i][m] + batched.bias[i][m, 0]
         expected = SIGMA[time + 1] * x_t[row] + h
         assert torch.allclose(together[row], expected, atol=1e-4)
-    swapped = ensemble.pick([2, 0, 1, 1])(x_t, t, cond)
-    assert torch.allclose(swapped[0], ensemble.pick([2])(x_t[:1], t[:1], cond[:1])[0], atol=1e-5)
+    swapped = batched.select([2, 0, 1, 1])(x_t, t, cond)
+    assert torch.allclose(swapped[0], batched.select([2])(x_t[:1], t[:1], cond[:1])[0], atol=1e-5)
 
 
-def test_a_network_that_is_told_begins_as_it_was_and_learns_to_listen():
-    plain = model.Ensemble.fresh(2, SCHEDULE, torch.Generator().manual_seed(0), width=8)
+def test_a_scalar_input_has_no_effect_at_first_and_weights_of_its_own():
+    plain = model.BatchedMLP.init(2, SCHEDULE, torch.Generator().manual_seed(0), width=8)
     for p in plain.parameters():
         p.data = randn(*p.shape, seed=p.numel(), dtype=torch.float32)
     x_t, t, cond = randn(6, 2).float(), torch.arange(6) * 160, randn(6, 4, seed=2).float()
-    told, s = plain.telling("s"), torch.arange(6) * 70
-    assert torch.allclose(told(x_t, t, cond, s), plain(x_t, t, cond), atol=1e-5)
-    told.weight[0].data[:, -32:] = randn(2, 32, 8, seed=9).float()
-    own = timestep_embedding(s, 32)
+    network, s = plain.with_scalar("target_time"), torch.arange(6) * 70
+    assert network.scalar == "target_time" and network.select([0]).scalar == "target_time"
+    assert torch.allclose(network(x_t, t, cond, s), plain(x_t, t, cond), atol=1e-5)
+    network.weight[0].data[:, -32:] = randn(2, 32, 8, seed=9).float()
+    s_embedding = timestep_embedding(s, 32)
     for row in range(6):
         m = row % 2
-        h = torch.cat([x_t[row], timestep_embedding(t[row : row + 1], 32)[0], cond[row], own[row]])
+        t_embedding = timestep_embedding(t[row : row + 1], 32)[0]
+        h = torch.cat([x_t[row], t_embedding, cond[row], s_embedding[row]])
         for i in range(4):
-            h = (h if i == 0 else h * h.sigmoid()) @ told.weight[i][m] + told.bias[i][m, 0]
+            h = (h if i == 0 else h * h.sigmoid()) @ network.weight[i][m] + network.bias[i][m, 0]
         expected = SIGMA[int(t[row]) + 1] * x_t[row] + h
-        assert torch.allclose(told(x_t, t, cond, s)[row], expected, atol=1e-4)
+        assert torch.allclose(network(x_t, t, cond, s)[row], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", toy_data.DATA)
 def test_data_is_standardised_and_classes_lie_where_they_should(name):
     data = toy_data.Data(name)
-    x, label = data.draw(20_000, torch.Generator().manual_seed(1))
+    x, label = data.sample(20_000, torch.Generator().manual_seed(1))
     assert torch.allclose(x.mean(0), torch.zeros(2), atol=0.03)
     assert torch.allclose(x.std(0), torch.ones(2), atol=0.02)
     assert torch.bincount(label).float().std() < 200
@@ -103,7 +106,7 @@ run_script = partial(helpers.run, train_toy)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--kmin", 9, "--kmax", 4], "kmin 9 to kmax 4"),
         (["--kmax", 51], "to kmax 51"),
@@ -126,13 +129,13 @@ run_script = partial(helpers.run, train_toy)
         (["--what"], "--what"),
     ],
 )
-def test_bad_flags_are_refused_in_one_line(words, said, monkeypatch, capsys, tmp_path):
+def test_bad_flags_are_refused_in_one_line(words, message, monkeypatch, capsys, tmp_path):
     (tmp_path / "FILE").write_text("in the way")
     output = [] if "--output" in words else ["--output", tmp_path / "out"]
     words = [str(word).replace("FILE", str(tmp_path / "FILE")) for word in words]
     code, _, err = run_script(monkeypatch, capsys, "--quick", *words, *output)
     assert code == 2
-    assert said in err
+    assert message in err
     assert err.startswith("train_toy.py: ")
     assert err.count("\n") == 1
 
@@ -195,50 +198,58 @@ def test_ablations_are_of_the_networks_that_the_tables_are_of(monkeypatch, capsy
     code, out, err = run_script(monkeypatch, capsys, *words, "--output", tmp_path)
     assert code == 0, err
     result, per_seed = load_rows(tmp_path / "metrics.json")
-    found = {(row["name"], row["k"]): row["per_seed"] for row in result["ablations"]}
-    assert len(found) == len(result["ablations"]) and np.isfinite(list(found.values())).all()
+    ablations = {(row["name"], row["k"]): row["per_seed"] for row in result["ablations"]}
+    assert (
+        len(ablations) == len(result["ablations"]) and np.isfinite(list(ablations.values())).all()
+    )
     for name, method in (("not unified: TDM-4", "tdm4"), ("LCM", "cm"), ("TDM-unify", "tdm_unify")):
-        assert found[name, 4] == pytest.approx(per_seed(method, [4], "sw"), rel=1e-5)
-        assert f"{found[name, 4][0]:.3f}" in next(x for x in out.splitlines() if name in x)
+        assert ablations[name, 4] == pytest.approx(per_seed(method, [4], "sw"), rel=1e-5)
+        assert f"{ablations[name, 4][0]:.3f}" in next(x for x in out.splitlines() if name in x)
     # 100 steps of TDM on an LCM that has hardly been trained lead elsewhere.
-    assert found["LCM and 100 steps of TDM", 4] != pytest.approx(found["LCM", 4], rel=0.05)
+    assert ablations["LCM and 100 steps of TDM", 4] != pytest.approx(ablations["LCM", 4], rel=0.05)
 
 
 @pytest.mark.parametrize("together", [False, True])
 def test_tdm_takes_the_fake_scores_step_first(together):
     """Its Algorithm 1, lines 3-13, with Adam's first step by hand: no momentum, a rate for each."""
-    args = train_toy.parser().parse_args(["--seeds", "1", "--batch-size", "64", "--lr", "0.05"])
-    teacher = model.Ensemble.fresh(1, SCHEDULE, torch.Generator().manual_seed(5), width=8)
+    words = ["--seeds", "1", "--batch-size", "64", "--lr", "0.05"]
+    config = train_toy.build_config(train_toy.parser().parse_args(words))
+    teacher = model.BatchedMLP.init(1, SCHEDULE, torch.Generator().manual_seed(5), width=8)
     for p in teacher.parameters():
         p.data = 0.3 * randn(*p.shape, seed=p.numel(), dtype=torch.float32)
-    m = replace(toy_tdm.MATCHED["tdm4"], together=together, w=2.0)
-    result = toy_tdm.train_matched(args, m, teacher, SCHEDULE, steps=1)
-    student, fake = teacher.pick([0]), teacher.pick([0])
-    generator = torch.Generator().manual_seed(args.seed + 2)
+    m = replace(toy_tdm.TDM_STUDENTS["tdm4"], together=together, w=2.0)
+    result = toy_tdm.train_tdm(config, m, teacher, SCHEDULE, steps=1)
+    student, fake = teacher.select([0]), teacher.select([0])
+    generator = torch.Generator().manual_seed(config.seed + 2)
     cond = toy_data.one_hot(torch.randint(toy_data.CLASSES, (64,), generator=generator))
-    d, of = tdm.draw((4,), (64, 2), 50, generator), lambda net: lambda x, t: net(x, t, cond)
+    sample = tdm.sample_step((4,), (64, 2), 50, generator)
+
+    def eps(network):
+        return lambda x, t: network(x, t, cond)
 
     def step(network, loss, lr):
         parameters = list(network.parameters())
-        moved = network.pick([0])
+        moved = network.select([0])
         grads = torch.autograd.grad(loss, parameters, retain_graph=True)
         for new, p, g in zip(moved.parameters(), parameters, grads, strict=True):
             new.data = p.data - lr * g / (g.abs() + 1e-8)
         return moved
 
-    p = tdm.generate(of(student.requires_grad_()), d, SCHEDULE)
-    of_fake = tdm.fake_loss(of(fake.requires_grad_()), p.detach(), SCHEDULE, "exact").mean()
-    moved = step(fake, of_fake, 2.0 * 0.05)
+    p = tdm.generate(eps(student.requires_grad_()), sample, SCHEDULE)
+    fake_loss = tdm.fake_loss(eps(fake.requires_grad_()), p.detach(), SCHEDULE, "exact").mean()
+    moved = step(fake, fake_loss, 2.0 * 0.05)
     real = lambda x, t: 3 * teacher(x, t, cond) - 2 * teacher(x, t, 0 * cond)  # noqa: E731
-    want, other = (
-        step(student, tdm.student_loss(real, of(net), p, SCHEDULE).mean(), 0.2 * 0.05)
-        for net in ((fake, moved) if together else (moved, fake))
-    )
-    got, want, wrong = (
-        nn.utils.parameters_to_vector(x.parameters()) for x in (result, want, other)
-    )
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
-    assert not torch.allclose(got, wrong, rtol=1e-3, atol=1e-3)
+
+    def student_after(fake):
+        loss = tdm.student_loss(real, eps(fake), p, SCHEDULE).mean()
+        return nn.utils.parameters_to_vector(step(student, loss, 0.2 * 0.05).parameters())
+
+    expected, wrong = student_after(moved), student_after(fake)
+    if together:
+        expected, wrong = wrong, expected
+    weights = nn.utils.parameters_to_vector(result.parameters())
+    torch.testing.assert_close(weights, expected, rtol=1e-4, atol=2e-5)
+    assert not torch.allclose(weights, wrong, rtol=1e-3, atol=1e-3)
 
 
 def load_rows(path):
@@ -252,24 +263,25 @@ def load_rows(path):
         w = result["settings"]["guidance"] - 1 if method == "teacher" else 0.0
         plain = {"variant": "", "gamma": 0.0, "schedule": "equidistant", "w": w, "tune": None,
                  "clip_steps": 0, "method": method, "metric": metric}  # fmt: skip
-        wanted = {**plain, **case}
-        found = [r for r in result["rows"] if wanted.items() <= r.items() and r["k"] in ks]
-        assert len(found) == len(ks)
-        return np.mean([row["per_seed"] for row in found], axis=0)
+        match = {**plain, **case}
+        rows = [r for r in result["rows"] if match.items() <= r.items() and r["k"] in ks]
+        assert len(rows) == len(ks)
+        return np.mean([row["per_seed"] for row in rows], axis=0)
 
     return result, per_seed
 
 
 def test_quick_run_end_to_end(monkeypatch, capsys, tmp_path):
     """The whole script; even 500 steps put TDD well below CM, and below the 4-step teacher."""
-    code, _, err = run_script(monkeypatch, capsys, "--quick", "--output", tmp_path)
+    code, out, err = run_script(monkeypatch, capsys, "--quick", "--output", tmp_path)
     assert code == 0, err
+    assert "g = 3, the paper's w' = g - 1 = 2" in out
     result, rmse = load_rows(tmp_path / "metrics.json")
-    told = {"tcd2", "tcds", "tdd2", "tdds"}
-    assert {row["method"] for row in result["rows"]} == {"teacher", *students.STUDENTS, *told}
+    with_tcf = {"tcd2", "tcds", "tdd2", "tdds"}
+    assert {row["method"] for row in result["rows"]} == {"teacher", *students.STUDENTS, *with_tcf}
     assert rmse("tdd") < 0.7 * rmse("cm")
     assert rmse("tdd", [4]) < rmse("teacher", [4])
-    # Even these few steps teach TDM-unify to sample in one, and a TDD that is told s more than TDD.
+    # Even these few steps teach TDM-unify to sample in one, and TDD with s as input beats TDD.
     assert rmse("tdm_unify", [1], "sw") < 0.5 * rmse("teacher", [1], "sw")
     assert rmse("tdds", [8]) < 0.8 * rmse("tdd", [8])
     for floor in result["noise_floor"]["sw"].values():
@@ -283,10 +295,22 @@ def test_quick_run_end_to_end(monkeypatch, capsys, tmp_path):
         picture = np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
         coloured = (picture.max(2) - picture.min(2) > 60).mean()
         assert 0.01 < coloured < 0.5, name
+    movie = Image.open(tmp_path / "paths.gif")
+    assert movie.size[0] == 1000 and (tmp_path / "paths.gif").stat().st_size < 2e6
+    seconds = 0
+    for i in range(movie.n_frames):
+        movie.seek(i)
+        seconds += movie.info["duration"] / 1000
+    assert 4 < seconds < 10
+    last = np.asarray(movie.convert("RGB")).astype(int)
+    for colour in CLASS_COLOURS:
+        # Every panel ends with samples of every class.
+        close = np.abs(last - colour).max(2) < 12
+        assert all(part.sum() > 100 for part in np.array_split(close, 5, axis=1))
 
 
 def test_measured_default_run_meets_its_claims():
-    """The figures behind the README, in every seed; docs/toy.json is the run's metrics.json."""
+    """The figures behind the docs, in every seed; docs/toy.json is the run's metrics.json."""
     result, rmse = load_rows(Path(__file__).parent.parent / "docs" / "toy.json")
     defaults = vars(train_toy.parser().parse_args([]))
     # The ablations change nothing of the rest.
@@ -308,10 +332,10 @@ def test_measured_default_run_meets_its_claims():
         assert (rmse("tdd", [k], schedule="nonequidistant") <= 0.90 * rmse("tdd", [k])).all()
 
 
-def test_measured_run_of_the_family_is_what_the_readme_says():
-    """In every seed; the claims that do not hold are in the README, and here as well."""
+def test_measured_run_of_the_family_is_what_the_docs_say():
+    """In every seed; the claims that do not hold are in the docs, and here as well."""
     result, rmse = load_rows(Path(__file__).parent.parent / "docs" / "toy.json")
-    # Told where it lands, the network no longer has to compromise: flat over k, TCD as well.
+    # With the target time as input the network has no compromise to make: flat over k, TCD as well.
     assert (rmse("tdd", [8]) >= 1.5 * rmse("tdd", [4])).all()
     assert (rmse("tdds", [8]) <= rmse("tdds", [4])).all()
     assert (rmse("tdds") <= 0.65 * rmse("tdd")).all() and (rmse("tdds") <= 0.09).all()
@@ -321,18 +345,18 @@ def test_measured_run_of_the_family_is_what_the_readme_says():
     # TDM against TDD in distribution, at no more passes: TDD is nearer.
     assert (rmse("tdm4", [4], "sw") >= 1.8 * rmse("tdd", [4], "sw")).all()
     assert (rmse("tdm4", [4], "sw") <= 0.70 * rmse("teacher", [4], "sw")).all()
-    found = {(row["name"], row["k"]): np.array(row["per_seed"]) for row in result["ablations"]}
-    unify, plain = ([found[name, k] for k in (1, 2)] for name in ("TDM-unify", "not told K"))
+    ablations = {(row["name"], row["k"]): np.array(row["per_seed"]) for row in result["ablations"]}
+    unify, plain = ([ablations[name, k] for k in (1, 2)] for name in ("TDM-unify", "not told K"))
     assert (np.array(unify) < plain).all()
     surrogate = "no surrogate (Eq. 6, DMD's normaliser)"
-    assert (found["TDM-unify", 1] < found[surrogate, 1]).all()
-    assert (found["TDM-unify", 1] < 0.4 * found["not unified: TDM-4", 1]).all()
-    paper, none = (found[f"weight: {x}", 4] for x in ("the paper's density ratio", "none"))
+    assert (ablations["TDM-unify", 1] < ablations[surrogate, 1]).all()
+    assert (ablations["TDM-unify", 1] < 0.4 * ablations["not unified: TDM-4", 1]).all()
+    paper, none = (ablations[f"weight: {x}", 4] for x in ("the paper's density ratio", "none"))
     assert (paper > 2 * none).all()
-    assert (found["LCM and 100 steps of TDM", 4] < 0.75 * found["LCM", 4]).all()
+    assert (ablations["LCM and 100 steps of TDM", 4] < 0.75 * ablations["LCM", 4]).all()
 
 
-def test_the_readmes_tables_are_the_measured_run():
+def test_the_tables_are_the_measured_run():
     result, per_seed = load_rows(Path(__file__).parent.parent / "docs" / "toy.json")
     ks = (1, 2, 4, 5, 6, 7, 8)
 
@@ -346,32 +370,38 @@ def test_the_readmes_tables_are_the_measured_run():
     names = {"teacher, guided DDIM": "teacher", "CM / LCM": "cm", "PCM-4": "pcm4", "PCM-8": "pcm8",
              "TCD / CTM": "tcd", "TDD": "tdd", "TDD, eta = 0": "tdd_eta0"}  # fmt: skip
     for gamma, after in ((0.0, "Distance (rmse) to where"), (0.2, "The same with gamma = 0.2")):
-        found = readme_table(after)
+        table = read_table("docs/results-2d.md", after)
         for name, method in names.items():
             values = [per_seed(method, [k], gamma=gamma) for k in ks]
-            same(found.pop(name), values, spread=gamma == 0)
-        (other,) = found.values()
+            same(table.pop(name), values, spread=gamma == 0)
+        (other,) = table.values()
         more = {"gamma": gamma, "schedule": "nonequidistant"}
         same(other[3:6], [per_seed("tdd", [k], **more) for k in (5, 6, 7)])
-    found = readme_table("**TCF on the spirals**")
+    table = read_table("README.md", "## The 2-D result")
+    assert len(table) == 5
+    for name, cells in table.items():
+        same(cells, [per_seed(names[name], [k]) for k in (4, 5, 6, 7, 8)])
+    siblings = "docs/tcd-and-tdm.md"
+    table = read_table(siblings, "**TCF on the spirals**")
     for family in ("tcd", "tdd"):
         for function, tail in (("1", ""), ("2", "2"), ("S+", "s")):
-            cells = found.pop(f"{family.upper()}, TCF({function})")
+            cells = table.pop(f"{family.upper()}, TCF({function})")
             same(cells, [per_seed(family + tail, [k]) for k in ks])
-    assert not found
-    found = readme_table("**TDM on the spirals**")
+    assert not table
+    table = read_table(siblings, "**TDM on the spirals**")
     plain, _ = load_rows(Path(__file__).parent.parent / "docs" / "toy_unguided.json")
     names |= {"teacher": "teacher", "TDM-4": "tdm4", "TDM-unify (1, 2, 4)": "tdm_unify"}
-    for name, cells in found.items():
+    for name, cells in table.items():
         same(cells[:4], [per_seed(names[name], [k], "sw") for k in (1, 2, 4, 8)])
         for k, cell in zip((1, 2, 4, 8), cells[5:], strict=True):
-            wanted = {"method": names[name], "k": k, "gamma": 0.0, "metric": "sw", "w": 0.0,
+            fields = {"method": names[name], "k": k, "gamma": 0.0, "metric": "sw", "w": 0.0,
                       "variant": "", "schedule": "equidistant", "clip_steps": 0}  # fmt: skip
-            (row,) = [row for row in plain["rows"] if wanted.items() <= row.items()]
+            (row,) = [row for row in plain["rows"] if fields.items() <= row.items()]
             same([cell], [row["per_seed"]])
     rows = {(row["name"], row["k"]): row["per_seed"] for row in result["ablations"]}
-    found = readme_table("**TDM's ablations**")
-    own = {
+    table = read_table(siblings, "**TDM's ablations**")
+    row_names = {
+        "without the input K": "not told K",
         "TDM-4, the paper's importance weight": "weight: the paper's density ratio",
         "TDM-4, its 1/d-th power (the published code)": "weight: its 1/d-th power",
         "TDM-4, no weight": "weight: none",
@@ -386,6 +416,6 @@ def test_the_readmes_tables_are_the_measured_run():
             "trained with dpm++2m, sampled with ddim",
         "LCM, sampled deterministically": "LCM",
     }  # fmt: skip
-    for name, cells in found.items():
-        name, ks = own.get(name, name), [k for k, cell in zip((1, 2, 4), cells) if cell]
+    for name, cells in table.items():
+        name, ks = row_names.get(name, name), [k for k, cell in zip((1, 2, 4), cells) if cell]
         same(filter(None, cells[:3]), [rows[name, k] for k in ks], True)

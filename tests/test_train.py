@@ -16,15 +16,25 @@ import train_sdxl
 from common import files
 from sdxl import load, pipeline
 from sdxl.lora import LoRA
-from sdxl.pipeline import null_of
+from sdxl.pipeline import null_condition
 from tcd import TCF
-from tdd import Draws, jumps, pseudo_huber, squared_l2, targets_of
+from tdd import StepSample, pseudo_huber, squared_l2, targets_of, tdd_loss
 from tests.helpers import ALPHA, SCHEDULE
-from tests.oracles import Theirs, drawn, example, matching, own_draws, same_gradients, tiny, weights
+from tests.oracles import (
+    Theirs,
+    drawn,
+    example,
+    reference_draws,
+    same_gradients,
+    tiny_tdd,
+    tiny_tdm,
+    weights,
+)
 from training import build, loop
 from training.adversarial import noised_times
+from training.log import draw_loss
 
-# ------------------------------------------------------------- Algorithm 1 over diffusers' UNet
+# ----------------------------------------------------------------- Algorithm 1 over diffusers' UNet
 #
 # Everything the step does is done here by other means: diffusers' UNet with peft's adapters instead
 # of our LoRA layers, targets found by trying every fraction, one example and one pass at a time.
@@ -47,19 +57,21 @@ DISTANCES = {
 @pytest.mark.parametrize("method, tcf, eta, rho, mu, distance, checkpointing", CASES)
 def test_step_is_algorithm_1(method, tcf, eta, rho, mu, distance, checkpointing, folder):
     """Loss to 1e-6 and every gradient to 1e-5: methods, TCF(S+), offsets, drops and EMA."""
-    settings = {"targets": targets_of(method, 50), "jump": TCF[tcf], "told": tcf.strip("1")}
-    nets = tiny(folder, **settings, eta=eta, rho=rho, mu=mu, distance=distance)
+    scalar = "target_time" if tcf == "s" else ""
+    settings = {"targets": targets_of(method, 50), "jump": TCF[tcf]}
+    nets = tiny_tdd(folder, **settings, scalar=scalar, eta=eta, rho=rho, mu=mu, distance=distance)
     nets.base.checkpoint_blocks(checkpointing)
     if mu:  # a moving average that has fallen behind the student
-        for p in nets.target.parameters():
+        for p in nets.target_net.parameters():
             p.mul_(0.5)
     x_0, cond = example()
-    rows, noise = own_draws(method, 50, 4, x_0.shape, eta, rho, torch.Generator().manual_seed(7))
-    loras = {"student": nets.lora} | ({"target": nets.target.lora} if mu else {})
+    generator = torch.Generator().manual_seed(7)
+    rows, noise = reference_draws(method, 50, 4, x_0.shape, eta, rho, generator)
+    loras = {"student": nets.lora} | ({"target": nets.target_net.lora} if mu else {})
     theirs = Theirs(folder, loras, 4, 2.0, torch.float64)
     adapter = "target" if mu else "student"
     expected = theirs.loss(x_0, cond, rows, noise, 3.5, adapter, DISTANCES[distance])
-    found = nets.losses(x_0, cond, null_of(cond), drawn(nets, x_0, 7))
+    found = nets.losses(x_0, cond, null_condition(cond), drawn(nets, x_0, 7))
     found["total"].backward()
     assert found["loss"].item() == pytest.approx(expected, rel=1e-6)
     same_gradients(nets.lora, theirs, "student")
@@ -69,43 +81,46 @@ def test_step_is_algorithm_1(method, tcf, eta, rho, mu, distance, checkpointing,
 def test_told_of_nothing_yet_it_is_the_student_without(folder):
     """TCF(S+) begins as TCF(1): the same bits from a network with a fresh embedding."""
     (x_0, cond), t = example(), torch.tensor([999, 500, 20, 751])
-    plain, knowing = tiny(folder), tiny(folder, told="s")
-    fresh = LoRA.fresh(knowing.base, 4, 2.0, torch.Generator().manual_seed(0), "s")
-    knowing.lora.told.load_state_dict(fresh.told.state_dict())
+    plain, knowing = tiny_tdd(folder), tiny_tdd(folder, scalar="target_time")
+    fresh = LoRA.init(knowing.base, 4, 2.0, torch.Generator().manual_seed(0), "target_time")
+    knowing.lora.scalar_embedding.load_state_dict(fresh.scalar_embedding.state_dict())
     for s in (torch.zeros(4), torch.tensor([751, 0, 0, 499])):
         assert torch.equal(knowing.student(x_0, t, cond, s), plain.student(x_0, t, cond))
-    busy_one = tiny(folder, told="s").student
+    busy_one = tiny_tdd(folder, scalar="target_time").student
     assert not torch.allclose(busy_one(x_0, t, cond, s), busy_one(x_0, t, cond, s + 100), rtol=1e-3)
 
 
 def test_passes_of_a_step(folder):
     """One of the teacher, with the unconditional one for kept prompts only; target; student."""
-    nets, (x_0, cond), passes = tiny(folder, rho=0.5), example(8), []
+    nets, (x_0, cond), passes = tiny_tdd(folder, rho=0.5), example(8), []
     nets.base.conv_in.register_forward_hook(lambda m, inputs, out: passes.append(len(inputs[0])))
     for seed in range(3):
-        rows, _ = own_draws("tdd", 50, 8, (8, 1), 0.3, 0.5, torch.Generator().manual_seed(seed))
-        nets.losses(x_0, cond, null_of(cond), drawn(nets, x_0, seed))
+        generator = torch.Generator().manual_seed(seed)
+        rows, _ = reference_draws("tdd", 50, 8, (8, 1), 0.3, 0.5, generator)
+        nets.losses(x_0, cond, null_condition(cond), drawn(nets, x_0, seed))
         assert passes[-3:] == [8 + sum(kept for *_, kept in rows), 8, 8]
     assert len(passes) == 9
 
 
 def test_guidance_range(folder):
     """w' ~ U[2, 14], an example at a time: the mean of each alone at its own w'."""
-    nets = tiny(folder, w=(2.0, 14.0))
+    nets = tiny_tdd(folder, w=(2.0, 14.0))
     w = torch.cat(
-        [nets.draw((50, 1), torch.Generator().manual_seed(i), "cpu").w for i in range(40)]
+        [nets.sample((50, 1), torch.Generator().manual_seed(i), "cpu").w for i in range(40)]
     )
     assert 2 <= w.min() < 2.1 and 13.9 < w.max() <= 14
     assert w.mean().item() == pytest.approx(8, abs=0.25)
     x_0, cond = example()
     d, alone = drawn(nets, x_0, 1), []
     for i in range(len(x_0)):
-        rows = {k: v[i : i + 1] for k, v in vars(d.tdd).items() if k != "rows"}
-        part = Draws(**rows, rows=rows["kept"].nonzero()[:, 0])
+        rows = {k: v[i : i + 1] for k, v in vars(d.step).items() if k != "guided_rows"}
+        part = StepSample(**rows, guided_rows=rows["keep_prompt"].nonzero()[:, 0])
         c = {k: v[i : i + 1] for k, v in cond.items()}
-        one = nets.losses(x_0[i : i + 1], c, null_of(c), replace(d, tdd=part, w=float(d.w[i])))
+        one = nets.losses(
+            x_0[i : i + 1], c, null_condition(c), replace(d, step=part, w=float(d.w[i]))
+        )
         alone.append(one["loss"].item())
-    together = nets.losses(x_0, cond, null_of(cond), d)["loss"].item()
+    together = nets.losses(x_0, cond, null_condition(cond), d)["loss"].item()
     assert together == pytest.approx(sum(alone) / len(alone), rel=1e-6)
 
 
@@ -116,7 +131,8 @@ def test_optimizers_are_the_papers(folder):
         given = ["--model", folder, "--data", folder, *words]
         args = train_sdxl.parser().parse_args(list(map(str, given)))
         train_sdxl.check_method(args)
-        groups = {k: o.param_groups for k, o in build.optimizers_of(args, nets).items()}
+        optimizers = build.build_optimizers(train_sdxl.build_config(args), nets)
+        groups = {k: o.param_groups for k, o in optimizers.items()}
         assert all(len(g) == 1 for g in groups.values())
         return {k: (g["lr"], g["betas"], g["weight_decay"], list(map(id, g["params"])))
                 for k, (g,) in groups.items()}  # fmt: skip
@@ -124,7 +140,7 @@ def test_optimizers_are_the_papers(folder):
     def own(module):
         return [id(p) for p in module.parameters()]
 
-    tdm, adversarial = matching(folder), tiny(folder, adversary=True)
+    tdm, adversarial = tiny_tdm(folder), tiny_tdd(folder, discriminator=True)
     words = ["--method", "tdm", "--lr", 2e-6, "--weight-decay", 0.01]
     assert found(tdm, *words) == {
         "adam": (2e-6, (0.0, 0.999), 0.01, own(tdm.student)),
@@ -132,27 +148,27 @@ def test_optimizers_are_the_papers(folder):
     }
     assert found(adversarial, "--adv") == {
         "adam": (1e-6, (0.9, 0.999), 0.0, own(adversarial.student)),
-        "adam_heads": (1e-5, (0.0, 0.999), 0.0, own(adversarial.adversary.heads)),
+        "adam_heads": (1e-5, (0.0, 0.999), 0.0, own(adversarial.discriminator.heads)),
     }
 
 
 def test_ema_and_what_is_exported(folder):
     """Line 18 by hand; what is written out is the moving average where there is one."""
-    nets = tiny(folder, mu=0.9)
-    before = [p.clone() for p in nets.target.parameters()]
+    nets = tiny_tdd(folder, mu=0.9)
+    before = [p.clone() for p in nets.target_net.parameters()]
     with torch.no_grad():
         for p in nets.student.parameters():
             p.add_(1.0)
     nets.after_step()
-    for old, new, now in zip(before, nets.student.parameters(), nets.target.parameters()):
+    for old, new, now in zip(before, nets.student.parameters(), nets.target_net.parameters()):
         assert torch.allclose(now, 0.9 * old + 0.1 * new)
-    assert nets.result is nets.target is not nets.student
-    assert tiny(folder).result.lora is not None and not tiny(folder).algorithm.mu
+    assert nets.result is nets.target_net is not nets.student
+    assert tiny_tdd(folder).result.lora is not None and not tiny_tdd(folder).config.mu
 
 
 def test_training_leaves_the_teacher_alone(folder):
     """Bit-identical output and weights of the base before and after; it never has a gradient."""
-    nets = tiny(folder, torch.float32)
+    nets = tiny_tdd(folder, torch.float32)
     x_0, cond = example(2, torch.float32)
     t = torch.tensor([751, 3])
     before = {k: v.clone() for k, v in nets.base.state_dict().items()}
@@ -160,7 +176,7 @@ def test_training_leaves_the_teacher_alone(folder):
     assert torch.equal(nets.teacher(x_0, t, cond), plain)
     optimizer = torch.optim.AdamW(nets.student.parameters(), 1e-2)
     for i in range(3):
-        nets.losses(x_0, cond, null_of(cond), drawn(nets, x_0, i))["total"].backward()
+        nets.losses(x_0, cond, null_condition(cond), drawn(nets, x_0, i))["total"].backward()
         optimizer.step()
         optimizer.zero_grad()
     assert torch.equal(nets.teacher(x_0, t, cond), plain)
@@ -171,15 +187,15 @@ def test_training_leaves_the_teacher_alone(folder):
 
 def test_compiled_blocks_are_the_same_and_stay_compiled(folder):
     """Loss and gradients of compiled blocks; another number of guided examples compiles nothing."""
-    nets, (x_0, cond) = tiny(folder, torch.float32), example(4, torch.float32)
+    nets, (x_0, cond) = tiny_tdd(folder, torch.float32), example(4, torch.float32)
     nets.base.checkpoint_blocks()
 
     def step(seed):
-        found = nets.losses(x_0, cond, null_of(cond), drawn(nets, x_0, seed))
+        found = nets.losses(x_0, cond, null_condition(cond), drawn(nets, x_0, seed))
         return found["loss"].item(), torch.autograd.grad(found["total"], nets.student.parameters())
 
     eager = [step(seed) for seed in (0, 1)]
-    guided = [len(drawn(nets, x_0, seed).tdd.rows) for seed in (0, 1)]
+    guided = [len(drawn(nets, x_0, seed).step.guided_rows) for seed in (0, 1)]
     pipeline.compile_blocks(nets.base, backend="aot_eager")
     graphs = []
     for seed, (loss, gradients) in enumerate(eager):
@@ -193,14 +209,14 @@ def test_compiled_blocks_are_the_same_and_stay_compiled(folder):
 
 def test_it_learns(folder):
     """One batch, fixed draws, the target network held (mu = 1): the loss falls by 100 and more."""
-    nets = tiny(folder, torch.float32, rank=16, alpha=16.0, mu=1.0, w=(1.0, 1.0))
-    for update in nets.lora.values():
-        update.up.data.zero_()
+    nets = tiny_tdd(folder, torch.float32, rank=16, alpha=16.0, mu=1.0, w=(1.0, 1.0))
+    for adapter in nets.lora.adapters.values():
+        adapter.up.data.zero_()
     x_0, cond = example(2, torch.float32)
     d, losses = drawn(nets, x_0, 0), []
     optimizer = torch.optim.Adam(nets.student.parameters(), 3e-3)
     for _ in range(70):
-        found = nets.losses(x_0, cond, null_of(cond), d)
+        found = nets.losses(x_0, cond, null_condition(cond), d)
         found["total"].backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -209,7 +225,7 @@ def test_it_learns(folder):
     assert losses[-1] < losses[0] / 100
 
 
-# ------------------------------------------------------------------------------- the discriminator
+# -------------------------------------------------------------------------------- the discriminator
 
 
 def test_noised_times():
@@ -223,20 +239,21 @@ def test_noised_times():
 
 def test_adversarial_losses_are_hinge_on_diffusers_features(folder):
     """Values, and each side's gradients, from diffusers' UNet with hooks where its levels end."""
-    nets = tiny(folder, adversary=True, adv_weight=0.1)
+    nets = tiny_tdd(folder, discriminator=True, adv_weight=0.1)
     nets.base.checkpoint_blocks()
     x_0, cond = example()
     d = drawn(nets, x_0, 3)
-    heads = nets.adversary.heads.double()
-    found = nets.losses(x_0, cond, null_of(cond), d)
+    heads = nets.discriminator.heads.double()
+    found = nets.losses(x_0, cond, null_condition(cond), d)
     found["total"].backward()
     grads = [p.grad.clone() for p in nets.student.parameters()]
     of_heads = [p.grad.clone() for p in heads.parameters()]
     for p in [*nets.student.parameters(), *heads.parameters()]:
         p.grad = None
-    pred, aim, c = jumps(
-        nets.student, nets.target, nets.teacher, x_0, cond, null_of(cond), d.tdd, d.w, SCHEDULE
-    )
+    _, pred, aim, c = tdd_loss(
+        nets.student, nets.target_net, nets.teacher, x_0, cond, null_condition(cond), d.step, d.w,
+        SCHEDULE,
+    )  # fmt: skip
     unet, seen = UNet2DConditionModel.from_pretrained(folder / "unet").double(), []
     unet.requires_grad_(False)
     ends = [unet.down_blocks[0].resnets[-1], *(unet.down_blocks[i].attentions[-1] for i in (1, 2))]
@@ -247,13 +264,13 @@ def test_adversarial_losses_are_hinge_on_diffusers_features(folder):
 
     def logits(x_tau, z):
         t = [min(tau + int(u * (min(tau + 250, 999) - tau + 1)), 999)
-             for tau, u in zip(d.tdd.tau.tolist(), d.u.tolist())]  # fmt: skip
-        ratio = torch.tensor([ALPHA[a + 1] / ALPHA[b + 1] for a, b in zip(t, d.tdd.tau)])
+             for tau, u in zip(d.step.tau.tolist(), d.u.tolist())]  # fmt: skip
+        ratio = torch.tensor([ALPHA[a + 1] / ALPHA[b + 1] for a, b in zip(t, d.step.tau)])
         ratio = ratio[:, None, None, None]
         added = {"text_embeds": c["pooled"], "time_ids": c["time_ids"]}
         seen.clear()
         x_t = ratio * x_tau + (1 - ratio**2).sqrt() * z
-        unet(x_t, torch.tensor(t), c["tokens"], added_cond_kwargs=added)
+        unet(x_t, torch.tensor(t), c["prompt_embeds"], added_cond_kwargs=added)
         return heads(seen)
 
     z_fake, z_real = d.noise.chunk(2)
@@ -285,10 +302,10 @@ class Stub:
         return {"names": [f"{self.position}.png"], "timesteps": torch.tensor([self.position])}
 
 
-def stub_run(output, resume=False, **settings):
-    """A linear model trained by loop.fit; returns the run, its losses and the model."""
+def stub_state(output, resume=False, **settings):
+    """The TrainState of a linear model, its losses and the model."""
     settings = {"lr": "0.1", **settings}
-    folder, config = loop.resume_point(output, resume, settings)
+    folder, saved = loop.resume_point(output, resume, settings)
     model = torch.nn.Linear(3, 2)
     with torch.no_grad():
         for p in model.parameters():
@@ -296,38 +313,38 @@ def stub_run(output, resume=False, **settings):
     optimizer = torch.optim.AdamW(model.parameters(), 0.1)
     optimizer.param_groups[0]["initial_lr"] = 0.1
     generator = torch.Generator().manual_seed(0)
-    loader = Stub(config["positions"][0] if folder else 0)
-    run = loop.Run(output, {"m": model}, {"adam": optimizer}, generator, loader, settings)
+    loader = Stub(saved["positions"][0] if folder else 0)
+    state = loop.TrainState(output, {"m": model}, {"adam": optimizer}, generator, loader, settings)
     if folder:
-        run.restore(folder, config)
+        state.restore(folder, saved)
 
     def losses(batch):
         x = torch.randn((4, 3), generator=generator) + 0.01 * batch["timesteps"][0]
         loss = (model(x) - 1).square().mean()
         return {"total": loss, "loss": loss}
 
-    return run, losses, model
+    return state, losses, model
 
 
-def plan(steps=8, **more):
-    return loop.Plan(steps, lambda step: 1.0, **more)
+def config(steps=8, **more):
+    return loop.TrainConfig(steps, lambda step: 1.0, **more)
 
 
 def test_bad_steps_are_skipped_whole(tmp_path):
     """A NaN loss, or a NaN gradient of a finite loss, changes nothing; the next step goes on."""
-    run, losses, model = stub_run(tmp_path)
+    state, losses, model = stub_state(tmp_path)
     seen = []
 
     def spoilt(batch):
         seen.append(weights(model))
-        found = losses(batch)
-        if run.loader.position == 3:
-            found = {"total": found["total"] * math.nan, "loss": found["loss"] * math.nan}
-        if run.loader.position == 5:  # the root of 0 has no slope
-            found["total"] = found["total"] + (0 * model.bias).sum().sqrt()
-        return found
+        parts = losses(batch)
+        if state.loader.position == 3:
+            parts = {"total": parts["total"] * math.nan, "loss": parts["loss"] * math.nan}
+        if state.loader.position == 5:  # the root of 0 has no slope
+            parts["total"] = parts["total"] + (0 * model.bias).sum().sqrt()
+        return parts
 
-    loop.fit(run, plan(), spoilt)
+    loop.fit(state, config(), spoilt)
     moved = [not torch.equal(a, b) for a, b in pairwise(seen)]
     assert moved == [True, True, False, True, False, True, True]
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -337,38 +354,38 @@ def test_bad_steps_are_skipped_whole(tmp_path):
 
 
 def test_losses_without_a_logarithm_are_left_out_of_the_picture(tmp_path):
-    """An adversary's loss may be below zero; a step that was skipped has none."""
+    """A discriminator's loss may be below zero; a step that was skipped has none."""
     losses = [3.0, -1.0, 1.0, None, 0.5, 0.0, 0.25]
     log = [{"step": i, "loss": loss} for i, loss in enumerate(losses)]
-    loop.draw_loss(tmp_path / "all.png", log)
-    loop.draw_loss(tmp_path / "kept.png", [line for line in log if (line["loss"] or 0) > 0])
+    draw_loss(tmp_path / "all.png", log)
+    draw_loss(tmp_path / "kept.png", [line for line in log if (line["loss"] or 0) > 0])
     drawn = [(tmp_path / name).read_bytes() for name in ("all.png", "kept.png")]
     assert drawn[0] == drawn[1]
-    loop.draw_loss(tmp_path / "none.png", log[1:2])
+    draw_loss(tmp_path / "none.png", log[1:2])
     assert not (tmp_path / "none.png").exists()
 
 
 def test_ten_bad_steps_in_a_row_end_the_run(tmp_path):
-    run, losses, model = stub_run(tmp_path)
+    state, losses, model = stub_state(tmp_path)
 
     def spoilt(batch):
-        factor = math.inf if run.loader.position > 4 else 1.0
+        factor = math.inf if state.loader.position > 4 else 1.0
         return {k: v * factor for k, v in losses(batch).items()}
 
     with pytest.raises(ValueError, match=r"step 14: .*10 times.*timesteps \[14\] of 14.png"):
-        loop.fit(run, plan(30, save_every=2), spoilt)
+        loop.fit(state, config(30, save_every=2), spoilt)
     assert [p.name for p in loop.checkpoints(tmp_path)][-1] == "checkpoint-12"
     assert weights(model).isfinite().all()
 
 
-def test_accumulation_clipping_and_rate(tmp_path):
+def test_accumulation_clipping_and_learning_rate(tmp_path):
     """Three batches' mean gradient, scaled to norm 0.01, in plain SGD steps of rising rate."""
-    run, losses, model = stub_run(tmp_path)
-    run.optimizers["adam"] = torch.optim.SGD(model.parameters(), 1.0)
-    run.optimizers["adam"].param_groups[0]["initial_lr"] = 1.0
+    state, losses, model = stub_state(tmp_path)
+    state.optimizers["adam"] = torch.optim.SGD(model.parameters(), 1.0)
+    state.optimizers["adam"].param_groups[0]["initial_lr"] = 1.0
     reference, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
-    rise = loop.Plan(3, lambda step: (step + 1) / 3, grad_accum=3, clip_grad=0.01)
-    loop.fit(run, rise, losses)
+    rising = loop.TrainConfig(3, lambda step: (step + 1) / 3, grad_accum=3, clip_grad=0.01)
+    loop.fit(state, rising, losses)
     for step in range(3):
         total = 0.0
         for i in range(3):
@@ -376,7 +393,7 @@ def test_accumulation_clipping_and_rate(tmp_path):
             total = total + (reference(x) - 1).square().mean() / 3
         grads = torch.autograd.grad(total, list(reference.parameters()))
         norm = torch.cat([g.flatten() for g in grads]).norm()
-        assert run.log[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+        assert state.log[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
         with torch.no_grad():
             for p, g in zip(reference.parameters(), grads):
                 p -= (step + 1) / 3 * g * min(1.0, 0.01 / norm)
@@ -385,19 +402,19 @@ def test_accumulation_clipping_and_rate(tmp_path):
 
 def test_each_optimizers_gradient_is_clipped_on_its_own(tmp_path):
     """TDM's two networks: the larger gradient of one leaves the other's as it is."""
-    run, _, model = stub_run(tmp_path)
+    state, _, model = stub_state(tmp_path)
     other = torch.nn.Linear(2, 1)
     before, weight = weights(model).clone(), other.weight.detach().clone()
     for name, module in (("adam", model), ("fake", other)):
-        run.optimizers[name] = torch.optim.SGD(module.parameters(), 1.0)
-        run.optimizers[name].param_groups[0]["initial_lr"] = 1.0
-    run.modules["fake"] = other
+        state.optimizers[name] = torch.optim.SGD(module.parameters(), 1.0)
+        state.optimizers[name].param_groups[0]["initial_lr"] = 1.0
+    state.modules["fake"] = other
 
     def losses(batch):
         total = 300 * sum(p.sum() for p in model.parameters()) + 0.1 * other.weight.sum()
         return {"total": total, "loss": total}
 
-    loop.fit(run, plan(1), losses)
+    loop.fit(state, config(1), losses)
     moved = before - weights(model)
     assert torch.allclose(moved, torch.full_like(moved, moved.numel() ** -0.5), rtol=1e-4)
     assert torch.allclose(other.weight, weight - 0.1)
@@ -405,11 +422,11 @@ def test_each_optimizers_gradient_is_clipped_on_its_own(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_checkpoint_to_go_on_from(number, tmp_path):
-    whole, losses, model = stub_run(tmp_path / "whole")
+    whole, losses, model = stub_state(tmp_path / "whole")
     (tmp_path / "whole").mkdir()
-    loop.fit(whole, plan(), losses)
+    loop.fit(whole, config(), losses)
     (tmp_path / "cut").mkdir()
-    run, losses, _ = stub_run(tmp_path / "cut")
+    state, losses, _ = stub_state(tmp_path / "cut")
     before = signal.getsignal(number)
 
     def killed(batch):
@@ -418,47 +435,47 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(number, tmp_path):
         return losses(batch)
 
     with pytest.raises(SystemExit) as stop:
-        loop.fit(run, plan(), killed)
+        loop.fit(state, config(), killed)
     assert stop.value.code == 128 + number and signal.getsignal(number) == before
-    run, losses, again = stub_run(tmp_path / "cut", resume=True)
-    assert run.step == 5
-    loop.fit(run, plan(), losses)
+    state, losses, again = stub_state(tmp_path / "cut", resume=True)
+    assert state.step == 5
+    loop.fit(state, config(), losses)
     assert torch.equal(weights(again), weights(model))
     logs = [(tmp_path / k / "log.jsonl").read_text().splitlines() for k in ("whole", "cut")]
-    of = [[json.loads(x)["loss"] for x in log] for log in logs]
-    assert of[0] == of[1] and len(of[0]) == 8
+    whole_losses, cut_losses = ([json.loads(line)["loss"] for line in log] for log in logs)
+    assert whole_losses == cut_losses and len(cut_losses) == 8
 
 
-def test_checkpoints_whole_kept_and_refused(tmp_path):
-    run, losses, _ = stub_run(tmp_path)
-    loop.fit(run, plan(save_every=2, keep=3), losses)
-    assert [p.name[11:] for p in loop.checkpoints(tmp_path)] == ["4", "6", "8"]
+def test_checkpoints_are_rotated_passed_over_and_refused(tmp_path):
+    state, losses, _ = stub_state(tmp_path)
+    loop.fit(state, config(save_every=2, keep=3), losses)
+    assert list(map(loop.checkpoint_step, loop.checkpoints(tmp_path))) == [4, 6, 8]
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(ValueError, match=r"add --resume"):
-        stub_run(tmp_path)
+        stub_state(tmp_path)
     with pytest.raises(ValueError, match=r"--lr 0.1, not 0.2"):
-        stub_run(tmp_path, resume=True, lr="0.2")
+        stub_state(tmp_path, resume=True, lr="0.2")
     # One that was cut off, one that never got its name, a line that was being written.
     state = tmp_path / "checkpoint-8" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-9])
     (tmp_path / ".checkpoint-10.part").mkdir()
     with open(tmp_path / "log.jsonl", "a") as log:
         log.write('{"step": 9, "lo')
-    run, losses, _ = stub_run(tmp_path, resume=True)
-    assert run.step == 6
-    # What is kept is this run's own, not a broken later one.
-    loop.fit(run, plan(7, keep=1), losses)
+    state, losses, _ = stub_state(tmp_path, resume=True)
+    assert state.step == 6
+    # The one that stays is this run's, not a broken later one.
+    loop.fit(state, config(7, keep=1), losses)
     assert [p.name for p in loop.checkpoints(tmp_path)] == ["checkpoint-7"]
     log = [json.loads(x)["step"] for x in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log == [1, 2, 3, 4, 5, 6, 7]
-    config = tmp_path / "checkpoint-7" / "config.json"
-    content = json.loads(config.read_text())
-    config.write_text(json.dumps({**content, "positions": [1, 2]}))
+    path = tmp_path / "checkpoint-7" / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "positions": [1, 2]}))
     with pytest.raises(ValueError, match="made by 2 processes"):
-        stub_run(tmp_path, resume=True)
-    config.write_text("{}")  # nothing to go on from: the run begins again, and so does its log
-    run, losses, _ = stub_run(tmp_path, resume=True)
-    loop.fit(run, plan(2), losses)
+        stub_state(tmp_path, resume=True)
+    path.write_text("{}")  # nothing to go on from: the run begins again, and so does its log
+    state, losses, _ = stub_state(tmp_path, resume=True)
+    loop.fit(state, config(2), losses)
     log = [json.loads(x)["step"] for x in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log == [1, 2]
 
@@ -473,8 +490,23 @@ def test_tensors_are_for_whom_the_umask_lets_read(tmp_path):
 
 
 def test_another_models_state_is_refused(tmp_path):
-    run, losses, _ = stub_run(tmp_path)
-    loop.fit(run, plan(1), losses)
-    run.modules["m"] = torch.nn.Linear(3, 2, bias=False)
+    state, losses, _ = stub_state(tmp_path)
+    loop.fit(state, config(1), losses)
+    state.modules["m"] = torch.nn.Linear(3, 2, bias=False)
     with pytest.raises(ValueError, match="another model's state: m/bias"):
-        run.restore(tmp_path / "checkpoint-1", {"step": 1})
+        state.restore(tmp_path / "checkpoint-1", {"step": 1})
+
+
+@pytest.mark.parametrize("version", [None, 1, 3])
+def test_checkpoints_of_another_version_are_refused(version, tmp_path):
+    state, losses, _ = stub_state(tmp_path)
+    loop.fit(state, config(1), losses)
+    path = tmp_path / "checkpoint-1" / "config.json"
+    content = json.loads(path.read_text())
+    assert content.pop("version") == 2
+    if version is not None:
+        content["version"] = version
+    path.write_text(json.dumps(content))
+    message = rf"a checkpoint of version {version or 1}, not 2: finish it .* another --output$"
+    with pytest.raises(ValueError, match=message):
+        stub_state(tmp_path, resume=True)

@@ -29,12 +29,12 @@ import train_sdxl
 from common import cli, files
 from sdxl import load
 from sdxl.lora_files import read_lora
-from sdxl.pipeline import null_of
-from tdd import Draws
+from sdxl.pipeline import null_condition
+from tdd import StepSample
 from tests.helpers import ALPHA, SIGMA, equation_22
-from tests.oracles import Reference, Theirs, drawn, example, matching, of_its_own, ours, tiny
+from tests.oracles import Reference, Theirs, drawn, example, full_student, ours, tiny_tdd, tiny_tdm
 from training import images, loop, preview
-from training.distill import Network, StepDraws
+from training.distill import FullNetwork, TDDStepSample
 
 HERE = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -83,7 +83,7 @@ def command(folder, shards, output, *words, processes=1):
     return [*start, str(HERE / "train_sdxl.py"), *listed, *map(str, words)]
 
 
-def told(done):
+def stderr_of(done):
     """Our own line on stderr, or the end of it."""
     own = [line for line in done.stderr.splitlines() if "train_sdxl.py: " in line]
     return own or done.stderr[-2000:]
@@ -135,7 +135,7 @@ def two(folder, shards, tmp_path_factory):
     output = tmp_path_factory.mktemp("two")
     words = ["--sample-every", 8, "--ema", 0.5, "--adv"]
     done = run(command(folder, shards, output, *words, processes=2))
-    assert done.returncode == 0, told(done)
+    assert done.returncode == 0, stderr_of(done)
     return output, done.stderr
 
 
@@ -157,7 +157,7 @@ def test_two_processes_killed_and_resumed_end_the_same(two, folder, shards, tmp_
     killed(call, tmp_path / "log.jsonl", 3)
     # The grid of samples must not have moved the random numbers either.
     done = run([*call, "--resume", "--sample-every", "8"])
-    assert done.returncode == 0, told(done)
+    assert done.returncode == 0, stderr_of(done)
     same_end(two[0], tmp_path)
 
 
@@ -165,38 +165,38 @@ JOINED = """
 import sys, torch
 sys.path.insert(0, {here!r})
 from pathlib import Path
-from sdxl.pipeline import null_of
-from tests.oracles import drawn, example, matching, of_its_own, tiny
+from sdxl.pipeline import null_condition
+from tests.oracles import drawn, example, tiny_tdm, full_student, tiny_tdd
 from training import distributed
-rank, world, _ = distributed.start("cpu")
-nets = tiny(Path({folder!r}), torch.float64)
-nets.distribute(distributed.parallel)
+rank, world, _ = distributed.init_distributed("cpu")
+nets = tiny_tdd(Path({folder!r}), torch.float64)
+nets.distribute(distributed.wrap_ddp)
 x_0, cond = example(4)
 half = slice(2 * rank, 2 * rank + 2)
 c = {{k: v[half] for k, v in cond.items()}}
 optimizer = torch.optim.AdamW(nets.student.parameters(), 1e-2)
 for step in range(3):
     draws = drawn(nets, x_0[half], 10 * step + rank)
-    nets.losses(x_0[half], c, null_of(c), draws)["total"].backward()
+    nets.losses(x_0[half], c, null_condition(c), draws)["total"].backward()
     if step == 0:
         torch.save([p.grad for p in nets.student.parameters()], f"{out}/grads-{{rank}}")
     optimizer.step()
     optimizer.zero_grad()
 torch.save(list(nets.student.parameters()), f"{out}/weights-{{rank}}")
 # The whole UNet, sharded: FSDP in the place of DDP.
-nets = of_its_own(Path({folder!r}))
-nets.distribute(distributed.parallel)
+nets = full_student(Path({folder!r}))
+nets.distribute(distributed.wrap_ddp)
 optimizer = torch.optim.SGD(nets.student.parameters(), 1.0)
 for step in range(2):
-    nets.losses(x_0[half], c, null_of(c), drawn(nets, x_0[half], rank))["total"].backward()
+    nets.losses(x_0[half], c, null_condition(c), drawn(nets, x_0[half], rank))["total"].backward()
     optimizer.step()
     nets.after_step()
     optimizer.zero_grad()
-found = [[distributed.joined(p) for p in m.parameters()] for m in (nets.student, nets.target)]
+found = [[distributed.gather_full(p) for p in m.parameters()] for m in (nets.student, nets.target_net)]
 torch.save(found, f"{out}/whole-{{rank}}")
-nets = matching(Path({folder!r}), "K", Ks=(2, 4), weight="exact")
-nets.distribute(distributed.parallel)
-nets.losses(c, null_of(c), drawn(nets, x_0[half], rank))["total"].backward()
+nets = tiny_tdm(Path({folder!r}), "num_steps", Ks=(2, 4), fake_weight="exact")
+nets.distribute(distributed.wrap_ddp)
+nets.losses(c, null_condition(c), drawn(nets, x_0[half], rank))["total"].backward()
 torch.save([p.grad for m in nets.modules.values() for p in m.parameters()], f"{out}/tdm-{{rank}}")
 distributed.close()
 """
@@ -208,12 +208,12 @@ def test_two_processes_are_one_on_the_joined_batch(folder, tmp_path):
     script.write_text(JOINED.format(here=str(HERE), folder=str(folder), out=tmp_path))
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = run([*start, "--master-port", str(29500 + os.getpid() % 2000), script])
-    assert done.returncode == 0, told(done)
-    nets, (x_0, cond) = tiny(folder, torch.float64), example(4)
-    parts = [vars(drawn(nets, x_0[:2], rank).tdd) for rank in range(2)]
-    whole = {k: torch.cat([part[k] for part in parts]) for k in parts[0] if k != "rows"}
-    draws = Draws(**whole, rows=whole["kept"].nonzero()[:, 0])
-    nets.losses(x_0, cond, null_of(cond), StepDraws(draws, 3.5))["total"].backward()
+    assert done.returncode == 0, stderr_of(done)
+    nets, (x_0, cond) = tiny_tdd(folder, torch.float64), example(4)
+    parts = [vars(drawn(nets, x_0[:2], rank).step) for rank in range(2)]
+    whole = {k: torch.cat([part[k] for part in parts]) for k in parts[0] if k != "guided_rows"}
+    draws = StepSample(**whole, guided_rows=whole["keep_prompt"].nonzero()[:, 0])
+    nets.losses(x_0, cond, null_condition(cond), TDDStepSample(draws, 3.5))["total"].backward()
     loaded = [torch.load(tmp_path / f"grads-{rank}", weights_only=True) for rank in range(2)]
     for one, other, p in zip(*loaded, nets.student.parameters()):
         assert torch.equal(one, other)
@@ -221,28 +221,28 @@ def test_two_processes_are_one_on_the_joined_batch(folder, tmp_path):
     loaded = [torch.load(tmp_path / f"weights-{rank}", weights_only=True) for rank in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*loaded))
     # The whole UNet: student and moving average after two steps on the mean gradient.
-    nets = of_its_own(folder)
+    nets = full_student(folder)
     optimizer = torch.optim.SGD(nets.student.parameters(), 1.0)
     halves = [(half, {k: v[half] for k, v in cond.items()}) for half in (slice(2), slice(2, 4))]
     for _ in range(2):
         for rank, (half, c) in enumerate(halves):
-            loss = nets.losses(x_0[half], c, null_of(c), drawn(nets, x_0[half], rank))["total"]
+            loss = nets.losses(x_0[half], c, null_condition(c), drawn(nets, x_0[half], rank))["total"]
             (loss / 2).backward()
         optimizer.step()
         nets.after_step()
         optimizer.zero_grad()
     found = torch.load(tmp_path / "whole-0", weights_only=True)
-    before = list(Network(of_its_own(folder).own, whole=True).parameters())
-    for mine, network in zip(found, (nets.student, nets.target), strict=True):
+    before = list(FullNetwork(full_student(folder).full).parameters())
+    for mine, network in zip(found, (nets.student, nets.target_net), strict=True):
         moved = [(q - start).abs().max() for q, start in zip(network.parameters(), before)]
         for p, q, change in zip(mine, network.parameters(), moved, strict=True):
             assert (p - q).abs().max() <= 1e-3 * change + 1e-7
         assert max(moved) > 1e-3
     # TDM: each process has steps of its own; student and fake score have the mean gradient of both.
-    nets = matching(folder, "K", Ks=(2, 4), weight="exact")
+    nets = tiny_tdm(folder, "num_steps", Ks=(2, 4), fake_weight="exact")
     for rank, half in enumerate((slice(2), slice(2, 4))):
         c = {k: v[half] for k, v in cond.items()}
-        nets.losses(c, null_of(c), drawn(nets, x_0[half], rank))["total"].backward()
+        nets.losses(c, null_condition(c), drawn(nets, x_0[half], rank))["total"].backward()
     loaded = [torch.load(tmp_path / f"tdm-{rank}", weights_only=True) for rank in range(2)]
     params = [p for module in nets.modules.values() for p in module.parameters()]
     for one, other, p in zip(*loaded, params, strict=True):
@@ -256,14 +256,14 @@ def test_two_processes_are_one_on_the_joined_batch(folder, tmp_path):
 def test_one_process_from_a_cache_killed_and_resumed(folder, shards, tmp_path):
     """The cache is filled once and used again; the run ends bit by bit as if never stopped."""
     whole, cut, cache = tmp_path / "whole", tmp_path / "cut", tmp_path / "cache"
-    words = ["--cache", cache, "--guidance-range", 2, 14, "--method", "tcd", "--solver-steps", 50]
+    words = ["--cache", cache, "--guidance-range", 3, 15, "--method", "tcd", "--solver-steps", 50]
     done = run(command(folder, shards, whole, *words))
-    assert done.returncode == 0, told(done)
+    assert done.returncode == 0, stderr_of(done)
     stamps = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     call = command(folder, shards, cut, *words)
     killed(call, cut / "log.jsonl", 5)
     done = run([*call, "--resume"])
-    assert done.returncode == 0, told(done)
+    assert done.returncode == 0, stderr_of(done)
     same_end(whole, cut)
     assert stamps == {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     with safe_open(whole / "lora.safetensors", "pt") as file:
@@ -279,9 +279,8 @@ def test_pictures_with_a_full_cache_lie_on_the_unets_device(folder):
     """The text encoders stay on the CPU then; the UNet here is on another device, "meta"."""
     model = load.load_sdxl(folder)
     model.unet.to("meta")
-    words = ["--model", "x", "--data", "x", "--resolution", "64", "--guidance", "1"]
-    args = train_sdxl.parser().parse_args(words)
-    pictures = preview.Pictures(args, model, None, "meta")
+    config = preview.PreviewConfig(Path("x"), resolution=64, steps=[4, 8], w=0.0)
+    pictures = preview.Pictures(config, model, None, "meta")
     assert {tensor.device.type for tensor in pictures.cond.values()} == {"meta"}
 
 
@@ -296,7 +295,7 @@ def test_sigterm_leaves_a_checkpoint(folder, shards, tmp_path):
     _, said = child.communicate(timeout=60)
     (checkpoint,) = loop.checkpoints(tmp_path)
     assert child.returncode == 128 + signal.SIGTERM and "--resume" in said
-    assert json.loads(log.read_text().splitlines()[-1])["step"] == int(checkpoint.name[11:])
+    assert json.loads(log.read_text().splitlines()[-1])["step"] == loop.checkpoint_step(checkpoint)
 
 
 # ------------------------------------------------------------------------- TCD's functions, and TDM
@@ -316,7 +315,7 @@ def unified(folder, prompts, tmp_path_factory):
     output = tmp_path_factory.mktemp("unified")
     words = ["--method", "tdm", "--ks", 1, 2, 4, "--sample-every", 8, "--loss", "fisher"]
     done = run(command(folder, prompts, output, *words, processes=2))
-    assert done.returncode == 0, told(done)
+    assert done.returncode == 0, stderr_of(done)
     return output
 
 
@@ -327,7 +326,7 @@ def test_tdm_trains_from_prompts_alone(unified):
     state, _ = files.read_tensors(unified / "checkpoint-8" / "state.safetensors")
     moved = {k.split("/")[0] for k, v in state.items() if k.endswith(".up") and v.abs().max() > 0}
     assert moved == {"student", "fake"}
-    # Kohya's naming has no place for what the student is told.
+    # Kohya's naming has no place for a scalar embedding.
     assert not (unified / "lora_kohya.safetensors").exists()
 
 
@@ -336,7 +335,7 @@ def four(folder, prompts, tmp_path_factory):
     """A run of TDM-4 in one process."""
     output = tmp_path_factory.mktemp("four")
     done = run(command(folder, prompts, output, "--method", "tdm"))
-    assert done.returncode == 0, told(done)
+    assert done.returncode == 0, stderr_of(done)
     return output
 
 
@@ -345,7 +344,7 @@ def test_tdm_killed_and_resumed_ends_the_same(four, folder, prompts, tmp_path):
     call = command(folder, prompts, cut, *words)
     killed(call, cut / "log.jsonl", 5)
     done = run([*call, "--resume"])
-    assert done.returncode == 0, told(done)
+    assert done.returncode == 0, stderr_of(done)
     same_end(four, cut)
     other = prompts.with_name("other.txt")
     other.write_text("another prompt")
@@ -371,9 +370,9 @@ def test_tcd_trains_and_samples_with_each_function(
     tcf, folder, shards, tmp_path, monkeypatch, capsys
 ):
     """`--method tcd --tcf 2` and `s`; then sample.py's latents over diffusers' UNet and peft."""
-    words = ["--method", "tcd", "--tcf", tcf, "--guidance-range", 2, 14, "--sample-every", 4]
+    words = ["--method", "tcd", "--tcf", tcf, "--guidance-range", 3, 15, "--sample-every", 4]
     done = run(command(folder, shards, tmp_path / "run", *words, "--steps", 4))
-    assert done.returncode == 0, told(done)
+    assert done.returncode == 0, stderr_of(done)
     lora = tmp_path / "run" / "lora.safetensors"
     assert (tmp_path / "run" / "lora_kohya.safetensors").exists() == (tcf == "2")
     got = ours(monkeypatch, capsys, folder, tmp_path, "--lora", lora, "--tcf", tcf,
@@ -397,24 +396,29 @@ def test_the_whole_unet_is_trained_in_parts_killed_resumed_and_sampled(
     words = ["--full", "--method", "tcd", "--tcf", "s", "--ema", 0.5]
     whole, cut, file = tmp_path / "whole", tmp_path / "cut", "diffusion_pytorch_model.safetensors"
     done = run(command(folder, shards, whole, *words, processes=2))
-    assert done.returncode == 0, told(done)
+    assert done.returncode == 0, stderr_of(done)
     call = command(folder, shards, cut, *words, processes=2)
     killed(call, cut / "log.jsonl", 3)
     done = run([*call, "--resume"])
-    assert done.returncode == 0, told(done)
+    assert done.returncode == 0, stderr_of(done)
     same_end(whole, cut, [f"unet/{file}"])
     weights, _ = files.read_tensors(whole / "unet" / file)
     before, _ = files.read_tensors(folder / "unet" / file)
-    assert {k for k in weights if not k.startswith("told.")} == before.keys()
+    assert {k for k in weights if not k.startswith("scalar_embedding.")} == before.keys()
     moved = [k for k, v in before.items() if not torch.equal(v, weights[k])]
-    assert len(moved) > 0.9 * len(before) and weights["told.linear_2.weight"].abs().max() > 0
+    assert len(moved) > 0.9 * len(before) and weights["scalar_embedding.linear_2.weight"].abs().max() > 0
     words = ["--unet", whole / "unet", "--prompt", "a red fox", "--gamma", 0, "--steps", 2]
     got = ours(monkeypatch, capsys, folder, tmp_path, *words, "--tcf", "s", "--cfg", 1)
     theirs, reference = Theirs(folder, {}, 4, 4.0, torch.float32), Reference(folder)
     theirs.unet.load_state_dict({k: v for k, v in weights.items() if k in before})
-    theirs.told[None] = {k.removeprefix("told."): v for k, v in weights.items() if k not in before}
+    embedding = {k: v for k, v in weights.items() if k not in before}
+    theirs.scalar_weights[None] = {k.removeprefix("scalar_embedding."): v for k, v in embedding.items()}
     tokens, pooled = reference.encode("a red fox")
-    c = {"tokens": tokens, "pooled": pooled, "time_ids": torch.tensor([[64, 72, 0, 0, 64, 72]])}
+    c = {
+        "prompt_embeds": tokens,
+        "pooled": pooled,
+        "time_ids": torch.tensor([[64, 72, 0, 0, 64, 72]]),
+    }
     theirs.unet.disable_adapters = lambda: None
     x = torch.randn((1, 4, 8, 9), generator=seeded(0))
     with torch.no_grad():
@@ -425,11 +429,11 @@ def test_the_whole_unet_is_trained_in_parts_killed_resumed_and_sampled(
     for f in "12":
         with pytest.raises(AssertionError, match="was trained with --tcf s: sample it with that"):
             ours(monkeypatch, capsys, folder, tmp_path, *words, "--tcf", f)
-    told_of_s(folder, whole / "unet", tmp_path / "sdxl")
-    with pytest.raises(AssertionError, match="its UNet is told of s: give --tcf s with it"):
+    with_other_unet(folder, whole / "unet", tmp_path / "sdxl")
+    with pytest.raises(AssertionError, match="its UNet takes a target time: give --tcf s"):
         ours(monkeypatch, capsys, tmp_path / "sdxl", tmp_path, *words[2:])
     refused = run(command(tmp_path / "sdxl", shards, tmp_path / "again"))
-    assert refused.returncode == 2 and "is told of s: it is no teacher" in refused.stderr
+    assert refused.returncode == 2 and "takes a target time (--tcf s): it cannot be a teacher" in refused.stderr
 
 
 def test_tdm_unify_samples_as_diffusers_with_an_embedding(
@@ -446,7 +450,7 @@ def test_tdm_unify_samples_as_diffusers_with_an_embedding(
             x = ALPHA[s + 1] * (x - SIGMA[t + 1] * e) / ALPHA[t + 1] + SIGMA[s + 1] * e
         assert (x - got).abs().max() <= 2e-4 * got.abs().max()
         found[k] = got
-    # --lora FILE:SCALE scales all that the file adds, what it is told included.
+    # --lora FILE:SCALE scales all that the file adds, its scalar embedding included.
     words = ["--prompt", "a red fox", "--gamma", 0, "--steps", 2, "--cfg", 1]
     half = ours(monkeypatch, capsys, folder, tmp_path, "--lora", f"{lora}:0.5", *words)
     eps, x = their_network(folder, lora, 0.5), torch.randn((1, 4, 8, 9), generator=seeded(0))
@@ -454,21 +458,21 @@ def test_tdm_unify_samples_as_diffusers_with_an_embedding(
         e = eps(x, t, 2, g=1.0)
         x = ALPHA[s + 1] * (x - SIGMA[t + 1] * e) / ALPHA[t + 1] + SIGMA[s + 1] * e
     assert (x - half).abs().max() <= 2e-4 * half.abs().max()
-    with pytest.raises(AssertionError, match="told of K: leave --tcf s away"):
-        ours(monkeypatch, capsys, folder, tmp_path, "--lora", twice_told(lora, tmp_path), *words,
+    with pytest.raises(AssertionError, match="takes the number of steps as an input: leave --tcf s away"):
+        ours(monkeypatch, capsys, folder, tmp_path, "--lora", labelled_tcf_s(lora, tmp_path), *words,
              "--tcf", "s")  # fmt: skip
     with pytest.raises(AssertionError, match="was trained with --tcf 1"):
         ours(monkeypatch, capsys, folder, tmp_path, "--lora", lora, *words, "--tcf", "2")
 
 
-def told_of_s(folder, unet, whole):
+def with_other_unet(folder, unet, whole):
     """The model's folder with such a UNet in it, whose header --model does not read."""
     shutil.copytree(folder, whole)
     shutil.rmtree(whole / "unet")
     shutil.copytree(unet, whole / "unet")
 
 
-def twice_told(lora, tmp_path):
+def labelled_tcf_s(lora, tmp_path):
     """The LoRA, made to say that it was trained with --tcf s."""
     tensors, about = files.read_tensors(lora)
     save_file(tensors, tmp_path / "s.safetensors", {**about, "tdd_tcf": "s"})
@@ -479,15 +483,16 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def their_network(folder, lora, scale=1.0):
+def their_network(folder, lora_file, scale=1.0):
     """eps(x, t, n) of diffusers' UNet under the LoRA by peft, guided to g; n as Theirs has it."""
     model = load.load_sdxl(folder)
-    own, *_ = read_lora(lora, model.unet, model.encoder_1, model.encoder_2)
-    for _, update in own.items():
-        update.up.data *= scale
-    for p in own.told.linear_2.parameters() if own.told is not None else ():
-        p.data *= scale
-    theirs, reference = Theirs(folder, {"student": own}, 4, 4.0, torch.float32), Reference(folder)
+    lora, *_ = read_lora(lora_file, model.unet, model.encoder_1, model.encoder_2)
+    for adapter in lora.adapters.values():
+        adapter.up.data *= scale
+    if lora.scalar_embedding is not None:
+        for p in lora.scalar_embedding.linear_2.parameters():
+            p.data *= scale
+    theirs, reference = Theirs(folder, {"student": lora}, 4, 4.0, torch.float32), Reference(folder)
     tokens, pooled = reference.encode("a red fox")
     sizes = torch.tensor([[64, 72, 0, 0, 64, 72]])
 
@@ -495,7 +500,7 @@ def their_network(folder, lora, scale=1.0):
     def eps(x, t, n=None, g=2.0):
         t = t.item() if torch.is_tensor(t) else t
         c, u = (
-            theirs.eps("student", x, t, {"tokens": on * tokens, "pooled": on * pooled,
+            theirs.eps("student", x, t, {"prompt_embeds": on * tokens, "pooled": on * pooled,
                                          "time_ids": sizes}, n) for on in (1, 0)
         )  # fmt: skip
         return g * c + (1 - g) * u
@@ -511,7 +516,7 @@ def test_init_goes_on_from_a_lora(two, folder, prompts, tmp_path):
     start = two[0] / "lora.safetensors"
     words = ["--method", "tdm", "--ks", 2, 4, "--init", start, "--lr", 0, "--steps", 2]
     done = run(command(folder, prompts, tmp_path, *words, "--lora-alpha", 1))
-    assert done.returncode == 0, told(done)
+    assert done.returncode == 0, stderr_of(done)
     state, _ = files.read_tensors(tmp_path / "checkpoint-2" / "state.safetensors")
     name = "down_blocks.0.resnets.0.conv1"
     up = state[f"student/lora.{name.replace('.', '/')}.up"]
@@ -533,7 +538,7 @@ def test_init_goes_on_from_a_lora(two, folder, prompts, tmp_path):
 def test_loras_sample_the_same_in_diffusers(
     name, method, two, four, folder, tmp_path, monkeypatch, capsys, caplog
 ):
-    """Our sample.py against diffusers' pipeline with stock schedulers, as the README has it.
+    """Our sample.py against diffusers' pipeline with stock schedulers, as docs/sdxl.md has it.
 
     gamma = 0: Euler at our timesteps, to rounding. gamma = 0.2: TCD's scheduler, which leaves
     sigma_0 = 0.029 of noise in its last step and is the same up to there.

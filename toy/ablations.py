@@ -1,91 +1,100 @@
-"""The ablations of TDM's paper on the 2-D toy: its Tables 5 to 8 and Fig. 8."""
+"""The ablations of TDM's paper on 2-D data: its Tables 5 to 8 and Fig. 8."""
 
 from dataclasses import replace
 
-import torch
+from torch import Tensor
 
-from common.compare import Case, table_of
+from common.compare import Case, format_table
 from solvers import CLEAN, SOLVERS, Schedule, ddim, solve
 from tdd import equidistant
-from toy.evaluate import Evaluation
-from toy.model import Ensemble
-from toy.tdm import MATCHED, Matched, train_matched
+from toy.config import ToyConfig
+from toy.evaluate import Evaluation, seed_statistics
+from toy.model import BatchedMLP
+from toy.students import Group
+from toy.tdm import TDM_STUDENTS, TDMStudent, train_tdm
 
 # ------------------------------------------------------------------------------------ ablations
 #
-# What is taken away, and the numbers of steps that it is looked at in. Distances are to the
-# teacher's distribution: TDM does not promise to send noise where the teacher would.
+# What is taken away, and the numbers of steps to sample in. Distances are to the teacher's
+# distribution: TDM does not promise to send noise where the teacher would.
 
+TDM4, UNIFY = TDM_STUDENTS["tdm4"], TDM_STUDENTS["tdm_unify"]
 ABLATIONS = {
-    "TDM-unify": (MATCHED["tdm_unify"], (1, 2, 4)),
-    "not told K": (replace(MATCHED["tdm_unify"], told=False), (1, 2, 4)),
-    "no surrogate (Eq. 6, DMD's normaliser)": (
-        replace(MATCHED["tdm_unify"], loss="dmd"), (1, 2, 4)),
-    "not unified: TDM-4": (MATCHED["tdm4"], (1, 2, 4)),
-    "weight: the paper's density ratio": (replace(MATCHED["tdm4"], weight="density"), (4,)),
-    "weight: its 1/d-th power": (replace(MATCHED["tdm4"], weight="mean"), (4,)),
-    "weight: none": (replace(MATCHED["tdm4"], weight="none"), (4,)),
-    "matching clean samples": (replace(MATCHED["tdm4"], clean=True), (4,)),
-    "Fisher's divergence": (replace(MATCHED["tdm4"], loss="fisher"), (4,)),
-    "student and fake score at once": (replace(MATCHED["tdm4"], together=True), (4,)),
-}  # fmt: skip
+    "TDM-unify": (UNIFY, (1, 2, 4)),
+    "not told K": (replace(UNIFY, with_num_steps=False), (1, 2, 4)),
+    "no surrogate (Eq. 6, DMD's normaliser)": (replace(UNIFY, loss="dmd"), (1, 2, 4)),
+    "not unified: TDM-4": (TDM4, (1, 2, 4)),
+    "weight: the paper's density ratio": (replace(TDM4, weight="density"), (4,)),
+    "weight: its 1/d-th power": (replace(TDM4, weight="mean"), (4,)),
+    "weight: none": (replace(TDM4, weight="none"), (4,)),
+    "matching clean samples": (replace(TDM4, clean=True), (4,)),
+    "Fisher's divergence": (replace(TDM4, loss="fisher"), (4,)),
+    "student and fake score at once": (replace(TDM4, together=True), (4,)),
+}
 
 
-def ablate(args, teacher, groups, schedule: Schedule, ev: Evaluation, rows: list[dict]) -> None:
-    """Adds rows of TDM's Tables 5 to 8 and Fig. 8: sliced Wasserstein distances of all seeds."""
-    w = args.guidance - 1
-    # Some are variants of nothing, or have been trained for the tables already.
-    trained = {g.students[0]: g.network for g in groups if isinstance(g.students[0], Matched)}
+def ablate(
+    config: ToyConfig, teacher: BatchedMLP, groups: list[Group], schedule: Schedule, ev: Evaluation,
+    rows: list[dict],
+) -> None:  # fmt: skip
+    """Add the rows of TDM's Tables 5 to 8 and Fig. 8 to `rows`, one as soon as it is there."""
+    networks = {}  # a variant that several rows need, or that the tables had, is trained once
+    for group in groups:
+        if isinstance(group.students[0], TDMStudent):
+            networks[group.students[0]] = group.network
 
-    def keep(name: str, m: Matched, ks=(4,), solver: str = "ddim") -> None:
-        if m not in trained:
-            trained[m] = train_matched(args, m, teacher, schedule)
+    def network_of(m: TDMStudent) -> BatchedMLP:
+        if m not in networks:
+            networks[m] = train_tdm(config, m, teacher, schedule)
+        return networks[m]
+
+    def add_rows(name: str, network: BatchedMLP, w: float, ks=(4,), solver="ddim") -> None:
         for k in ks:
-            each = distance(ev, trained[m], k, m.w, solver)
-            row = {"name": name, "k": k, "per_seed": each.tolist(), "mean": each.mean().item()}
-            rows.append({**row, "std": each.std().item() if len(each) > 1 else 0.0})
+            per_seed = distance(ev, network, k, w, solver)
+            rows.append({"name": name, "k": k, **seed_statistics(per_seed)})
 
-    for name, (m, ks) in ABLATIONS.items():
-        keep(name, replace(m, w=w), ks)
-    # Without guidance what the teacher says is the score of a distribution, and of one alone.
+    for name, (variant, ks) in ABLATIONS.items():
+        add_rows(name, network_of(replace(variant, w=config.w)), config.w, ks)
+    # Without guidance the teacher's prediction is the score of a distribution, and of one alone.
     for weight in ("exact", "none", "density"):
-        keep(f"unguided, weight {weight}", replace(MATCHED["tdm4"], weight=weight))
-    plain = replace(MATCHED["tdm4"], w=w)
-    for own in ("ddim", "dpm++2m"):
-        m = replace(plain, solver=own)
-        for test in ("ddim", "dpm++2m"):
-            keep(f"trained with {own}, sampled with {test}", m, solver=test)
-    names = groups[0].names if groups else []
-    if "cm" in names:
-        first = names.index("cm") * args.seeds
-        start = groups[0].network.pick(range(first, first + args.seeds))
-        lcm = replace(plain, variant="LCM")
-        trained[lcm] = start
-        keep("LCM", lcm)
+        network = network_of(replace(TDM4, weight=weight))
+        add_rows(f"unguided, weight {weight}", network, 0.0)
+    tdm4 = replace(TDM4, w=config.w)
+    for solver in ("ddim", "dpm++2m"):
+        network = network_of(replace(tdm4, solver=solver))
+        for sampler in ("ddim", "dpm++2m"):
+            name = f"trained with {solver}, sampled with {sampler}"
+            add_rows(name, network, config.w, solver=sampler)
+    # Fig. 8: TDM on top of an LCM, which is what CM is here.
+    if groups and "cm" in groups[0].names:
+        lcm = groups[0].select([groups[0].names.index("cm")])
+        add_rows("LCM", lcm, config.w)
         for steps in (100, 400):
-            m = replace(plain, variant=f"LCM and {steps} steps of TDM")
-            trained[m] = train_matched(args, m, teacher, schedule, start, steps)
-            keep(m.variant, m)
+            network = train_tdm(config, tdm4, teacher, schedule, start=lcm, steps=steps)
+            add_rows(f"LCM and {steps} steps of TDM", network, config.w)
 
 
-def distance(ev: Evaluation, network: Ensemble, k: int, w: float, solver: str) -> torch.Tensor:
-    """Of k deterministic steps to the teacher's distribution at w; sliced Wasserstein, (s,)."""
-    timesteps = equidistant(k, ev.args.solver_steps)
+def distance(ev: Evaluation, network: BatchedMLP, k: int, w: float, solver: str) -> Tensor:
+    """Sliced Wasserstein distance of k deterministic steps to the teacher guided by w; (s,)."""
+    timesteps = equidistant(k, ev.config.N)
 
-    def whole(model, x_t, t, s, schedule, past=None):
-        # One jump that is the whole solution: solvers that look back do not fit the gamma-sampler.
-        return solve(model, x_t, [*timesteps, CLEAN], schedule, SOLVERS[solver]), past
+    def solution(model, x_t, t, s, schedule):
+        return solve(model, x_t, [*timesteps, CLEAN], schedule, SOLVERS[solver]())
 
-    case, jump = (Case(k), ddim) if solver == "ddim" else (Case(1), whole)
-    x = ev.sample(network, 1, case, 0.0, jump=jump)[0]
-    return ev._sw(x, ev.reference(Case(k), 0.0, w))
+    if solver == "ddim":
+        x = ev.sample(network, 1, Case(k), 0.0, jump=ddim)[0]
+    else:
+        # The gamma-sampler is for one-step solvers: the whole solution is one jump to it.
+        x = ev.sample(network, 1, Case(1), 0.0, jump=solution)[0]
+    return ev.sw(x, ev.reference(Case(k), 0.0, w))
 
 
 def table(rows: list[dict]) -> str:
-    """The ablations over the number of steps."""
+    """The ablations over the number of steps, deviations over the seeds in brackets."""
     ks = sorted({row["k"] for row in rows})
-    named = {row["name"]: {} for row in rows}
+    cells = {}
     for row in rows:
-        named[row["name"]][row["k"]] = f"{row['mean']:.3f} ({row['std']:.3f})"
-    cells = [(name, [own.get(k, "") for k in ks]) for name, own in named.items()]
-    return table_of("TDM: sw, deterministic", ks, cells, 42, 16)
+        by_k = cells.setdefault(row["name"], dict.fromkeys(ks, ""))
+        by_k[row["k"]] = f"{row['mean']:.3f} ({row['std']:.3f})"
+    lines = [(name, by_k.values()) for name, by_k in cells.items()]
+    return format_table("TDM: sw, deterministic", ks, lines, 42, 16)

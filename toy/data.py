@@ -1,7 +1,4 @@
-"""The 2-D playground: data, and many small eps-networks trained together as one.
-
-Rows of a batch are laid out "(b m)", members last: row b*M + m belongs to member m of M.
-"""
+"""Three distributions in the plane with four classes each, and distances between samples."""
 
 import math
 
@@ -13,8 +10,8 @@ CLASSES = 4
 
 # ---------------------------------------------------------------------------------------- data
 #
-# Each set maps a label, two uniforms and two normals to a point, so that drawing is a single call.
-# The spirals are the default: an arm bends, so a jump that aims wrong leaves the arm and is seen.
+# Each set maps a label, two uniforms and two normals to a point, so sampling is a single call. The
+# spirals are the default: an arm bends, so a jump in the wrong direction visibly leaves the arm.
 
 
 def spirals(label: Tensor, u: Tensor, z: Tensor) -> Tensor:
@@ -40,19 +37,24 @@ DATA = {"spirals": spirals, "gaussians": gaussians, "checkerboard": checkerboard
 
 
 class Data:
-    """One of DATA with each coordinate standardised to mean 0 and deviation 1."""
+    """One of DATA with each coordinate standardised to mean 0 and deviation 1.
+
+    bound: the largest coordinate; the data lies in the square [-bound, bound].
+    """
 
     def __init__(self, name: str):
-        self.points, self.mean, self.std = DATA[name], 0.0, 1.0
+        self.points = DATA[name]
+        self.mean, self.std = 0.0, 1.0
         # A sample is as good as the closed form here: 200,000 points fix both to 0.2 %.
-        x, _ = self.draw(200_000, torch.Generator().manual_seed(0))
+        x, _ = self.sample(200_000, torch.Generator().manual_seed(0))
         self.mean, self.std = x.mean(0), x.std(0)
         self.bound = ((x - self.mean) / self.std).abs().max().item()
 
-    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """n points (n, 2) and their labels (n,)."""
         label = torch.randint(CLASSES, (n,), generator=generator)
-        u, z = torch.rand((n, 2), generator=generator), torch.randn((n, 2), generator=generator)
+        u = torch.rand((n, 2), generator=generator)
+        z = torch.randn((n, 2), generator=generator)
         return (self.points(label, u, z) - self.mean) / self.std, label
 
 
@@ -81,6 +83,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, label: Tensor, directions: int = 32
     sides = torch.stack([angle.cos(), angle.sin()]).to(x)  # (2, d)
     distances = []
     for c in range(CLASSES):
-        one, other = ((z[..., label == c, :] @ sides).sort(-2).values for z in (x, y))
-        distances.append((one - other).square().mean((-2, -1)).sqrt())
+        x_c = (x[..., label == c, :] @ sides).sort(-2).values  # (.., n / 4, d)
+        y_c = (y[..., label == c, :] @ sides).sort(-2).values
+        distances.append((x_c - y_c).square().mean((-2, -1)).sqrt())
     return torch.stack(distances).mean(0)

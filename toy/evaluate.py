@@ -7,59 +7,85 @@ from einops import rearrange, repeat
 from torch import Tensor
 from tqdm import tqdm
 
-from common.compare import GAMMAS, Case, steps_of, table_of, timesteps_of
-from solvers import Schedule, dpmpp_2m, solve
-from tcd import tcf_1
-from tdd import bind, clip_x0, gamma_sample, guided, told, tuned
+from common.compare import (
+    GAMMAS,
+    W_ADDED,
+    W_HIGH,
+    Case,
+    case_timesteps,
+    compared_steps,
+    format_table,
+)
+from solvers import Schedule, ddim, dpmpp_2m, solve
+from tdd import clip_x0, conditioned, gamma_sample, guided
+from tdm import with_num_steps
+from toy.config import ToyConfig
 from toy.data import CLASSES, Data, one_hot, rmse, sliced_wasserstein
-from toy.model import Ensemble
+from toy.model import BatchedMLP
 from toy.students import Group, Student
+
+# ------------------------------------------------------------------------------------ evaluation
+#
+# Against the teacher's ODE samples a sampler with noise would always look wrong, however exact: its
+# samples are other ones. The reference therefore gets the same step noise.
 
 
 class Evaluation:
-    """Samples students and teacher from the same noise, and holds them against the reference.
+    """Samples students and teacher from the same noise, and measures how far each is off.
 
     The reference is the sampler of a perfect student: the same schedule, starting noise and step
     noise, but every jump the teacher's many-step solution, guided by the w' that the student
     distils; at gamma = 0 that is the ODE's endpoint. Where the student is itself guided (Eq. 12)
     so are the exact jumps: (1 + w) Phi(w') - w Phi(null).
 
-    Rows are laid out "(n m s)": samples, methods, seeds.
+    Rows of a batch are laid out "(n m s)": samples, methods, seeds.
     """
 
-    def __init__(self, args, teacher: Ensemble, schedule: Schedule, data: Data):
-        self.args, self.teacher, self.schedule, self.data = args, teacher, schedule, data
+    def __init__(self, config: ToyConfig, teacher: BatchedMLP, schedule: Schedule, data: Data):
+        self.config, self.teacher, self.schedule, self.data = config, teacher, schedule, data
         # Both halves, every second sample, hold each class equally often.
-        self.label = torch.arange(args.samples // 8 * 8) // 2 % CLASSES
+        self.label = torch.arange(config.samples // 8 * 8) // 2 % CLASSES
         # Equal steps in lam, on whole timesteps: 75 evaluations come as close (rmse 0.007 to 1,000
         # steps) as 200 equal in t.
         ends = schedule.lam(torch.tensor([schedule.T - 1, 0]))
-        lam = torch.linspace(*ends.tolist(), 80 if args.quick else 160, dtype=torch.float64)
+        lam = torch.linspace(*ends.tolist(), config.reference_steps, dtype=torch.float64)
         self.fine = schedule.t_of_lam(lam).round().int().unique().flip(0).tolist()
-        self.rows, self.found, self.samples, self.references = [], {}, {}, {}
+        self.rows = []  # of metrics.json
+        self.row_index = {}  # (method, variant, case, metric) -> row
+        self.samples = {}  # (method, variant, case) -> (s, n, 2), for the pictures
+        self.references = {}  # (case, w, w_distilled) -> (s, n, 2)
 
     def noise(self, members: int):
         """The starting noise, then the step noise: the same for every method and case."""
-        # Not the seed of training, whose first draws were the teacher's weights.
-        generator = torch.Generator().manual_seed(self.args.seed + 1)
+        # Not the seed of training, whose first numbers were the teacher's weights.
+        generator = torch.Generator().manual_seed(self.config.seed + 1)
         while True:
-            z = torch.randn((len(self.label), self.args.seeds, 2), generator=generator)
+            z = torch.randn((len(self.label), self.config.seeds, 2), generator=generator)
             yield repeat(z, "n s d -> (n m s) d", m=members)
 
     def cond(self, members: int) -> Tensor:
-        return repeat(one_hot(self.label), "n c -> (n r) c", r=members * self.args.seeds)
+        return repeat(one_hot(self.label), "n c -> (n r) c", r=members * self.config.seeds)
 
     # -------------------------------------------------------------------------------- sampling
 
-    def sample(self, network, members: int, case: Case, w: float, **options):
-        """The gamma-sampler's x_0 of an ensemble, (m, s, n, 2)."""
-        network = told(network, case.k) if network.told == "K" else network
-        # C clips to [-1, 1], where pixels live; this data reaches to `bound` instead.
-        eps = guided(network, self.cond(members), torch.zeros(1, CLASSES), w)
-        noise, clip = self.noise(members), lambda x: self.data.bound * clip_x0(x / self.data.bound)
-        given = timesteps_of(self.args, case), self.schedule, case.gamma, noise, clip
-        x = gamma_sample(eps, next(noise), *given, case.clip_steps, **options)
-        return rearrange(x, "(n m s) d -> m s n d", m=members, s=self.args.seeds)
+    def sample(
+        self, network: BatchedMLP, members: int, case: Case, w: float, jump=ddim, callback=None
+    ) -> Tensor:
+        """The gamma-sampler's x_0 of networks "(m s)", guided by w at inference; (m, s, n, 2)."""
+        config = self.config
+        K = case.k if network.scalar == "num_steps" else None
+        null = torch.zeros(1, CLASSES)
+        eps = guided(with_num_steps(network, K), self.cond(members), null, w)
+        noise = self.noise(members)
+        x = gamma_sample(
+            eps, next(noise), case_timesteps(case, config.N, config.kmin, config.kmax),
+            self.schedule, case.gamma, noise, self.clip, case.clip_steps, jump, callback,
+        )  # fmt: skip
+        return rearrange(x, "(n m s) d -> m s n d", m=members, s=config.seeds)
+
+    def clip(self, x_0: Tensor) -> Tensor:
+        """C of Eq. 17, to the square that holds the data; pixels lie in [-1, 1] instead."""
+        return self.data.bound * clip_x0(x_0 / self.data.bound)
 
     def reference(self, case: Case, w: float, w_distilled: float) -> Tensor:
         """What the case would give were every jump exact; (s, n, 2)."""
@@ -69,68 +95,71 @@ class Evaluation:
         if key not in self.references:
             null = torch.zeros_like(self.cond(1))
             conditional = guided(self.teacher, self.cond(1), null, w_distilled)
-            unconditional = bind(self.teacher, null)
+            unconditional = conditioned(self.teacher, null)
 
-            def jump(model, x_t, t, s, schedule, past=None):
+            def exact_jump(model, x_t, t, s, schedule):
                 x_s = self.follow(conditional, x_t, t, s)
-                if w != 0:
-                    x_s = (1 + w) * x_s - w * self.follow(unconditional, x_t, t, s)
-                return x_s, past
+                if w == 0:
+                    return x_s
+                return (1 + w) * x_s - w * self.follow(unconditional, x_t, t, s)
 
-            self.references[key] = self.sample(self.teacher, 1, case, 0.0, jump=jump)[0]
+            self.references[key] = self.sample(self.teacher, 1, case, 0.0, jump=exact_jump)[0]
         return self.references[key]
 
     def follow(self, eps, x_t: Tensor, t: int, s: int, callback=None) -> Tensor:
         """The PF-ODE from t to s in small steps of second order."""
         stops = [t, *(u for u in self.fine if s < u < t), s]
-        return solve(eps, x_t, stops, self.schedule, dpmpp_2m, callback)
+        return solve(eps, x_t, stops, self.schedule, dpmpp_2m(), callback)
 
     # ------------------------------------------------------------------------------------ rows
 
     def teacher_row(self, case: Case) -> None:
         """The teacher itself with k guided steps of DDIM."""
-        w = self.args.guidance - 1
+        w = self.config.w
         x = self.sample(self.teacher, 1, case, w)[0]
-        self._keep("teacher", "", case, x, self.reference(case, 0.0, w))
+        self._add_rows("teacher", "", case, w, x, self.reference(case, 0.0, w))
 
-    def student_rows(self, group, members: list[int], case: Case) -> None:
-        """The students numbered `members` of a train_toy.Group; all seeds of each."""
-        seeds = self.args.seeds
-        picked = group.network.pick([m * seeds + s for m in members for s in range(seeds)])
-        w = case.w if case.tune is None else tuned(case.w, case.tune)
-        samples = self.sample(picked, len(members), case, w, jump=group.jump)
-        for student, x in zip([group.students[m] for m in members], samples, strict=True):
+    def student_rows(self, group: Group, indices: list[int], case: Case) -> None:
+        """The group's students of these indices, all seeds of each."""
+        w = case.w_inference
+        samples = self.sample(group.select(indices), len(indices), case, w, jump=group.jump)
+        for i, x in zip(indices, samples, strict=True):
+            student = group.students[i]
             reference = self.reference(case, w, student.w)
-            # Eq. 22: guidance on top of distilled guidance multiplies, in terms of g = 1 + w.
-            W = (1 + w) * (1 + student.w) - 1
-            # How far is a guided student from the teacher it stands for? Eq. 13 is judged by this.
-            endpoint = self.reference(Case(1), 0.0, W) if w != 0 else None
-            self._keep(student.method, student.variant, case, x, reference, endpoint)
+            endpoint = None
+            if w != 0:
+                # How far is a guided student from the teacher it stands for? Eq. 13 is judged by
+                # this. Eq. 22: guidance on distilled guidance multiplies, in terms of g = 1 + w.
+                endpoint = self.reference(Case(1), 0.0, (1 + w) * (1 + student.w) - 1)
+            method, variant = student.method, student.variant
+            self._add_rows(method, variant, case, case.w, x, reference, endpoint)
 
-    def _keep(self, method: str, variant: str, case: Case, x, reference, endpoint=None) -> None:
-        """Rows of a case: rmse, sw, and where w != 0 the rmse to the teacher guided as strongly."""
-        values = {"rmse": rmse(x, reference), "sw": self._sw(x, reference)}
+    def _add_rows(
+        self, method: str, variant: str, case: Case, w: float, x: Tensor, reference: Tensor,
+        endpoint: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Rows of a case: rmse, sw, and with an endpoint the rmse to the teacher's guided ODE."""
+        values = {"rmse": rmse(x, reference), "sw": self.sw(x, reference)}
         if endpoint is not None:
             values["rmse_teacher"] = rmse(x, endpoint)
-        # Kept for the pictures.
         self.samples[method, variant, case] = x
-        w = self.args.guidance - 1 if method == "teacher" else case.w
-        for metric, each in values.items():
-            if not each.isfinite().all():
+        for metric, per_seed in values.items():
+            if not per_seed.isfinite().all():
                 raise ValueError(f"{method} {variant} sampled no numbers: {case}; lower --guidance")
             row = {"method": method, "variant": variant, **asdict(case), "w": w, "metric": metric}
-            row |= {"per_seed": each.tolist(), "mean": each.mean().item()}
-            row["std"] = each.std().item() if len(each) > 1 else 0.0
+            row |= seed_statistics(per_seed)
             self.rows.append(row)
-            self.found[method, variant, case, metric] = row
+            self.row_index[method, variant, case, metric] = row
 
-    def _sw(self, x: Tensor, y: Tensor) -> Tensor:
-        """Between independent halves: x and y may come from the same noise."""
+    def sw(self, x: Tensor, y: Tensor) -> Tensor:
+        """sliced_wasserstein of independent halves: x and y may come from the same noise; (s,)."""
         return sliced_wasserstein(x[:, ::2], y[:, 1::2], self.label[::2])
+
+    # ---------------------------------------------------------------------------------- tables
 
     def find(self, method: str, case: Case, metric="rmse", variant="") -> dict | None:
         """The row of a case; the teacher's needs no w, which is the one that students distil."""
-        return self.found.get((method, variant, case, metric))
+        return self.row_index.get((method, variant, case, metric))
 
     @property
     def methods(self) -> list[str]:
@@ -139,64 +168,98 @@ class Evaluation:
 
     def table(self, metric: str, gamma: float) -> str:
         """A metric's mean for every method over k, with * on the non-equidistant schedule."""
-        ks, rows = sorted({row["k"] for row in self.rows}), []
+        ks, lines = sorted({row["k"] for row in self.rows}), []
         for schedule, mark in (("equidistant", ""), ("nonequidistant", " *")):
             for method in self.methods:
-                found = [self.find(method, Case(k, gamma, schedule), metric) for k in ks]
-                if any(found):
-                    cells = [f"{row['mean']:.3f}" if row else "" for row in found]
-                    rows.append((method + mark, cells))
-        return table_of(f"{metric} at gamma = {gamma:g}", ks, rows, 21, 9)
+                rows = [self.find(method, Case(k, gamma, schedule), metric) for k in ks]
+                if any(rows):
+                    cells = [f"{row['mean']:.3f}" if row else "" for row in rows]
+                    lines.append((method + mark, cells))
+        return format_table(f"{metric} at gamma = {gamma:g}", ks, lines, 21, 9)
 
     def noise_floor(self) -> dict:
-        """sw between independent halves of the main references: below it nothing can be told."""
-        floors, w = {}, round(self.args.guidance - 1, 6)
+        """sw between independent halves of the main references: no method can come below it."""
+        floors = {}
         for gamma in GAMMAS:
-            found = self.references.items()
-            exact = [x for (case, *ws), x in found if [case.gamma, *ws] == [gamma, 0, w]]
-            if exact:
-                each = torch.stack([self._sw(x, x) for x in exact]).mean(0)
-                floors[f"gamma {gamma:g}"] = {"per_seed": each.tolist(), "mean": each.mean().item()}
+            distances = []
+            for (case, w, w_distilled), x in self.references.items():
+                if case.gamma == gamma and w == 0 and w_distilled == round(self.config.w, 6):
+                    distances.append(self.sw(x, x))
+            if distances:
+                per_seed = torch.stack(distances).mean(0)
+                floor = {"per_seed": per_seed.tolist(), "mean": per_seed.mean().item()}
+                floors[f"gamma {gamma:g}"] = floor
         return {"sw": floors}
 
 
-# ------------------------------------------------------------------------------------ evaluation
+def seed_statistics(per_seed: Tensor) -> dict:
+    """The last fields of a row: a value for each seed (s,), their mean and deviation."""
+    std = per_seed.std().item() if len(per_seed) > 1 else 0.0
+    return {"per_seed": per_seed.tolist(), "mean": per_seed.mean().item(), "std": std}
+
+
+# ----------------------------------------------------------------------------------------- cases
 #
 # Main cases are Figs. 4 and 5; the others, Figs. 6 and 7, add guidance at inference.
 
 
-def main_cases(args) -> list[Case]:
+def main_cases(config: ToyConfig) -> list[Case]:
     """Every k and gamma on the equidistant schedule; between kmin and kmax on the other as well."""
-    plans = [(k, "equidistant") for k in steps_of(args)]
-    plans += [(k, "nonequidistant") for k in range(args.kmin + 1, args.kmax)]
-    return [Case(k, gamma, schedule) for gamma in GAMMAS for k, schedule in plans]
+    cases = []
+    for gamma in GAMMAS:
+        cases += [Case(k, gamma) for k in compared_steps(config.kmin, config.kmax)]
+        between = range(config.kmin + 1, config.kmax)
+        cases += [Case(k, gamma, "nonequidistant") for k in between]
+    return cases
 
 
-def guidance_cases(args, students: list[Student]) -> list[tuple[list[int], Case]]:
-    """Guided students: rho 0 against rho (Fig. 6a), Eq. 13 (Fig. 6b), x_0 clipping (Fig. 7)."""
-    low, high = ([i for i, s in enumerate(students) if s.variant == v] for v in ("w'=1", "w'=5"))
-    tdd = [i for i, s in enumerate(students) if (s.method, s.variant) == ("tdd", "")]
-    ends, clips = sorted({args.kmin, args.kmax}), sorted({0, 1, args.kmin})
-    jobs = [(low, Case(k, w=w)) for k in ends for w in (0.0, 1.0, 2.0, 3.0)]
-    jobs += [(high, Case(k)) for k in ends]
-    jobs += [(high, Case(k, w=w, tune=5.0)) for k in ends for w in (1.0, 2.0, 3.0)]
-    jobs += [(tdd, Case(args.kmin, w=w, clip_steps=n)) for w in (1.0, 2.0) for n in clips]
-    return [(members, case) for members, case in jobs if members]
+def guidance_cases(config: ToyConfig, students: list[Student]) -> list[tuple[list[int], Case]]:
+    """Guided students: rho 0 against rho (Fig. 6a), Eq. 13 (Fig. 6b), x_0 clipping (Fig. 7).
+
+    Each case comes with the indices of the students that it is for.
+    """
+    low = [i for i, student in enumerate(students) if student.variant == "w'=1"]
+    high = [i for i, student in enumerate(students) if student.variant == "w'=5"]
+    tdd = [i for i, s in enumerate(students) if s.method == "tdd" and not s.variant]
+    ends, jobs = sorted({config.kmin, config.kmax}), []
+    if low:
+        for k in ends:
+            jobs += [(low, Case(k, w=w)) for w in (0.0, *W_ADDED)]
+    if high:
+        jobs += [(high, Case(k)) for k in ends]
+        for k in ends:
+            jobs += [(high, Case(k, w=w, tune=W_HIGH)) for w in W_ADDED]
+    if tdd:
+        for w in W_ADDED[:2]:
+            clips = sorted({0, 1, config.kmin})
+            jobs += [(tdd, Case(config.kmin, w=w, clip_steps=n)) for n in clips]
+    return jobs
 
 
-def evaluate(args, groups: list[Group], ev: Evaluation) -> None:
-    """Every row of metrics.json: the main cases for teacher and students, then guided students."""
-    cases = main_cases(args)
-    jobs = [(ev.teacher_row, case) for case in cases]
-    for group in groups:
-        plain = [i for i, student in enumerate(group.students) if not student.variant]
+def group_cases(config: ToyConfig, group: Group) -> list[tuple[list[int], Case]]:
+    """All cases of a group, each with the indices of its students."""
+    plain = [i for i, student in enumerate(group.students) if not student.variant]
+    main_group = isinstance(group.students[0], Student) and group.jump is ddim
+    jobs = []
+    for case in main_cases(config) if plain else ():
         # Between kmin and kmax the other schedule is TDD's own question.
-        own = [
-            (plain, case) for case in cases
-            if plain and (group.jump is tcf_1 or case.schedule == "equidistant")
-        ]  # fmt: skip
-        if group.jump is tcf_1:
-            own += guidance_cases(args, group.students)
-        jobs += [(ev.student_rows, group, *job) for job in own]
-    for rows, *about in tqdm(jobs, desc="evaluate", mininterval=0.5, dynamic_ncols=True):
-        rows(*about)
+        if main_group or case.schedule == "equidistant":
+            jobs.append((plain, case))
+    if main_group:
+        jobs += guidance_cases(config, group.students)
+    return jobs
+
+
+def evaluate(groups: list[Group], ev: Evaluation) -> None:
+    """Every row of metrics.json: the main cases for teacher and students, then guided students."""
+    cases, student_jobs = main_cases(ev.config), []
+    for group in groups:
+        student_jobs += [(group, *job) for job in group_cases(ev.config, group)]
+    total = len(cases) + len(student_jobs)
+    with tqdm(total=total, desc="evaluate", mininterval=0.5, dynamic_ncols=True) as bar:
+        for case in cases:
+            ev.teacher_row(case)
+            bar.update()
+        for group, indices, case in student_jobs:
+            ev.student_rows(group, indices, case)
+            bar.update()

@@ -1,36 +1,62 @@
 """The pictures of the 2-D experiment, named after the paper's figures that they mirror."""
 
+import math
 from collections import Counter
+from copy import copy
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from common.compare import COLOURS, GAMMAS, NAMES, Case, steps_of
-from common.plots import FAINT, GREY, INK, Axes, Figure
+from common import files
+from common.compare import (
+    COLOURS,
+    GAMMAS,
+    NAMES,
+    W_ADDED,
+    W_HIGH,
+    Case,
+    compared_steps,
+    curve_panel,
+    legend,
+    log_limits,
+)
+from common.plots import CLASS_COLOURS, FAINT, GREY, INK, Axes, Figure
 from solvers import CLEAN
-from tdd import draw, guided
+from tdd import guided, sample_step
 from toy.evaluate import Evaluation
+from toy.students import Group, Student
 
-# Of the other papers: they have pictures of their own, beside the two that they are compared with.
+# The methods of the two sibling papers have pictures of their own, beside TCD and TDD.
 FAMILY = ("tcd2", "tcds", "tdd2", "tdds", "tdm4", "tdm_unify")
+LIMITS = (-2.6, 2.6)  # of both axes of a cloud of points
 
 
-def draw_all(output: Path, ev: Evaluation, groups) -> None:
+def draw_all(output: Path, ev: Evaluation, groups: list[Group]) -> None:
+    """Every picture that this run has the methods for."""
     main = [method for method in ev.methods if method not in FAMILY]
     samples(output / "samples.png", ev, main)
     curves(output / "curves.png", ev, main)
     # A picture that this run has nothing for must not stay from the run before.
+    (output / "paths.gif").unlink(missing_ok=True)
     for name in ("trajectories", "guidance", "family", "family_curves"):
         (output / f"{name}.png").unlink(missing_ok=True)
     if len(main) < len(ev.methods):
         family = [m for m in ev.methods if m in ("teacher", "tcd", "tdd", *FAMILY)]
         samples(output / "family.png", ev, family)
         curves(output / "family_curves.png", ev, family)
-    if plain := [group for group in groups if group.students[0].method in main]:
-        trajectories(output / "trajectories.png", ev, plain[0].students, plain[0].network)
+    main_group = next((g for g in groups if g.students[0].method in main), None)
+    if main_group:
+        exact = teacher_paths(ev)
+        students = {}
+        for i, student in enumerate(main_group.students):
+            if not student.variant:
+                students[student.method] = student_paths(ev, main_group.select([i]))
+        trajectories(output / "trajectories.png", ev, exact, students)
+        moving_paths(output / "paths.gif", ev, exact, students)
     if any(row["variant"] or row["clip_steps"] for row in ev.rows):
         guidance(output / "guidance.png", ev)
 
@@ -49,7 +75,7 @@ def _panels(figure: Figure, top: float, headers, rows, label: Tensor) -> float:
         figure.text(20, top + SIDE / 2 + 13, note, 15, GREY)
         for column, (x, words) in enumerate(cells):
             box = LEFT + column * (SIDE + 8), top, SIDE, SIDE
-            Axes(figure, box, (-2.6, 2.6), (-2.6, 2.6)).density(x.numpy(), label.numpy())
+            Axes(figure, box, LIMITS, LIMITS).density(x.numpy(), label.numpy())
             figure.text(box[0] + SIDE / 2, top + SIDE + 11, words, 15, GREY, "mm")
         top += SIDE + 30
     return top
@@ -57,9 +83,11 @@ def _panels(figure: Figure, top: float, headers, rows, label: Tensor) -> float:
 
 def _cells(ev: Evaluation, method: str, cases, variant="", metric="rmse"):
     """The samples of each case in seed 0, and their distance in words."""
+    cells = []
     for case in cases:
         error = ev.find(method, case, metric, variant)["per_seed"][0]
-        yield ev.samples[method, variant, case][0], f"rmse {error:.2f}"
+        cells.append((ev.samples[method, variant, case][0], f"rmse {error:.2f}"))
+    return cells
 
 
 # ------------------------------------------------------------------- samples.png, after Fig. 4
@@ -69,17 +97,20 @@ def _cells(ev: Evaluation, method: str, cases, variant="", metric="rmse"):
 
 def samples(path: Path, ev: Evaluation, methods: list[str]) -> None:
     """Methods by number of steps at gamma = 0, all from the same noise, seed 0."""
-    kmin, kmax, g = ev.args.kmin, ev.args.kmax, ev.args.guidance
+    kmin, kmax, w = ev.config.kmin, ev.config.kmax, ev.config.w
     ks = sorted({1, 2, kmin, (kmin + kmax) // 2, kmax})
+    cases = [Case(k) for k in ks]
     figure = Figure(LEFT + (SIDE + 8) * (len(ks) + 1) + 12, 100 + (SIDE + 30) * len(methods))
-    title = f"From the same noise: {ev.args.data}, gamma = 0, guidance g = {g:g}"
+    title = f"From the same noise: {ev.config.data}, gamma = 0, guidance g = {1 + w:g}"
     figure.text(20, 28, title, 24)
-    headers = [f"{k} step" + "s" * (k > 1) for k in ks] + ["teacher's ODE"]
-    exact = ev.reference(Case(1), 0.0, g - 1)[0], "many steps"
-    # The teacher's row is DDIM with guidance, two passes a step; students need one.
-    notes, cases = {"teacher": "guided DDIM"}, [Case(k) for k in ks]
-    notes |= dict.fromkeys(("tcd2", "tdd2"), "two passes a step")
-    rows = [(NAMES[m], notes.get(m, ""), m, [*_cells(ev, m, cases), exact]) for m in methods]
+    headers = [f"{k} step" if k == 1 else f"{k} steps" for k in ks] + ["teacher's ODE"]
+    exact = ev.reference(Case(1), 0.0, w)[0]
+    # Guided, the teacher needs two passes a step; students need one.
+    notes = {"teacher": "guided DDIM"} | dict.fromkeys(("tcd2", "tdd2"), "two passes a step")
+    rows = []
+    for method in methods:
+        cells = [*_cells(ev, method, cases), (exact, "many steps")]
+        rows.append((NAMES[method], notes.get(method, ""), method, cells))
     _panels(figure, 60, headers, rows, ev.label)
     figure.save(path)
 
@@ -91,63 +122,69 @@ def samples(path: Path, ev: Evaluation, methods: list[str]) -> None:
 
 def curves(path: Path, ev: Evaluation, methods: list[str]) -> None:
     """Distance to the reference over the number of steps, for each gamma; bands are seeds."""
-    figure, ks = Figure(1240, 640), steps_of(ev.args)
+    ks = compared_steps(ev.config.kmin, ev.config.kmax)
+    figure = Figure(1240, 640)
     figure.text(30, 30, "Distance to the teacher's exact sampler over the number of steps", 24)
-    means = [
-        row["mean"] for row in ev.rows
-        if row["metric"] == "rmse" and not row["variant"] and row["method"] in methods
-    ]  # fmt: skip
-    xlim, ylim = (ks[0] - 0.3, ks[-1] + 0.3), (min(means) * 0.8, max(means) * 1.2)
-    ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if ylim[0] < t < ylim[1]]
+    means = []
+    for row in ev.rows:
+        if row["metric"] == "rmse" and not row["variant"] and row["method"] in methods:
+            means.append(row["mean"])
+    between = []  # TDD on the other schedule
     for i, gamma in enumerate(GAMMAS):
-        axes = Axes(figure, (100 + i * 500, 100, 440, 440), xlim, ylim, log_y=True)
-        # The first panel alone names the y axis; both share it.
-        axes.frame(f"gamma = {gamma:g}", "steps k", "" if i else "rmse (log scale)", ks, ticks, 16)
+        panel = {}
         for method in methods:
             rows = [ev.find(method, Case(k, gamma)) for k in ks]
-            mean, std = (np.array([row[name] for row in rows]) for name in ("mean", "std"))
-            axes.band(ks, mean - std, mean + std, COLOURS[method])
-            axes.line(ks, mean, COLOURS[method], 2.5, 7 if method == "teacher" else None, dots=4)
-        for k in ks:
-            if row := ev.find("tdd", Case(k, gamma, "nonequidistant")):
-                figure.dot(*axes.place(k, row["mean"]), COLOURS["tdd"], 5, hollow=True)
-    for i, method in enumerate(methods):
-        y = 130 + 34 * i
-        figure.line([(1075, y), (1105, y)], COLOURS[method], 3, None if i else 7)
-        figure.text(1115, y, NAMES[method], 17, COLOURS[method])
-    if any(row["schedule"] == "nonequidistant" and row["method"] == "tdd" for row in ev.rows):
+            mean = np.array([row["mean"] for row in rows])
+            std = np.array([row["std"] for row in rows])
+            panel[method] = ks, mean, std
+        # The first panel alone names the y axis; both share it.
+        box, ylabel = (100 + i * 500, 100, 440, 440), "" if i else "rmse (log scale)"
+        title = f"gamma = {gamma:g}"
+        axes = curve_panel(figure, box, title, ylabel, ks, panel, log_limits(means), 16)
+        if "tdd" in methods:
+            rows = [ev.find("tdd", Case(k, gamma, "nonequidistant")) for k in ks]
+            between = [row for row in rows if row]
+        for row in between:
+            figure.dot(*axes.place(row["k"], row["mean"]), COLOURS["tdd"], 5, hollow=True)
+    legend(figure, methods, (1075, 1105), 1115, 17)
+    if between:
         y = 130 + 34 * len(methods)
         figure.dot(1090, y, COLOURS["tdd"], 5, hollow=True)
         figure.text(1115, y, "TDD, non-eq.", 17, COLOURS["tdd"])
-    note = f"{ev.args.data}; mean and deviation over {ev.args.seeds} teachers; same noise for all"
+    data, seeds = ev.config.data, ev.config.seeds
+    note = f"{data}; mean and deviation over {seeds} teachers; same noise for all"
     figure.text(30, 615, note, 15, GREY)
     figure.save(path)
 
 
 # ------------------------------------------------------------------- targets.png, after Fig. 2
 #
-# Drawn by `draw`, the very function that training calls, and not from a picture of the idea.
+# Drawn by `sample_step`, the very function that training calls, and not from a picture of the idea.
 
 
-def targets(path: Path, students) -> None:
-    """Which targets tau~ (up) each method trains from each start t (right): 20,000 real draws."""
-    # Reversed, so that of a method's variants the main one, which comes first, is kept.
-    chosen = {student.method: student for student in reversed(students)}
-    names = [name for name in NAMES if name in chosen and name not in ("tdd_rho0", *FAMILY)]
-    if not names:
+def targets(path: Path, students: list[Student]) -> None:
+    """Which targets tau~ (up) each method trains from each start t (right): 20,000 samples."""
+    main = {}
+    for student in students:
+        if student.method not in ("tdd_rho0", *FAMILY):
+            # Of a method's variants the main one comes first.
+            main.setdefault(student.method, student)
+    if not main:
         return
-    side, columns, ticks = 300, min(3, len(names)), [0, 250, 500, 750, 1000]
+    names = [name for name in NAMES if name in main]
+    side, columns = 300, min(3, len(names))
     width, height = 20 + columns * (side + 100), 80 + (side + 95) * -(-len(names) // columns)
     figure = Figure(max(800, width), height)
     figure.text(30, 30, "Targets tau that each method trains from each start t (Eqs. 4, 7, 8)", 24)
+    ticks = [0, 250, 500, 750, 1000]
     for i, name in enumerate(names):
         box = 90 + (i % columns) * (side + 100), 100 + (i // columns) * (side + 95), side, side
         axes = Axes(figure, box, (0, 1000), (0, 1000))
         axes.frame(NAMES[name], "start t", "target tau", ticks, ticks, 15)
         axes.line([0, 1000], [0, 1000], FAINT, 2)
         generator = torch.Generator().manual_seed(0)
-        draws = draw(chosen[name].targets, (20_000, 1), chosen[name].eta, 0.0, generator)
-        counts = Counter(zip(draws.t_next.tolist(), draws.tau.tolist(), strict=True))
+        sample = sample_step(main[name].targets, (20_000, 1), main[name].eta, 0.0, generator)
+        counts = Counter(zip(sample.t_next.tolist(), sample.tau.tolist(), strict=True))
         for (start, tau), count in counts.items():
             shade = 60 + 195 * count / max(counts.values())  # the likelier, the darker
             figure.dot(*axes.place(start, tau), (*COLOURS[name], round(shade)), 2.2)
@@ -159,35 +196,126 @@ def targets(path: Path, students) -> None:
 # A jump is exact when its dot lies on the grey path; the last dots are the samples.
 
 
-def trajectories(path: Path, ev: Evaluation, students, network) -> None:
+def teacher_paths(ev: Evaluation) -> Tensor:
+    """The teacher's guided PF-ODE from noise to data in many stops; (n, stops, 2), seed 0."""
+    cond, x_T = ev.cond(1), next(ev.noise(1))
+    eps = guided(ev.teacher, cond, torch.zeros_like(cond), ev.config.w)
+    stops = [x_T]
+    with torch.no_grad():
+        ev.follow(eps, x_T, ev.schedule.T - 1, CLEAN, callback=lambda s, x: stops.append(x))
+    return rearrange(stops, "stop (n s) d -> s n stop d", s=ev.config.seeds)[0]
+
+
+def student_paths(ev: Evaluation, network, w: float = 0.0) -> Tensor:
+    """kmin deterministic steps of a network from the same noise; (n, kmin + 1, 2), seed 0."""
+    stops = [next(ev.noise(1))]
+    ev.sample(network, 1, Case(ev.config.kmin), w, callback=lambda s, x: stops.append(x))
+    return rearrange(stops, "stop (n s) d -> s n stop d", s=ev.config.seeds)[0]
+
+
+def _inside(exact: Tensor, n: int, bound: float = 2.5) -> list[int]:
+    """The first n samples whose path lies in the square [-bound, bound]."""
+    return [j for j in range(len(exact)) if exact[j].abs().max() < bound][:n]
+
+
+def trajectories(path: Path, ev: Evaluation, exact: Tensor, students: dict[str, Tensor]) -> None:
     """Twelve samples of seed 0 on their way from noise to data, over the teacher's own paths."""
-    plain = [i for i, student in enumerate(students) if not student.variant]
-    side, columns, args = 380, 3, ev.args
-    figure = Figure(40 + columns * (side + 20), 80 + (side + 60) * -(-len(plain) // columns))
-    title = f"From noise (hollow) to data in {args.kmin} steps, over the teacher's paths (grey)"
+    side, columns = 380, 3
+    figure = Figure(40 + columns * (side + 20), 80 + (side + 60) * -(-len(students) // columns))
+    k = ev.config.kmin
+    title = f"From noise (hollow) to data in {k} steps, over the teacher's paths (grey)"
     figure.text(30, 30, title, 24)
-    eps = guided(ev.teacher, ev.cond(1), torch.zeros_like(ev.cond(1)), args.guidance - 1)
-    fine = _paths(ev, ev.follow, eps, next(ev.noise(1)), ev.schedule.T - 1, CLEAN)
-    inside = [j for j in range(len(fine)) if fine[j].abs().max() < 2.5][:12]
-    for i, m in enumerate(plain):
+    inside = _inside(exact, 12)
+    for i, (method, paths) in enumerate(students.items()):
         box = 30 + (i % columns) * (side + 20), 100 + (i // columns) * (side + 60), side, side
-        axes, colour = Axes(figure, box, (-2.6, 2.6), (-2.6, 2.6)), COLOURS[students[m].method]
-        axes.frame(NAMES[students[m].method])
-        own = network.pick(range(m * args.seeds, (m + 1) * args.seeds))
-        few = _paths(ev, ev.sample, own, 1, Case(args.kmin), 0.0)
+        axes = Axes(figure, box, LIMITS, LIMITS)
+        axes.frame(NAMES[method])
         for j in inside:
-            axes.line(*fine[j].T.tolist(), GREY, 1.2)
-            axes.line(*few[j].T.tolist(), colour, 2, dots=3)
-            figure.dot(*axes.place(*few[j, 0].tolist()), GREY, 4, hollow=True)
+            axes.line(*exact[j].T.tolist(), GREY, 1.2)
+            axes.line(*paths[j].T.tolist(), COLOURS[method], 2, dots=3)
+            figure.dot(*axes.place(*paths[j, 0].tolist()), GREY, 4, hollow=True)
     figure.save(path)
 
 
-@torch.no_grad()
-def _paths(ev: Evaluation, follow, *where) -> Tensor:
-    """Every stop of follow(*where) from the noise on; (n, stops, 2), seed 0."""
-    stops = [next(ev.noise(1))]
-    follow(*where, callback=lambda s, x: stops.append(x))
-    return rearrange(stops, "stop (n s) d -> s n stop d", s=ev.args.seeds)[0]
+# ----------------------------------------------------------------------------------- paths.gif
+#
+# All methods start from the same noise and move at the same pace, from stop to stop in straight
+# lines. Grey lines are paths of the teacher in many steps, grey dots its samples.
+
+SHOWN = 300  # samples in a panel
+MOVES = 12  # frames from stop to stop
+MOVE_MS, STOP_MS, NOISE_MS, DATA_MS = 50, 400, 800, 2500  # how long a frame is shown
+PALE = (196, 200, 208)
+
+
+def moving_paths(path: Path, ev: Evaluation, exact: Tensor, students: dict[str, Tensor]) -> None:
+    """Samples of teacher and students on their way from noise to data, as an animated GIF."""
+    paths = {m: students[m] for m in ("cm", "pcm4", "tcd", "tdd") if m in students}
+    if not paths:
+        return
+    paths = {"teacher": student_paths(ev, ev.teacher, ev.config.w), **paths}
+    background, panels = _moving_background(list(paths), exact[:SHOWN])
+    colours = [CLASS_COLOURS[c] for c in ev.label[:SHOWN].tolist()]
+    steps, frames, durations = ev.config.kmin, [], []
+    for i in range(steps * MOVES + 1):
+        step, move = divmod(i, MOVES)
+        share = move / MOVES
+        place = step + share * share * (3 - 2 * share)  # slow at both ends
+        frame = copy(background)
+        frame.image = background.image.copy()
+        frame.pen = ImageDraw.Draw(frame.image)
+        frame.text(9, 254, f"step {math.ceil(place)} of {steps}" if i else "noise", 20)
+        for method, axes in panels.items():
+            _dots(frame, axes, _interpolate(paths[method][:SHOWN], place), colours)
+        frames.append(frame.image.reduce(frame.SCALE))
+        durations.append(MOVE_MS if move else STOP_MS)
+    durations[0], durations[-1] = NOISE_MS, DATA_MS
+    # One palette for all: frames then differ only where something moves.
+    palette = _palette([*(COLOURS[method] for method in paths), *CLASS_COLOURS, INK, GREY, PALE])
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    first, *others = frames
+    with files.atomic_write(path) as part:
+        first.save(part, "GIF", save_all=True, append_images=others, duration=durations, loop=0)
+
+
+def _moving_background(methods: list[str], exact: Tensor) -> tuple[Figure, dict[str, Axes]]:
+    """Everything that stands still, and the axes of each method's panel."""
+    side = 190
+    background, panels = Figure(10 + len(methods) * (side + 8), 274), {}
+    for i, method in enumerate(methods):
+        left = 9 + i * (side + 8)
+        name = "teacher, DDIM" if method == "teacher" else NAMES[method]
+        background.text(left + side / 2, 22, name, 20, COLOURS[method], "mm")
+        axes = Axes(background, (left, 42, side, side), (-2.9, 2.9), (-2.9, 2.9))
+        for j in _inside(exact, 40, axes.xlim[1]):
+            axes.line(*exact[j].T.tolist(), PALE, 1)
+        _dots(background, axes, exact[:, -1], [PALE] * len(exact))
+        panels[method] = axes
+    background.text(left + side, 254, "grey: the teacher in many steps", 16, GREY, "rm")
+    return background, panels
+
+
+def _interpolate(paths: Tensor, place: float) -> Tensor:
+    """Where samples on paths (n, stops, 2) are between two stops; (n, 2)."""
+    before, after = paths[:, math.floor(place)], paths[:, math.ceil(place)]
+    return torch.lerp(before, after, place - math.floor(place))
+
+
+def _dots(figure: Figure, axes: Axes, x: Tensor, colours: list) -> None:
+    """Points (n, 2); a point outside of the axes is left out."""
+    for point, colour in zip(x.tolist(), colours, strict=True):
+        if max(map(abs, point)) < axes.xlim[1]:
+            figure.dot(*axes.place(*point), colour, 2.3)
+
+
+def _palette(colours) -> Image.Image:
+    """White and five shades of each colour, in an image that `quantize` takes them from."""
+    shares = np.arange(1, 6)[:, None] / 5
+    shades = [255 - shares * (255 - np.array(colour)) for colour in colours]
+    entries = np.concatenate([np.full((1, 3), 255), *shades]).round().astype(int)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(entries.flatten().tolist())
+    return palette
 
 
 # ----------------------------------------------------------- guidance.png, after Figs. 6 and 7
@@ -198,41 +326,49 @@ def _paths(ev: Evaluation, follow, *where) -> Tensor:
 
 def guidance(path: Path, ev: Evaluation) -> None:
     """Guiding students at inference: with and without null conditions, tuned down, and clipped."""
-    parts, k = list(_guidance_parts(ev, ev.args.kmin)), ev.args.kmin
+    k = ev.config.kmin
+    parts = []  # title, headers and rows of each part that has its students
+    if ev.find("tdd_rho0", Case(k), variant="w'=1"):
+        parts += [_added_guidance(ev, k), _tuned_guidance(ev, k)]
+    if "tdd" in ev.methods:
+        parts.append(_clipping(ev, k))
     height = sum(90 + (SIDE + 30) * len(rows) for _, _, rows in parts)
     figure, top = Figure(LEFT + (SIDE + 8) * 4 + 12, 60 + height), 60
-    figure.text(20, 28, f"Guidance at inference: {ev.args.data}, {k} steps, gamma = 0", 24)
+    figure.text(20, 28, f"Guidance at inference: {ev.config.data}, {k} steps, gamma = 0", 24)
     for title, headers, rows in parts:
         figure.text(20, top + 16, title, 19)
         top = _panels(figure, top + 34, headers, rows, ev.label) + 26
     figure.save(path)
 
 
-def _guidance_parts(ev: Evaluation, k: int):
-    """Title, headers and rows of each part that has its students, for k steps."""
-    scales = 1.0, 2.0, 3.0
-    if ev.find("tdd_rho0", Case(k), variant="w'=1"):
-        title = "Students distilled at w' = 1, sampled with w (Eq. 12; Fig. 6a)"
-        cases = [Case(k, w=w) for w in (0.0, *scales)]
-        exact = [(ev.reference(case, case.w, 1.0)[0], "") for case in cases]
-        rows = [
-            (f"rho {ev.args.rho:g}", "null conditions", "tdd", _cells(ev, "tdd", cases, "w'=1")),
-            ("rho 0", "none", "tdd_rho0", _cells(ev, "tdd_rho0", cases, "w'=1")),
-            ("exact jumps", "perfect student", "", exact),
-        ]
-        yield title, [f"w = {case.w:g}" for case in cases], rows
-        title = "A student distilled at w' = 5, tuned to the teacher's w (Eq. 13; Fig. 6b)"
-        cases = [Case(k, w=w, tune=5.0) for w in scales]
-        cells = [*_cells(ev, "tdd", [Case(k)], "w'=5")]
-        cells += _cells(ev, "tdd", cases, "w'=5", "rmse_teacher")
-        exact = [(ev.reference(Case(1), 0.0, w)[0], "") for w in (5.0, *scales)]
-        rows = [("TDD, w' = 5", "Eq. 13", "tdd", cells), ("teacher's ODE", "at that w", "", exact)]
-        yield title, ["as distilled"] + [f"to w = {w:g}" for w in scales], rows
-    if "tdd" in ev.methods:
-        # C cuts at the box that holds the data; guided samples that overshoot are what it is for.
-        title = f"x_0 clipping, TDD distilled at w' = {ev.args.guidance - 1:g} (Eq. 17; Fig. 7)"
-        clips, rows = {0: "none", 1: "first step", k: "every step"}, []
-        for w in (1.0, 2.0):
-            cases = [Case(k, w=w, clip_steps=n) for n in clips]
-            rows.append((f"w = {w:g}", "", "tdd", _cells(ev, "tdd", cases)))
-        yield title, list(clips.values()), rows
+def _added_guidance(ev: Evaluation, k: int):
+    title = "Students distilled at w' = 1, sampled with w (Eq. 12; Fig. 6a)"
+    cases = [Case(k, w=w) for w in (0.0, *W_ADDED)]
+    exact = [(ev.reference(case, case.w, 1.0)[0], "") for case in cases]
+    rows = [
+        (f"rho {ev.config.rho:g}", "null conditions", "tdd", _cells(ev, "tdd", cases, "w'=1")),
+        ("rho 0", "none", "tdd_rho0", _cells(ev, "tdd_rho0", cases, "w'=1")),
+        ("exact jumps", "perfect student", "", exact),
+    ]
+    return title, [f"w = {case.w:g}" for case in cases], rows
+
+
+def _tuned_guidance(ev: Evaluation, k: int):
+    title = "A student distilled at w' = 5, tuned to the teacher's w (Eq. 13; Fig. 6b)"
+    cases = [Case(k, w=w, tune=W_HIGH) for w in W_ADDED]
+    cells = _cells(ev, "tdd", [Case(k)], "w'=5")
+    cells += _cells(ev, "tdd", cases, "w'=5", "rmse_teacher")
+    exact = [(ev.reference(Case(1), 0.0, w)[0], "") for w in (W_HIGH, *W_ADDED)]
+    rows = [("TDD, w' = 5", "Eq. 13", "tdd", cells), ("teacher's ODE", "at that w", "", exact)]
+    return title, ["as distilled", *(f"to w = {w:g}" for w in W_ADDED)], rows
+
+
+def _clipping(ev: Evaluation, k: int):
+    # C cuts at the box that holds the data; guided samples that overshoot are what it is for.
+    title = f"x_0 clipping, TDD distilled at w' = {ev.config.w:g} (Eq. 17; Fig. 7)"
+    headers = {0: "none", 1: "first step", k: "every step"}
+    rows = []
+    for w in W_ADDED[:2]:
+        cases = [Case(k, w=w, clip_steps=n) for n in headers]
+        rows.append((f"w = {w:g}", "", "tdd", _cells(ev, "tdd", cases)))
+    return title, list(headers.values()), rows

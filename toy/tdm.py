@@ -1,30 +1,32 @@
-"""Trajectory Distribution Matching on the 2-D toy: TDM-4, TDM-unify, and the paper's ablations."""
+"""Trajectory Distribution Matching (tdm.py) on 2-D data: its students and how they are trained."""
 
 from dataclasses import dataclass, replace
 
 import torch
 
 import tdm
-from common.compare import PASSES
+from common.compare import equal_budget_steps
 from solvers import SOLVERS, Schedule
-from tdd import bind, guided, told
+from tdd import guided
+from toy.config import ToyConfig
 from toy.data import CLASSES, one_hot
-from toy.model import Ensemble, fit
+from toy.model import BatchedMLP, train
 
 BETAS = (0.0, 0.999)
 STUDENT_LR, FAKE_LR = 0.2, 2.0  # of --lr; a tenth, as in the paper's 2e-6 against 2e-5
 
 
 @dataclass(frozen=True)
-class Matched:
+class TDMStudent:
     """A TDM student as it is trained, in the terms of tdm.py; w is the teacher's guidance.
 
-    together: the student against the fake score of before its step, as distill.Matching has it.
+    with_num_steps: K is an input of the student and of the fake score.
+    together: both take their step at once, as on SDXL, instead of the fake score first.
     """
 
     method: str
     Ks: tuple[int, ...] = (4,)
-    told: bool = False
+    with_num_steps: bool = False
     weight: str = "exact"
     loss: str = "huber"
     clean: bool = False
@@ -34,54 +36,61 @@ class Matched:
     variant: str = ""
 
 
-MATCHED = {"tdm4": Matched("tdm4"), "tdm_unify": Matched("tdm_unify", (1, 2, 4), told=True)}
+TDM_STUDENTS = {
+    "tdm4": TDMStudent("tdm4"),
+    "tdm_unify": TDMStudent("tdm_unify", (1, 2, 4), with_num_steps=True),
+}
 
 
-def matched_of(args) -> list[Matched]:
-    """The TDM students among --methods."""
-    names = [name for name in MATCHED if name in args.methods]
-    return [replace(MATCHED[name], w=args.guidance - 1) for name in names]
+def make_tdm_students(config: ToyConfig) -> list[TDMStudent]:
+    """The TDM students among the run's methods."""
+    names = [name for name in TDM_STUDENTS if name in config.methods]
+    return [replace(TDM_STUDENTS[name], w=config.w) for name in names]
 
 
-def train_matched(
-    args, m: Matched, teacher: Ensemble, schedule: Schedule, start: Ensemble | None = None,
-    steps: int | None = None,
-) -> Ensemble:  # fmt: skip
-    """TDM's Algorithm 1 for every seed's teacher, from the teacher itself unless from `start`."""
-    steps = steps or round(args.steps * PASSES["1"] / PASSES[m.method])
-    members, rows = range(args.seeds), args.seeds * args.batch_size
-    student, fake = (net.pick(members) for net in (start or teacher, teacher))
-    if m.told:
-        student, fake = student.telling("K"), fake.telling("K")
+def train_tdm(
+    config: ToyConfig, m: TDMStudent, teacher: BatchedMLP, schedule: Schedule,
+    start: BatchedMLP | None = None, steps: int | None = None,
+) -> BatchedMLP:  # fmt: skip
+    """TDM's Algorithm 1 for every seed's teacher; the student begins as `start`, if not as it.
+
+    steps: the main comparison's budget unless given.
+    """
+    steps = steps or equal_budget_steps(config.steps, m.method)
+    rows = config.seeds * config.batch_size
+    student = (teacher if start is None else start).select(range(config.seeds))
+    fake = teacher.select(range(config.seeds))
+    if m.with_num_steps:
+        student, fake = student.with_scalar("num_steps"), fake.with_scalar("num_steps")
     student.requires_grad_()
-    optimizer = torch.optim.Adam(fake.parameters(), FAKE_LR * args.lr, BETAS, fused=True)
+    optimizer = torch.optim.Adam(fake.parameters(), FAKE_LR * config.lr, BETAS, fused=True)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     # Not the other students' seed, and the same one for all variants.
-    generator, null = torch.Generator().manual_seed(args.seed + 2), torch.zeros(1, CLASSES)
+    generator = torch.Generator().manual_seed(config.seed + 2)
+    null = torch.zeros(1, CLASSES)
 
     def loss():
-        label = torch.randint(CLASSES, (rows,), generator=generator)
-        # Lines 3-7; no data is drawn.
-        d, cond = tdm.draw(m.Ks, (rows, 2), args.solver_steps, generator), one_hot(label)
-
-        def known(network):
-            return bind(told(network, d.K) if m.told else network, cond)
-
-        p = tdm.generate(known(student), d, schedule, SOLVERS[m.solver], m.clean)
-        # Lines 9 and 10: the fake score first ...
+        # Lines 3-7. No data is used, only labels.
+        cond = one_hot(torch.randint(CLASSES, (rows,), generator=generator))
+        sample = tdm.sample_step(m.Ks, (rows, 2), config.N, generator)
+        K = sample.K if m.with_num_steps else None
+        student_eps = tdm.conditioned_on_steps(student, cond, K)
+        fake_eps = tdm.conditioned_on_steps(fake, cond, K)
+        p = tdm.generate(student_eps, sample, schedule, SOLVERS[m.solver], m.clean)
+        # Lines 9 and 10: the fake score first ..
         fake.requires_grad_()
-        of_fake = tdm.fake_loss(known(fake), p.detach(), schedule, m.weight).mean()
+        fake_loss = tdm.fake_loss(fake_eps, p.detach(), schedule, m.weight).mean()
         optimizer.zero_grad()
-        (of_fake * fake.members).backward()
+        (fake_loss * fake.members).backward()
         if not m.together:
             optimizer.step()
-        # ... and lines 12 and 13, by what it says then.
+        # .. and lines 12 and 13: the student by the fake score of after its step.
         fake.requires_grad_(False)
-        real = guided(teacher, cond, null, m.w)
-        of_student = tdm.student_loss(real, known(fake), p, schedule, m.loss)
+        real_eps = guided(teacher, cond, null, m.w)
+        student_loss = tdm.student_loss(real_eps, fake_eps, p, schedule, m.loss)
         if m.together:
             optimizer.step()
         cosine.step()
-        return of_student
+        return student_loss
 
-    return fit(student, loss, steps, STUDENT_LR * args.lr, m.method, betas=BETAS)
+    return train(student, loss, steps, STUDENT_LR * config.lr, m.method, betas=BETAS)

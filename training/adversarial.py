@@ -1,7 +1,8 @@
-"""Adversarial TDD, "Ours (adv)" in Table 1: a discriminator on the teacher's own features.
+"""Adversarial TDD, "Ours (adv)" in Table 1: a discriminator on the teacher's features.
 
-The paper takes over PCM's process: the student's jump to tau~ is the fake, the target network's the
-real, both noised further to one time, and what is compared is how the frozen teacher sees them.
+The paper takes over PCM's process: the student's jump to tau~ is the fake sample, the target
+network's the real one; both are noised further to one time and compared by the features that the
+frozen teacher computes of them.
 """
 
 import torch
@@ -9,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sdxl.lora import using
+from sdxl.lora import active_adapters
 from solvers import Schedule, renoise
 from unet import UNet
 
 # -------------------------------------------------------------------------------- discriminator
 #
-# The teacher's encoder knows pictures at any noise level as it is; only the heads are trained.
+# The teacher's encoder already handles pictures at any noise level; only the heads are trained.
 
 
 class Heads(nn.Module):
@@ -23,14 +24,13 @@ class Heads(nn.Module):
 
     def __init__(self, widths: list[int], hidden: int = 256):
         super().__init__()
-        self.heads = nn.ModuleList(
-            nn.Sequential(
+        self.heads = nn.ModuleList()
+        for c in widths:
+            self.heads.append(nn.Sequential(
                 nn.Conv2d(c, hidden, 3, stride=2, padding=1), nn.GroupNorm(8, hidden), nn.SiLU(),
                 nn.Conv2d(hidden, hidden, 3, padding=1), nn.GroupNorm(8, hidden), nn.SiLU(),
                 nn.Conv2d(hidden, 1, 1),
-            )
-            for c in widths
-        )  # fmt: skip
+            ))  # fmt: skip
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         # In float32, beside a base in half precision: heads are small, and so are their gradients.
@@ -39,20 +39,20 @@ class Heads(nn.Module):
 
 
 def teacher_features(unet: UNet, x_t: Tensor, t: Tensor, cond: dict) -> list[Tensor]:
-    """What the plain teacher makes of x_t at the end of each level, and in the middle."""
+    """The plain teacher's features of x_t at the end of each level, and in the middle."""
     dtype = unet.conv_in.weight.dtype
-    with using(unet):
+    with active_adapters(unet):
         h = unet.conv_in(x_t.to(dtype))
-        *skips, middle = unet.encode(h, unet.embed(t, cond), cond["tokens"].to(dtype))
+        *skips, middle = unet.encode(h, unet.embed(t, cond), cond["prompt_embeds"].to(dtype))
     # A level leaves one skip connection a block, and one more that is already the next one's size.
-    blocks, levels = unet.config.blocks, len(unet.config.channels)
+    blocks, levels = unet.config.layers_per_block, len(unet.config.channels)
     return [skips[(i + 1) * (blocks + 1) - 1] for i in range(levels)] + [middle]
 
 
 # ---------------------------------------------------------------------------------------- losses
 #
-# Both networks' samples are at tau~; between there and a segment higher they get harder to tell
-# apart, and the student's gradient smoother.
+# Both networks' samples are at tau~. Noised to a time up to a segment higher they are harder to tell
+# apart, and the student's gradient is smoother.
 
 
 def noised_times(tau: Tensor, reach: int, T: int, u: Tensor) -> Tensor:
@@ -62,42 +62,50 @@ def noised_times(tau: Tensor, reach: int, T: int, u: Tensor) -> Tensor:
 
 
 def hinge(logits: list[Tensor], sign: float) -> Tensor:
-    """max(0, 1 - sign * logit): every head counts the same, whatever the size of its map."""
+    """max(0, 1 - sign * logit), each head with the same weight whatever the size of its map."""
     return torch.stack([F.relu(1 - sign * each).mean() for each in logits]).mean()
 
 
-class Adversary:
-    """The discriminator's side of a step, its times within `reach` = T/K_min above tau~.
+class Discriminator:
+    """Heads on the teacher's features, at times within `reach` = T/K_min above tau~.
 
-    `call` stands for the heads, with DDP around them or not.
+    heads_call: the heads, wrapped by DDP or not.
     """
 
     def __init__(self, unet: UNet, heads: Heads, reach: int):
-        self.unet, self.heads, self.call, self.reach = unet, heads, heads, reach
+        self.unet, self.reach = unet, reach
+        self.heads = self.heads_call = heads
 
     @classmethod
-    def fresh(cls, unet: UNet, reach: int, seed: int) -> "Adversary":
-        """With random heads, the same from the same seed on every process."""
+    def init(cls, unet: UNet, reach: int, seed: int) -> "Discriminator":
+        """Random heads, the same from the same seed on every process."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             heads = Heads([*unet.config.channels, unet.config.channels[-1]])
         return cls(unet, heads.to(unet.conv_in.weight.device), reach)
 
-    def losses(self, pred, aim, c, tau, u, noise, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        """(the student's, the discriminator's) loss for jumps to tau (b,), both (b, ..).
+    def losses(
+        self, prediction: Tensor, target: Tensor, cond, tau: Tensor, u: Tensor, noise: Tensor,
+        schedule: Schedule,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """g_loss of the student and d_loss of the heads, for jumps (b, ..) to tau (b,).
 
-        u (b,) in [0, 1) and noise (2b, ..) are the draws of the time and of the noise added to it.
-        The sum of both may go backward at once: neither has a gradient for the other's weights.
+        u (b,) in [0, 1) decides the time, noise (2b, ..) is added to reach it. The sum of both
+        losses may go backward at once: neither has a gradient for the other's weights.
         """
         t = noised_times(tau, self.reach, schedule.T, u)
         z_fake, z_real = noise.chunk(2)
-        fake = teacher_features(self.unet, renoise(pred, tau, t, z_fake, schedule), t, c)
+        x_fake = renoise(prediction, tau, t, z_fake, schedule)
+        x_real = renoise(target, tau, t, z_real, schedule)
+        fake = teacher_features(self.unet, x_fake, t, cond)
         with torch.no_grad():
-            real = teacher_features(self.unet, renoise(aim, tau, t, z_real, schedule), t, c)
+            real = teacher_features(self.unet, x_real, t, cond)
         # One call with both, so that DDP sees one forward pass for the one backward pass.
-        both = self.call([torch.cat([f.detach(), r]) for f, r in zip(fake, real, strict=True)])
-        of_fake, of_real = zip(*(each.chunk(2) for each in both), strict=True)
+        both = [torch.cat([f.detach(), r]) for f, r in zip(fake, real, strict=True)]
+        logits = [each.chunk(2) for each in self.heads_call(both)]
+        d_loss = hinge([real for _, real in logits], 1) + hinge([fake for fake, _ in logits], -1)
+        # The student's gradient goes through frozen heads.
         frozen = {name: p.detach() for name, p in self.heads.named_parameters()}
         logits = functional_call(self.heads, frozen, (fake,))
-        student = -torch.stack([each.mean() for each in logits]).mean()
-        return student, hinge(of_real, 1) + hinge(of_fake, -1)
+        g_loss = -torch.stack([each.mean() for each in logits]).mean()
+        return g_loss, d_loss

@@ -1,96 +1,195 @@
-"""Target-Driven Distillation of SDXL (Algorithm 1): a LoRA for 4 to 8 steps, on 1 to 8+ GPUs.
-
-    python train_sdxl.py --model sdxl/ --data images/ --output runs/tdd
-    torchrun --nproc-per-node 8 train_sdxl.py --model sdxl/ --data shards/ --output runs/tdd
-    torchrun --nproc-per-node 8 train_sdxl.py --model sdxl/ --method tdm --data prompts.txt
-
-The losses are tdd.py's and tdm.py's, the networks are distill.py's, the loop is trainer.py's.
-"""
+"""A distillation from its settings: networks, training step, optimizers, and the files it exports."""
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from sdxl.lora import LoRA, fresh_told
+from common import files
+from sdxl.lora import LoRA, init_scalar_embedding
+from sdxl.lora_files import write_kohya, write_peft
 from sdxl.pipeline import compile_blocks
 from solvers import SOLVERS, sdxl_schedule
 from tcd import TCF
 from tdd import pseudo_huber, squared_l2, targets_of
 from training import loop
-from training.adversarial import Adversary
-from training.distill import Algorithm, Distillation, Matching
+from training.adversarial import Discriminator
+from training.distill import TDDConfig, TDDStep, TDMConfig, TDMStep
 from unet import UNet
 
+DISTANCES = {"l2": squared_l2, "huber": pseudo_huber}
 
-def algorithm_of(args, device) -> Algorithm:
-    """Algorithm 1 as the flags have it."""
-    targets = targets_of(args.method, args.solver_steps, args.kmin, args.kmax)
-    w = tuple(args.guidance_range or (args.guidance, args.guidance))
-    distance = {"l2": squared_l2, "huber": pseudo_huber}[args.loss]
-    return Algorithm(
-        targets, sdxl_schedule().to(device), args.eta, args.rho, w, args.ema, SOLVERS[args.solver],
-        TCF[args.tcf], distance, args.adv_weight,
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """What is distilled, and how: the paper's settings for SDXL unless given.
+
+    method: tdd, cm, pcm, tcd or tdm. w: the range of w', or TDM's guidance twice. mu: rate of the
+    moving average. tcf, solver: names in tcd.TCF and solvers.SOLVERS. full: train the whole UNet.
+    """
+
+    method: str = "tdd"
+    tcf: str = "1"
+    kmin: int = 4
+    kmax: int = 8
+    eta: float = 0.3
+    rho: float = 0.2
+    w: tuple[float, float] = (3.5, 3.5)
+    solver_steps: int = 250
+    solver: str = "ddim"
+    mu: float = 0.0
+    loss: str = "l2"
+    adv: bool = False
+    adv_weight: float = 0.1
+    Ks: tuple[int, ...] = (4,)
+    fake_weight: str = "exact"
+    full: bool = False
+    rank: int = 64
+    alpha: float = 8.0
+    lr: float = 1e-6
+    adv_lr: float = 1e-5
+    fake_lr: float = 5e-6
+    weight_decay: float = 0.0
+    seed: int = 0
+    checkpointing: bool = True
+    compile: bool = False
+
+    @classmethod
+    def of_method(cls, method: str) -> "DistillConfig":
+        """The paper's settings for a method: the offset eta is TDD's alone, TDM has its own."""
+        if method == "tdm":
+            return cls(method, w=(7.0, 7.0), loss="huber")
+        return cls(method, eta=0.3 if method == "tdd" else 0.0)
+
+    @property
+    def scalar(self) -> str:
+        """The kind of scalar that the student takes as an input, "" for none."""
+        if self.tcf == "s":
+            return "target_time"
+        return "num_steps" if self.method == "tdm" and len(self.Ks) > 1 else ""
+
+
+def build_tdd_config(config: DistillConfig, device) -> TDDConfig:
+    """Algorithm 1's settings; ValueError if kmin, kmax and N do not go together."""
+    return TDDConfig(
+        targets=targets_of(config.method, config.solver_steps, config.kmin, config.kmax),
+        schedule=sdxl_schedule().to(device), eta=config.eta, rho=config.rho, w=config.w,
+        mu=config.mu, solver=SOLVERS[config.solver](), jump=TCF[config.tcf],
+        distance=DISTANCES[config.loss], adv_weight=config.adv_weight,
     )  # fmt: skip
 
 
-def distillation_of(args, unet, device, init: LoRA | None = None) -> Distillation | Matching:
-    """The UNet on its device, frozen, and all that is trained on it; init: a LoRA to go on from."""
-    if unet.config.told:
-        raise ValueError(f"{args.model}: its UNet is told of {unet.config.told}: it is no teacher")
+def build_step(
+    config: DistillConfig, unet: UNet, device, init_lora: LoRA | None = None
+) -> TDDStep | TDMStep:
+    """The frozen UNet on its device, and all that is trained on it; init_lora: where to go on from.
+
+    Raises ValueError if the UNet takes a scalar, or the LoRA another one than the student.
+    """
+    if unet.config.scalar:
+        raise ValueError("the model's UNet takes a target time (--tcf s): it cannot be a teacher")
     unet.to(device, memory_format=torch.channels_last)
-    unet.checkpoint_blocks(args.checkpointing)
-    # From the seed alone: every process starts from the same LoRA.
-    generator, tdm = torch.Generator().manual_seed(args.seed), args.method == "tdm"
-    told = "s" if args.tcf == "s" else "K" * (tdm and len(args.ks) > 1)
-    own = copy_of(unet, told, generator) if args.full else None
-    lora = None if args.full else lora_of(args, unet, told, generator, init).to(device)
-    if tdm:
-        fake = LoRA.fresh(unet, args.rank, args.lora_alpha, generator, told).to(device)
-        nets = Matching(
-            unet, lora, fake, sdxl_schedule().to(device), tuple(args.ks), args.solver_steps,
-            args.guidance, args.fake_weight, args.loss, SOLVERS[args.solver],
-        )  # fmt: skip
+    unet.checkpoint_blocks(config.checkpointing)
+    # The seed alone decides: every process starts from the same LoRA.
+    generator = torch.Generator().manual_seed(config.seed)
+    if config.method == "tdm":
+        step = _build_tdm(config, unet, device, generator, init_lora)
     else:
-        adversary = Adversary.fresh(unet, 1000 // args.kmin, args.seed) if args.adv else None
-        nets = Distillation(unet, lora, algorithm_of(args, device), adversary, own)
-    if args.compile:
+        step = _build_tdd(config, unet, device, generator, init_lora)
+    if config.compile:
         compile_blocks(unet)
-    return nets
+    return step
 
 
-def lora_of(args, unet: UNet, told: str, generator, init: LoRA | None) -> LoRA:
-    """The student's LoRA, fresh or from init; ValueError if init is told of something else."""
-    fresh = LoRA.fresh(unet, args.rank, args.lora_alpha, generator, told)
-    if init is None:
-        return fresh
-    if init.told is not None and init.told.of != told:
-        other = f"of {told}" if told else "nothing"
-        raise ValueError(f"--init {args.init} is told of {init.told.of}, this student {other}")
-    # What a file holds is at its full strength: it is to be so under this run's alpha too.
-    updates = {name: u.scaled(args.lora_alpha / args.rank) for name, u in init.items()}
-    return LoRA.of(updates, init.told or fresh.told).requires_grad_()
+def _build_tdd(config: DistillConfig, unet: UNet, device, generator, init_lora) -> TDDStep:
+    lora = full = discriminator = None
+    if config.full:
+        full = copy_unet(unet, config.scalar, generator)
+    else:
+        lora = build_lora(config, unet, generator, init_lora).to(device)
+    if config.adv:
+        discriminator = Discriminator.init(unet, 1000 // config.kmin, config.seed)
+    return TDDStep(unet, lora, build_tdd_config(config, device), discriminator, full)
 
 
-def copy_of(unet: UNet, told: str, generator: torch.Generator) -> UNet:
-    """--full: a float32 UNet to train as a whole, with an embedding of what it is told."""
-    # Not channels_last: what is to be sharded must lie in memory as it is indexed.
-    own = copy.deepcopy(unet).float().to(memory_format=torch.contiguous_format)
-    own.config = replace(unet.config, told=told)
-    if told:
-        own.told = fresh_told(unet, told, generator).to(unet.conv_in.weight.device)
-    return own.requires_grad_()
+def _build_tdm(config: DistillConfig, unet: UNet, device, generator, init_lora) -> TDMStep:
+    lora = build_lora(config, unet, generator, init_lora).to(device)
+    fake_lora = LoRA.init(unet, config.rank, config.alpha, generator, config.scalar).to(device)
+    tdm_config = TDMConfig(
+        schedule=sdxl_schedule().to(device), Ks=config.Ks, N=config.solver_steps, w=config.w[0],
+        fake_weight=config.fake_weight, loss=config.loss, make_solver=SOLVERS[config.solver],
+    )  # fmt: skip
+    return TDMStep(unet, lora, fake_lora, tdm_config)
 
 
-def optimizers_of(args, nets: Distillation | Matching) -> dict[str, torch.optim.Optimizer]:
-    student = nets.student.parameters()
-    if args.method == "tdm":
-        rates = {"adam": (student, args.lr), "adam_fake": (nets.fake.parameters(), args.fake_lr)}
-        # Each of the two is what the other aims at: momentum would lead where it no longer is.
-        betas = args.weight_decay, (0.0, 0.999)
-        return {name: loop.adamw(*given, *betas) for name, given in rates.items()}
-    made = {"adam": loop.adamw(student, args.lr, args.weight_decay)}
-    if nets.adversary is not None:
-        heads = nets.adversary.heads.parameters()
-        made["adam_heads"] = loop.adamw(heads, args.adv_lr, args.weight_decay, (0.0, 0.999))
-    return made
+def build_lora(config: DistillConfig, unet: UNet, generator, init_lora: LoRA | None) -> LoRA:
+    """The student's LoRA, new or from init_lora; ValueError if that takes another scalar."""
+    lora = LoRA.init(unet, config.rank, config.alpha, generator, config.scalar)
+    if init_lora is None:
+        return lora
+    embedding = init_lora.scalar_embedding
+    if embedding is not None and embedding.kind != config.scalar:
+        kind = config.scalar.replace("_", " ") or "no scalar"
+        other = embedding.kind.replace("_", " ")
+        raise ValueError(f"--init takes a {other} as an input, this student {kind}")
+    # A file's adapters are at full strength, and stay so under this run's alpha.
+    scale = config.alpha / config.rank
+    adapters = {name: adapter.scaled(scale) for name, adapter in init_lora.adapters.items()}
+    return LoRA(adapters, embedding or lora.scalar_embedding).requires_grad_()
+
+
+def copy_unet(unet: UNet, scalar: str, generator: torch.Generator) -> UNet:
+    """A float32 copy of the UNet to train as a whole, with an embedding of its scalar, if any."""
+    # Not channels_last: what is sharded must lie in memory as it is indexed.
+    full = copy.deepcopy(unet).float().to(memory_format=torch.contiguous_format)
+    full.config = replace(unet.config, scalar=scalar)
+    if scalar:
+        embedding = init_scalar_embedding(unet, scalar, generator)
+        full.scalar_embedding = embedding.to(unet.conv_in.weight.device)
+    return full.requires_grad_()
+
+
+def build_optimizers(config: DistillConfig, step: TDDStep | TDMStep) -> dict:
+    """An AdamW for the student, and one for the fake score or the discriminator's heads."""
+    student = step.student.parameters()
+    # Each of two networks is what the other trains against: momentum would lead to where that was.
+    no_momentum = (0.0, 0.999)
+    if config.method == "tdm":
+        fake = step.fake.parameters()
+        return {
+            "adam": loop.adamw(student, config.lr, config.weight_decay, no_momentum),
+            "adam_fake": loop.adamw(fake, config.fake_lr, config.weight_decay, no_momentum),
+        }
+    optimizers = {"adam": loop.adamw(student, config.lr, config.weight_decay)}
+    if step.discriminator is not None:
+        heads = step.discriminator.heads.parameters()
+        optimizers["adam_heads"] = loop.adamw(
+            heads, config.adv_lr, config.weight_decay, no_momentum
+        )
+    return optimizers
+
+
+# ------------------------------------------------------------------------------------------ export
+
+
+def export_lora(folder: Path, lora: LoRA, metadata: dict[str, str]) -> None:
+    """lora.safetensors and lora_kohya.safetensors, with the settings in their headers."""
+    write_peft(folder / "lora.safetensors", lora, **metadata)
+    # Kohya's naming has no place for a scalar embedding, without which it is another model.
+    if lora.scalar_embedding is None:
+        write_kohya(folder / "lora_kohya.safetensors", lora, **metadata)
+
+
+def export_unet(
+    folder: Path, step: TDDStep, weights: dict[str, Tensor], unet_json: dict, metadata: dict
+) -> None:
+    """unet/ in diffusers' layout: the moving average of --full's UNet if there is one."""
+    network = "student" if step.target_net is step.student else "target"
+    prefix = f"{network}/base."
+    tensors = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    output = files.output_folder(folder / "unet")
+    path = output / "diffusion_pytorch_model.safetensors"
+    files.write_tensors(path, tensors, format="pt", **metadata)
+    files.write_json(output / "config.json", unet_json | {"scalar": step.full.config.scalar})

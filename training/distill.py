@@ -1,8 +1,8 @@
 """One frozen base as all networks of a method, and a training step of TDD or TDM on it.
 
-The teacher is the base with no LoRA on, the student the base with its LoRA; the target network has
-that LoRA's moving average, TDM's fake score a LoRA of its own. One copy of the weights in memory,
-whatever the method.
+The teacher is the base with no LoRA active, the student the base with its LoRA; the target network
+has that LoRA's moving average, TDM's fake score a LoRA of its own. Whatever the method, memory holds
+the base's weights once.
 """
 
 import copy
@@ -12,44 +12,61 @@ import torch
 from torch import Tensor, nn
 
 import tdm
-from sdxl.lora import LoRA, attach, using
-from sdxl.pipeline import tell
-from solvers import Schedule, ddim
-from tdd import Draws, TargetSet, bind, draw, ema_update, guided, jumps, squared_l2, told
+from sdxl.lora import LoRA, active_adapters, add_adapter
+from sdxl.pipeline import scalar_network
+from solvers import SOLVERS, Schedule, ddim
+from tdd import StepSample, TargetSet, ema_update, guided, sample_step, squared_l2, tdd_loss
 from training import distributed
-from training.adversarial import Adversary
+from training.adversarial import Discriminator
 from unet import Block, UNet
 
+# ---------------------------------------------------------------------------------------- networks
+#
+# tdd.py wants three callables; these are three views of one set of weights. Switching a LoRA on and
+# off costs nothing, while merging it for a pass costs more than it saves and rounds it in bf16.
 
-class Network(nn.Module):
-    """eps(x_t, t, cond) of the base with one LoRA switched on, or with none: the teacher.
 
-    Its only parameters are the LoRA's, so those are all that DDP and optimizers find; or the
-    base's own, if it is to be trained as a whole.
+class LoRANetwork(nn.Module):
+    """eps(x_t, t, cond) of the frozen base with one LoRA active, or with none: the teacher.
+
+    The LoRA's parameters are its only ones, so DDP and optimizers find nothing else.
     """
 
-    def __init__(self, base: nn.Module, name="", lora: LoRA | None = None, whole=False):
+    def __init__(self, base: nn.Module, name: str = "", lora: LoRA | None = None):
         super().__init__()
-        if whole:
-            self.base = base
-        else:
-            object.__setattr__(self, "base", base)
-        self.on, self.lora = {name: 1.0} if name else {}, lora
+        # A plain attribute: the base is no submodule of any one network.
+        object.__setattr__(self, "base", base)
+        self.lora = lora
+        self.active = {name: 1.0} if name else {}
         if lora is not None:
-            attach(base, name, lora)
+            add_adapter(base, name, lora)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond, *n: Tensor) -> Tensor:
-        with using(self.base, **self.on):
-            return tell(self.base, self.lora)(x_t, t, cond, *n)
+    def forward(self, x_t: Tensor, t: Tensor, cond, *scalar: Tensor) -> Tensor:
+        embedding = None if self.lora is None else self.lora.scalar_embedding
+        with active_adapters(self.base, **self.active):
+            return scalar_network(self.base, embedding)(x_t, t, cond, *scalar)
+
+
+class FullNetwork(nn.Module):
+    """eps(x_t, t, cond) of a UNet that is trained as a whole."""
+
+    def __init__(self, unet: UNet):
+        super().__init__()
+        self.base = unet
+        self.lora = None
+
+    def forward(self, x_t: Tensor, t: Tensor, cond, *scalar: Tensor) -> Tensor:
+        embedding = getattr(self.base, "scalar_embedding", None)
+        return scalar_network(self.base, embedding)(x_t, t, cond, *scalar)
 
 
 # -------------------------------------------------------------------------------------- TDD's step
 #
-# As in tdd.py: `draw` is all of a step's randomness, `losses` all of its arithmetic.
+# As in tdd.py: `sample` holds all of a step's randomness, `losses` all of its arithmetic.
 
 
 @dataclass(frozen=True)
-class Algorithm:
+class TDDConfig:
     """Algorithm 1's settings, in the paper's symbols; w is the range that w' is drawn from."""
 
     targets: TargetSet
@@ -65,160 +82,182 @@ class Algorithm:
 
 
 @dataclass(frozen=True)
-class StepDraws:
-    """All random numbers of a step: Algorithm 1's, w' (b,), and the adversary's."""
+class TDDStepSample:
+    """All random numbers of a step: Algorithm 1's, w', and the discriminator's, if there is one."""
 
-    tdd: Draws
-    w: Tensor | float
-    u: Tensor | None = None
-    noise: Tensor | None = None
+    step: StepSample
+    w: Tensor | float  # (b,) or one for all
+    u: Tensor | None = None  # (b,)
+    noise: Tensor | None = None  # (2b, ..)
 
     @property
     def timesteps(self) -> Tensor:
         """Where the examples start, for messages."""
-        return self.tdd.t_next
+        return self.step.t_next
 
 
 @dataclass
-class Distillation:
-    """A student LoRA on a frozen base, and what its training needs.
+class TDDStep:
+    """Algorithm 1 on a frozen base: a student LoRA, or `full`, a copy of the base to train whole.
 
-    own: instead of a LoRA, a UNet to train as a whole, which was the base's copy to begin with.
-    .modules: all that training changes, by name.
+    .modules: everything that training changes, by name.
     """
 
     base: nn.Module
     lora: LoRA | None
-    algorithm: Algorithm
-    adversary: Adversary | None = None
-    own: UNet | None = None
-    parallel: list = field(default_factory=list)
+    config: TDDConfig
+    discriminator: Discriminator | None = None
+    full: UNet | None = None
+    ddp_modules: list = field(default_factory=list)
 
     def __post_init__(self):
-        self.teacher = Network(self.base)
-        self.student = self.call = self._network("student", self.lora, self.own)
-        self.modules, self.schedule = {"student": self.student}, self.algorithm.schedule
+        self.schedule = self.config.schedule
+        self.teacher = LoRANetwork(self.base)
+        self.student = self.student_call = self._network("student", self.lora, self.full)
+        self.modules = {"student": self.student}
         # mu = 0 is the student itself under stop-gradient, the published choice.
-        self.target = self.student
-        if self.algorithm.mu:
-            ema = (copy.deepcopy(trained) for trained in (self.lora, self.own))
-            self.target = self._network("target", *ema).requires_grad_(False)
-            self.modules["target"] = self.target
-        for network in self.modules.values() if self.own is not None else ():
-            distributed.shard(network, Block, UNet.FLOAT32)
-        if self.adversary:
-            self.modules["heads"] = self.adversary.heads
-        # Sampled and written is the moving average where there is one.
-        self.result = self.target
+        self.target_net = self.student
+        if self.config.mu:
+            lora, full = copy.deepcopy(self.lora), copy.deepcopy(self.full)
+            self.target_net = self._network("target", lora, full).requires_grad_(False)
+            self.modules["target"] = self.target_net
+        if self.full is not None:
+            for network in self.modules.values():
+                distributed.apply_fsdp(network, Block, UNet.KEEP_IN_FP32)
+        if self.discriminator is not None:
+            self.modules["heads"] = self.discriminator.heads
+        # The moving average, where there is one, is what is sampled and written.
+        self.result = self.target_net
 
-    def _network(self, name: str, lora: LoRA | None, own: UNet | None) -> Network:
-        return Network(self.base, name, lora) if own is None else Network(own, whole=True)
+    def _network(self, name: str, lora: LoRA | None, full: UNet | None) -> nn.Module:
+        return LoRANetwork(self.base, name, lora) if full is None else FullNetwork(full)
 
     def sampler(self, k: int):
         """The result's network eps(x_t, t, cond), and the jump to sample it with in k steps."""
-        return self.result, self.algorithm.jump
+        return self.result, self.config.jump
 
-    def distribute(self, wrap) -> None:
-        """Have `wrap` (DDP) average the gradients of all that is trained over the processes."""
-        # A student of its own is sharded, and its gradients with it.
-        if self.own is None:
-            self.call = wrap(self.student)
-            self.parallel.append(self.call)
-        if self.adversary:
-            self.adversary.call = wrap(self.adversary.heads)
-            self.parallel.append(self.adversary.call)
+    def distribute(self, wrap_ddp) -> None:
+        """Average the gradients of everything trained over the processes."""
+        # A full student is sharded, and its gradients with it.
+        if self.full is None:
+            self.student_call = wrap_ddp(self.student)
+            self.ddp_modules.append(self.student_call)
+        if self.discriminator is not None:
+            self.discriminator.heads_call = wrap_ddp(self.discriminator.heads)
+            self.ddp_modules.append(self.discriminator.heads_call)
 
-    def draw(self, shape, generator: torch.Generator, device) -> StepDraws:
-        """A step's random numbers for x_0 of this shape, from a CPU generator."""
-        a, b = self.algorithm, shape[0]
-        draws = draw(a.targets, shape, a.eta, a.rho, generator).to(device)
-        low, high = a.w
+    def sample(self, shape, generator: torch.Generator, device) -> TDDStepSample:
+        """A step's random numbers for x_0 of this shape (b, ..), from a CPU generator."""
+        config, b = self.config, shape[0]
+        step = sample_step(config.targets, shape, config.eta, config.rho, generator).to(device)
+        low, high = config.w
         w = low
         if low < high:
             w = (low + (high - low) * torch.rand(b, generator=generator)).to(device)
-        if self.adversary is None:
-            return StepDraws(draws, w)
+        if self.discriminator is None:
+            return TDDStepSample(step, w)
         u = torch.rand(b, generator=generator).to(device)
         noise = torch.randn((2 * b, *shape[1:]), generator=generator).to(device)
-        return StepDraws(draws, w, u, noise)
+        return TDDStepSample(step, w, u, noise)
 
-    def losses(self, x_0: Tensor, cond, null, d: StepDraws) -> dict[str, Tensor]:
-        """Algorithm 1, lines 10-16: "total" to go backward, and its parts, means over the batch."""
-        a = self.algorithm
-        nets = self.call, self.target, self.teacher
-        pred, aim, c = jumps(*nets, x_0, cond, null, d.tdd, d.w, a.schedule, a.solver, a.jump)
-        loss = a.distance(pred - aim).mean()
-        if self.adversary is None:
+    def losses(self, x_0: Tensor, cond, null, sample: TDDStepSample) -> dict[str, Tensor]:
+        """Algorithm 1, lines 10-16: "total" for the backward pass, and its parts; batch means."""
+        config = self.config
+        loss, prediction, target, cond = tdd_loss(
+            self.student_call, self.target_net, self.teacher, x_0, cond, null, sample.step,
+            sample.w, config.schedule, config.solver, config.jump, config.distance,
+        )  # fmt: skip
+        loss = loss.mean()
+        if self.discriminator is None:
             return {"total": loss, "loss": loss}
-        fooled, found = self.adversary.losses(pred, aim, c, d.tdd.tau, d.u, d.noise, a.schedule)
-        total = loss + a.adv_weight * fooled + found
-        return {"total": total, "loss": loss, "adv_student": fooled, "adv_heads": found}
+        g_loss, d_loss = self.discriminator.losses(
+            prediction, target, cond, sample.step.tau, sample.u, sample.noise, config.schedule
+        )
+        total = loss + config.adv_weight * g_loss + d_loss
+        return {"total": total, "loss": loss, "adv_student": g_loss, "adv_heads": d_loss}
 
     def after_step(self) -> None:
         """Algorithm 1, line 18."""
-        if self.target is not self.student:
-            ema_update(self.target.parameters(), self.student.parameters(), self.algorithm.mu)
+        if self.target_net is not self.student:
+            ema_update(self.target_net.parameters(), self.student.parameters(), self.config.mu)
 
 
 # -------------------------------------------------------------------------------------- TDM's step
 #
-# Algorithm 1 has the fake score updated first, and the student against the new one (as on the toy,
-# toy_tdm.py). Here both go backward at once, so that the student's step sees the fake score an
-# update earlier: gradients can then be accumulated and sent between processes once a step, as for
-# every other method.
+# Algorithm 1 updates the fake score first and the student against the new one, as toy/tdm.py does.
+# Here both go backward at once, so the student sees the fake score of one update before: gradients
+# can then be accumulated and sent between processes once a step, as for every other method.
+
+
+@dataclass(frozen=True)
+class TDMConfig:
+    """TDM's settings. Ks: the numbers of steps that K is drawn from. N: the grid of those steps.
+
+    w: guidance of the real score. fake_weight, loss: of tdm.fake_loss and tdm.student_loss.
+    """
+
+    schedule: Schedule
+    Ks: tuple[int, ...] = (4,)
+    N: int = 250
+    w: float = 7.0
+    fake_weight: str = "exact"
+    loss: str = "huber"
+    make_solver: object = SOLVERS["ddim"]
 
 
 @dataclass
-class Matching:
-    """Student and fake score as two LoRAs on a frozen base, which is the real score.
+class TDMStep:
+    """TDM on a frozen base, the real score: student and fake score are LoRAs.
 
-    Ks: what K is drawn from; if the LoRAs have an embedding, they are told of it. N: the grid of
-    the student's steps. weight, loss: of tdm.fake_loss and tdm.student_loss. w: of the real score.
+    LoRAs with a scalar embedding take K as an input (TDM-unify).
     """
 
     base: nn.Module
     lora: LoRA
     fake_lora: LoRA
-    schedule: Schedule
-    Ks: tuple[int, ...] = (4,)
-    N: int = 250
-    w: float = 7.0
-    weight: str = "exact"
-    loss: str = "huber"
-    solver: object = ddim
-    parallel: list = field(default_factory=list)
+    config: TDMConfig
+    ddp_modules: list = field(default_factory=list)
 
     def __post_init__(self):
-        self.teacher = Network(self.base)
-        self.student = self.result = self.call = Network(self.base, "student", self.lora)
-        self.fake = self.call_fake = Network(self.base, "fake", self.fake_lora)
+        self.schedule = self.config.schedule
+        self.teacher = LoRANetwork(self.base)
+        self.student = self.student_call = self.result = LoRANetwork(
+            self.base, "student", self.lora
+        )
+        self.fake = self.fake_call = LoRANetwork(self.base, "fake", self.fake_lora)
         self.modules = {"student": self.student, "fake": self.fake}
 
     def sampler(self, k: int):
-        """The student's network eps(x_t, t, cond), told of k if it is told at all; and its jump."""
-        return self._told(self.student, k), ddim
+        """The student's network eps(x_t, t, cond) for k steps, and the jump to sample it with."""
+        return tdm.with_num_steps(self.student, self._num_steps(k)), ddim
 
-    def distribute(self, wrap) -> None:
-        """Have `wrap` (DDP) average the gradients of both LoRAs over the processes."""
-        self.call, self.call_fake = self.parallel = [wrap(self.student), wrap(self.fake)]
+    def distribute(self, wrap_ddp) -> None:
+        """Average the gradients of both LoRAs over the processes."""
+        self.student_call = wrap_ddp(self.student)
+        self.fake_call = wrap_ddp(self.fake)
+        self.ddp_modules = [self.student_call, self.fake_call]
 
-    def draw(self, shape, generator: torch.Generator, device) -> tdm.Draws:
+    def sample(self, shape, generator: torch.Generator, device) -> tdm.StepSample:
         """A step's random numbers for samples of this shape, from a CPU generator."""
-        return tdm.draw(self.Ks, shape, self.N, generator).to(device)
+        return tdm.sample_step(self.config.Ks, shape, self.config.N, generator).to(device)
 
-    def losses(self, cond, null, d: tdm.Draws) -> dict[str, Tensor]:
-        """Algorithm 1, lines 4-12: "total" to go backward, and its parts, means over the batch."""
-        p = tdm.generate(bind(self._told(self.call, d.K), cond), d, self.schedule, self.solver)
-        # Neither loss has a gradient for the other's weights.
-        fake = bind(self._told(self.call_fake, d.K), cond)
-        denoised = tdm.fake_loss(fake, p.detach(), self.schedule, self.weight).mean()
-        real = guided(self.teacher, cond, null, self.w)
-        fake = bind(self._told(self.fake, d.K), cond)
-        loss = tdm.student_loss(real, fake, p, self.schedule, self.loss).mean()
-        return {"total": loss + denoised, "loss": loss, "fake": denoised}
+    def losses(self, cond, null, sample: tdm.StepSample) -> dict[str, Tensor]:
+        """Algorithm 1, lines 4-12: "total" for the backward pass, and its parts; batch means."""
+        config, schedule, K = self.config, self.schedule, self._num_steps(sample.K)
+        # Lines 4-7: the student's sample at t_m, and the same diffused to tau.
+        student = tdm.conditioned_on_steps(self.student_call, cond, K)
+        p = tdm.generate(student, sample, schedule, config.make_solver)
+        # Lines 9 and 10: the fake score denoises the student's samples.
+        fake = tdm.conditioned_on_steps(self.fake_call, cond, K)
+        fake_loss = tdm.fake_loss(fake, p.detach(), schedule, config.fake_weight).mean()
+        # Line 12. Neither loss has a gradient for the other's weights.
+        real = guided(self.teacher, cond, null, config.w)
+        fake = tdm.conditioned_on_steps(self.fake, cond, K)
+        loss = tdm.student_loss(real, fake, p, schedule, config.loss).mean()
+        return {"total": loss + fake_loss, "loss": loss, "fake": fake_loss}
 
     def after_step(self) -> None:
-        """Nothing: there is no moving average."""
+        """TDM has no moving average."""
 
-    def _told(self, network, K: int):
-        return network if self.lora.told is None else told(network, K)
+    def _num_steps(self, k: int) -> int | None:
+        return None if self.lora.scalar_embedding is None else k

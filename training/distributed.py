@@ -1,7 +1,7 @@
-"""Several processes, as torchrun starts them: who we are, what is averaged, when to stop.
+"""Several processes, as torchrun starts them: ranks, averages, sharded weights, a graceful exit.
 
-torchrun says in the environment who each process is; without it there is one, and every function
-here does what that one needs.
+torchrun describes each process in its environment. Without torchrun there is one process, and every
+function here does what that one needs.
 """
 
 import os
@@ -17,22 +17,21 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import cli
 
-# ----------------------------------------------------------------------------------------- together
-#
-# Small things (losses, flags, positions) travel over gloo in main memory, gradients over nccl.
+# ---------------------------------------------------------------------------------------- processes
 
 
-def identity(device: str) -> tuple[int, int, str]:
-    """(rank, world size, own device) as torchrun has them; (0, 1, device) without it."""
-    rank, world = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))
+def get_dist_info(device: str) -> tuple[int, int, str]:
+    """(rank, world size, this process's device) as torchrun has them; (0, 1, device) without it."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if device == "cuda" and world > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
     return rank, world, device
 
 
-def start(device: str) -> tuple[int, int, str]:
-    """(rank, world size, this process's device), with the processes connected if there are many."""
-    rank, world, device = identity(device)
+def init_distributed(device: str) -> tuple[int, int, str]:
+    """Connect the processes, if there are several; (rank, world size, this process's device)."""
+    rank, world, device = get_dist_info(device)
     cli.check_device(device)
     if world > 1:
         if device.startswith("cuda"):
@@ -66,11 +65,11 @@ def close() -> None:
         dist.destroy_process_group()
 
 
-def average(values: list[float]) -> list[float]:
-    """Each value's mean over the processes; not finite on one is not finite on all."""
+def all_reduce_mean(values: list[float]) -> list[float]:
+    """Each value's mean over the processes; NaN or infinite if it is so on any of them."""
     if not dist.is_initialized():
         return values
-    # A sum carries NaN and infinity to everyone, so that all decide alike about a step.
+    # A sum carries NaN and infinity to everyone, so all decide alike about a step.
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor)
     return (tensor / world_size()).tolist()
@@ -85,7 +84,10 @@ def gather(value) -> list:
     return values
 
 
-def parallel(module: nn.Module) -> nn.Module:
+# ------------------------------------------------------------------------------- gradients, weights
+
+
+def wrap_ddp(module: nn.Module) -> nn.Module:
     """The module with its gradients averaged over the processes, if there are several."""
     if not dist.is_initialized():
         return module
@@ -93,63 +95,71 @@ def parallel(module: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
-def shard(module: nn.Module, kinds, float32=()) -> None:
-    """Leave each process a part of every weight, put together while it is used (FSDP).
+def apply_fsdp(module: nn.Module, layer_types, keep_in_fp32=()) -> None:
+    """Shard every weight over the processes, in place (FSDP); one process alone changes nothing.
 
-    Submodules of these kinds are put together one at a time. Weights stay as they are in one
-    process alone. Sharded, they are computed with in bfloat16 on GPUs, but for submodules of the
-    names in `float32`.
+    Submodules of layer_types are gathered one at a time while they compute, in bfloat16 on GPUs.
+    Submodules named in keep_in_fp32 compute in float32.
     """
     if not dist.is_initialized():
         return
     device = next(module.parameters()).device.type
     half = torch.bfloat16 if device == "cuda" else None
-    # Parted again after every pass, the outermost too: a moving average is taken part by part.
-    options = {"reshard_after_forward": True, "mesh": init_device_mesh(device, (world_size(),))}
-    jobs = [(m, half) for m in module.modules() if isinstance(m, kinds)]
-    jobs += [(m, None) for name, m in module.named_modules() if name.split(".")[-1] in float32]
-    for each, dtype in [*jobs, (module, half)]:
+    layers = [(layer, half) for layer in module.modules() if isinstance(layer, layer_types)]
+    for name, layer in module.named_modules():
+        if name.split(".")[-1] in keep_in_fp32:
+            layers.append((layer, None))
+    mesh = init_device_mesh(device, (world_size(),))
+    for layer, dtype in [*layers, (module, half)]:
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-        fully_shard(each, mp_policy=policy, **options)
+        # Resharded after every pass, the outermost too: a moving average works on the shards.
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
-def joined(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in one piece, if each process has a part of it: on rank 0, in main memory."""
+def gather_full(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor whole, on rank 0 in main memory (elsewhere empty); others as they are."""
     if not isinstance(tensor, DTensor):
         return tensor
-    whole = tensor.full_tensor()
-    return whole.cpu() if is_main() else whole.new_empty(0)
+    full = tensor.full_tensor()
+    return full.cpu() if is_main() else full.new_empty(0)
 
 
-def parted(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, the same on all processes, laid out in memory and split like another."""
+def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A full tensor, the same on all processes, laid out in memory and sharded like another."""
     if isinstance(like, DTensor):
         tensor = tensor.to(like.device)
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return torch.empty_like(like).copy_(tensor)
 
 
-# ---------------------------------------------------------------------------------------- stopping
+# ----------------------------------------------------------------------------------------- stopping
 #
-# torchrun passes SIGTERM on and kills after 30 s: time for the step at hand and a checkpoint.
+# torchrun passes SIGTERM on and kills after 30 s: time to finish a step and write a checkpoint.
 
 
-class Stop:
-    """SIGTERM and SIGINT as a flag that is looked at between steps; a second one kills."""
+class GracefulExit:
+    """SIGTERM and SIGINT as a flag to look at between steps; a second one kills as usual.
+
+    .signal: the number of the signal received, or 0.
+    """
 
     def __init__(self):
-        self.signal, self.before = 0, {}
+        self.signal = 0
+        self.previous_handlers = {}
 
     def __enter__(self):
         for number in (signal.SIGTERM, signal.SIGINT):
-            self.before[number] = signal.signal(number, self._raised)
+            self.previous_handlers[number] = signal.signal(number, self._receive)
         return self
 
-    def _raised(self, number, frame):
+    def _receive(self, number, frame):
         self.signal = number
-        # The handlers from before are back at once: whoever asks twice is not to wait.
-        self.__exit__()
+        # Restored at once, for whoever asks twice does not want to wait.
+        self._restore_handlers()
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)

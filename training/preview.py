@@ -1,76 +1,94 @@
 """Pictures of a student in training: a grid of its samples beside its teacher's."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from common import files
-from common.files import read_lines
 from common.pictures import to_images
 from common.plots import GREY, INK, Figure
 from sdxl.load import SDXL
-from sdxl.pipeline import conditions, null_of
+from sdxl.pipeline import make_conditions, null_condition
 from solvers import ddim
 from tdd import equidistant, gamma_sample, guided, noise_stream
-from training.distill import Distillation, Matching
+from training.distill import TDDStep, TDMStep
 
 PROMPTS = [
     "a red fox in the snow, photograph", "an old fisherman mending a net, oil painting",
     "a glass of water on a wooden table, morning light", "a city street at night in the rain",
 ]  # fmt: skip
-TEACHER_STEPS = 25  # of the picture grids' right column
+TEACHER_STEPS = 25  # of the grid's last column, at the quality that the teacher is used for
 
 
-# Prompts and seeds are fixed, so that grids of one run can be compared; the teacher's never change.
+@dataclass(frozen=True)
+class PreviewConfig:
+    """What a grid shows, and where it goes: output/samples.
 
+    steps: numbers of steps, a column each. w: the teacher's guidance. solver_steps: N, of which the
+    student's timesteps are multiples. offload_vae: keep the VAE on the CPU between grids, for
+    runs that encode nothing.
+    """
 
-def ends_of(args) -> list[int]:
-    """The numbers of steps to look at: K_min and K_max, or TDM's K."""
-    return sorted(set(args.ks or [args.kmin, args.kmax]))
+    output: Path
+    resolution: int
+    steps: list[int]
+    w: float
+    solver_steps: int = 250
+    seed: int = 0
+    prompts: list[str] | None = None
+    offload_vae: bool = False
 
 
 class Pictures:
-    """Grids of the student's samples in few steps, as it was trained for, beside the teacher's."""
+    """Grids of the student's samples in few steps, as it is trained for, beside the teacher's.
 
-    def __init__(self, args, model: SDXL, nets: Distillation | Matching, device):
-        self.args, self.vae, self.nets, self.device = args, model.vae, nets, device
-        own = args.sample_prompts
-        self.prompts = PROMPTS if own is None else read_lines("--sample-prompts", own)
-        cond, _ = conditions(model, self.prompts, None, args.resolution, args.resolution)
+    Prompts and seeds are fixed, so the grids of a run can be compared.
+    """
+
+    def __init__(self, config: PreviewConfig, model: SDXL, nets: TDDStep | TDMStep, device):
+        self.config, self.vae, self.nets, self.device = config, model.vae, nets, device
+        self.prompts = config.prompts or PROMPTS
+        cond, _ = make_conditions(model, self.prompts, None, config.resolution, config.resolution)
         # With a full cache the text encoders never left the CPU.
         self.cond = {name: tensor.to(device) for name, tensor in cond.items()}
-        self.w, self.ends = sum(args.guidance_range or [args.guidance] * 2) / 2, ends_of(args)
-        self.teacher = None
+        self.teacher_columns = None
 
     def __call__(self, step: int) -> None:
-        """samples/step-STEP.png: a row a prompt, a column a number of steps."""
-        many = [*self.ends, TEACHER_STEPS]
-        # Frozen as it is, it draws the same every time: once is enough.
-        if self.teacher is None:
-            self.teacher = [self.column(k, self.w, self.nets.teacher) for k in many]
-        columns = [self.column(k, 0.0, *self.nets.sampler(k)) for k in self.ends] + self.teacher
-        headers = [f"{k} steps" for k in self.ends] + [f"teacher, {k} steps" for k in many]
-        title = f"After {step} steps of training; the teacher at g = {1 + self.w:g}"
-        folder = files.output_folder(self.args.output / "samples")
+        """samples/step-STEP.png: a row for each prompt, a column for each number of steps."""
+        teacher_steps = [*self.config.steps, TEACHER_STEPS]
+        # The teacher is frozen and draws the same every time: once is enough.
+        if self.teacher_columns is None:
+            teacher, w = self.nets.teacher, self.config.w
+            self.teacher_columns = [self.column(k, w, teacher) for k in teacher_steps]
+        headers, columns = [], []
+        for k in self.config.steps:
+            network, jump = self.nets.sampler(k)
+            headers.append(f"{k} steps")
+            columns.append(self.column(k, 0.0, network, jump))
+        headers += [f"teacher, {k} steps" for k in teacher_steps]
+        columns += self.teacher_columns
+        title = f"After {step} steps of training; the teacher at g = {1 + self.config.w:g}"
+        folder = files.output_folder(self.config.output / "samples")
         picture_table(folder / f"step-{step:06}.png", title, headers, self.prompts, columns)
 
     @torch.no_grad()
     def column(self, k: int, w: float, network, jump=ddim) -> list:
         """A picture of each prompt in k steps at gamma = 0, prompt i from seed + i."""
-        seeds = range(self.args.seed, self.args.seed + len(self.prompts))
-        side, pictures = self.args.resolution // 8, []
-        # N = 8 is enough to distil for 8 steps; the teacher's many have a grid of their own.
-        timesteps = equidistant(k, self.args.solver_steps if k in self.ends else 250)
+        config, side = self.config, self.config.resolution // 8
+        seeds = range(config.seed, config.seed + len(self.prompts))
+        # N may be as small as 8, for 8 steps; the teacher's 25 need a finer grid.
+        timesteps = equidistant(k, config.solver_steps if k in config.steps else 250)
         vae = self.vae.to(self.device)
-        # One at a time: a batch would need memory that the training has left none of.
+        pictures = []
+        # One at a time: the training has left no memory for a batch.
         for i, x_T in enumerate(next(noise_stream(seeds, (4, side, side), self.device))):
-            c = {name: tensor[i : i + 1] for name, tensor in self.cond.items()}
-            eps = guided(network, c, null_of(c), w)
+            cond = {name: tensor[i : i + 1] for name, tensor in self.cond.items()}
+            eps = guided(network, cond, null_condition(cond), w)
             x_0 = gamma_sample(eps, x_T[None], timesteps, self.nets.schedule, jump=jump)
             pictures += to_images(vae.decode(x_0))
-        # From a cache nothing is encoded any more, and the training can use the room.
-        if self.args.cache is not None:
+        if config.offload_vae:
             vae.to("cpu")
         return pictures
 

@@ -1,0 +1,124 @@
+"""A stage of the CIFAR-10 experiment: one training in its own folder, resumable, with its settings.
+
+The classifier, the teacher and each student are a stage each. stage.json is written last: a folder
+that has one is finished, a folder without may hold a checkpoint to resume from.
+"""
+
+import hashlib
+import shutil
+import statistics
+import zlib
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cifar.data import Batches
+from common import files
+from training import loop
+
+# 2: `guidance` is g = 1 + w'. It was w' in version 1, which names no version.
+STAGE_VERSION = "2"
+SAVE_EVERY = 250
+
+
+def read_stage(folder: Path) -> dict | None:
+    """stage.json of a finished stage, None without one; ValueError if its version is another."""
+    path = folder / "stage.json"
+    if not path.exists():
+        return None
+    content = files.read_json(path)
+    version = content.get("settings", {}).get("version", "1")
+    if version != STAGE_VERSION:
+        raise ValueError(
+            f"{path} has settings of version {version}, not {STAGE_VERSION}: "
+            "train into another folder"
+        )
+    return content
+
+
+def weights_digest(folder: Path) -> str:
+    """A finished teacher's or student's weights in a few letters, for what is made from them."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    if not path.exists():
+        path = folder / "lora.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def save_network(network: nn.Module, name: str, folder: Path) -> None:
+    files.write_tensors(folder / f"{name}.safetensors", network.state_dict(), format="pt")
+
+
+@dataclass
+class Stage:
+    """One training: its folder, its data, and in `settings` all that its result depends on."""
+
+    folder: Path
+    data: tuple[Tensor, Tensor]
+    steps: int
+    batch_size: int
+    seed: int
+    settings: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        images, labels = self.data
+        checksum = zlib.crc32(labels.numpy(), zlib.crc32(images.numpy()))
+        settings = {"version": STAGE_VERSION, "steps": self.steps, "batch_size": self.batch_size}
+        settings |= {"seed": self.seed, **self.settings, "data": f"{checksum:08x}"}
+        self.settings = {name: str(value) for name, value in settings.items()}
+
+    def finished(self) -> bool:
+        """Whether it is; ValueError if it, or a checkpoint of it, was made with other settings."""
+        content = read_stage(self.folder)
+        if content is None:
+            self._resume_point()
+            return False
+        if difference := files.first_difference(content["settings"], self.settings):
+            raise ValueError(
+                f"{self.folder} was made with {difference}: give the same, or name another --output"
+            )
+        print(f"{self.folder.name}: finished before, used again")
+        return True
+
+    def train(
+        self, modules, optimizers, losses, export, lr_lambda=lambda s: 1, after_step=lambda: None
+    ) -> None:
+        """Train from the last checkpoint, if any, to the end, and finish the stage.
+
+        modules, optimizers: by name, as in training/loop.py. losses: (batch, generator) to a dict
+        of losses. export: writes the result into a folder. lr_lambda: the share of the learning
+        rate after the share s of all steps. after_step: called after each optimizer step.
+        """
+        files.output_folder(self.folder)
+        checkpoint, content = self._resume_point()
+        position = content["positions"][0] if checkpoint else 0
+        loader = Batches(*self.data, self.batch_size, self.seed, position)
+        generator = torch.Generator().manual_seed(self.seed)
+        state = loop.TrainState(self.folder, modules, optimizers, generator, loader, self.settings)
+        if checkpoint:
+            state.restore(checkpoint, content)
+        print(f"{self.folder.name}: {self.steps} steps of {self.batch_size} pictures")
+        config = loop.TrainConfig(
+            self.steps, lambda step: lr_lambda(step / self.steps), save_every=SAVE_EVERY, keep=1,
+            resume_hint="the same command",
+        )  # fmt: skip
+        loop.fit(state, config, partial(losses, generator=generator), after_step)
+        export(self.folder)
+        self._finish(state.log)
+
+    def _resume_point(self) -> tuple[Path | None, dict]:
+        """The last checkpoint and its config.json, or (None, {})."""
+        # No setting may change, the steps included: the learning rate depends on them.
+        return loop.resume_point(self.folder, True, self.settings, may_change=())
+
+    def _finish(self, log: list[dict]) -> None:
+        """stage.json, with the seconds that training took; checkpoints are deleted."""
+        # At the median speed: other programs may have slowed some of the steps.
+        speed = statistics.median(line["images_per_s"] for line in log)
+        seconds = self.steps * self.batch_size / speed
+        content = {"settings": self.settings, "seconds": round(seconds, 1)}
+        files.write_json(self.folder / "stage.json", content)
+        for checkpoint in loop.checkpoints(self.folder):
+            shutil.rmtree(checkpoint)

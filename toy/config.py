@@ -1,0 +1,31 @@
+"""The settings of a run on 2-D data, which train_toy.py makes from its flags."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    """Settings of teacher, students and evaluation; train_toy.py --help describes each flag.
+
+    w: the guidance w' to distil, g - 1. N: steps of the teacher's solver in training.
+    reference_steps: steps of the teacher's solution that samples are compared with.
+    """
+
+    data: str
+    methods: tuple[str, ...]
+    tcf: tuple[str, ...]
+    steps: int
+    seeds: int
+    seed: int
+    batch_size: int
+    lr: float
+    ema: float
+    kmin: int
+    kmax: int
+    eta: float
+    rho: float
+    w: float
+    N: int
+    solver: str
+    samples: int
+    reference_steps: int

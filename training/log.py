@@ -1,0 +1,75 @@
+"""The log of a run: a line of JSON a step, a progress bar, and a picture of the loss."""
+
+import contextlib
+import json
+import math
+import resource
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common import files
+from common.plots import GREY, INK, Axes, Figure
+from training import distributed
+
+
+def read_log(output: Path, step: int) -> list[dict]:
+    """The log's lines up to a step; what a killed run wrote after its checkpoint is cut off."""
+    path = output / "log.jsonl"
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        # A kill may have cut off the last line in the middle.
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    lines = [line for line in lines if line["step"] <= step]
+    if distributed.is_main():
+        with files.atomic_write(path) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return lines
+
+
+def draw_loss(path: Path, log: list[dict]) -> None:
+    """The loss of every step, pale, and its running mean, on a logarithmic scale."""
+    points = [(line["step"], line["loss"]) for line in log if line["loss"] and line["loss"] > 0]
+    if len(points) < 2:
+        return
+    step, loss = np.array(points).T
+    # A step's loss is noisy, and its scale spans decades: a running mean on a logarithmic axis.
+    width = max(1, len(loss) // 50)
+    # Exponentially weighted over a fiftieth of the run.
+    smooth = list(accumulate(loss, lambda mean, value: mean + (value - mean) / width))
+    figure = Figure(900, 500)
+    low, high = loss.min() * 0.9, loss.max() * 1.1
+    axes = Axes(figure, (90, 60, 770, 360), (step[0], step[-1]), (low, high), log_y=True)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    yticks = [m * 10.0**d for d in decades for m in (1, 2, 5) if low < m * 10.0**d < high]
+    axes.frame("training loss", "step", "", np.linspace(step[0], step[-1], 6).round(), yticks)
+    axes.line(step, loss, (*GREY, 90), 1)
+    axes.line(step, smooth, INK, 2.5)
+    figure.save(path)
+
+
+def write_line(output: Path, line: dict, bar: tqdm) -> None:
+    """The step's line, in log.jsonl and on the progress bar."""
+    with open(output / "log.jsonl", "a", encoding="utf-8") as log:
+        log.write(json.dumps(line) + "\n")
+    shown = {"loss": "loss", "norm": "grad_norm", "img/s": "images_per_s", "GiB": "memory_gib"}
+    if line["bad"]:
+        shown["bad"] = "bad"
+    postfix = {}
+    for name, key in shown.items():
+        postfix[name] = "nan" if line[key] is None else f"{line[key]:.4g}"
+    bar.update()
+    bar.set_postfix(postfix)
+
+
+def peak_memory_gib() -> float:
+    """The highest memory use so far in GiB: of the GPU, or of the process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
