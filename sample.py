@@ -260,23 +260,9 @@ def sample_all(
     return latents
 
 
-def parser() -> cli.Parser:
-    p = cli.Parser("Samples SDXL, or SDXL with LoRAs, in few steps.")
+def sampler_flags(add) -> None:
+    """One way to sample: SamplerConfig's fields."""
     whole, share = cli.number(int, 1), cli.number(float, 0, 1)
-    gpu = torch.cuda.is_available()
-    add = p.add_argument
-    add("--model", type=Path, required=True, help="SDXL: a folder or one .safetensors")
-    add("--tokenizer", type=Path, help="tokenizer's folder, where the model is a single file")
-    add(
-        "--unet",
-        type=Path,
-        metavar="DIR",
-        help="folder of a UNet to use instead of the model's (--full)",
-    )
-    add("--lora", action="append", default=[], metavar="PATH[:SCALE]", help="LoRA file; repeatable")
-    add("--prompt", action="append", metavar="TEXT", help="prompt; repeatable")
-    add("--prompts", type=Path, metavar="FILE", help="file with a prompt a line; resumable")
-    add("--negative-prompt", help="prompt for the null condition, instead of zeros")
     add("--steps", type=whole, default=4, help="number of steps, k")
     add(
         "--cfg",
@@ -303,6 +289,26 @@ def parser() -> cli.Parser:
         help="grid of the schedules, N: that of the LoRA or --unet, or 250")  # fmt: skip
     add("--sampler", choices=["tdd", "ddim", "dpm++2m", "dpm++2s"], default="tdd",
         help="gamma-sampler, or a solver for the plain model")  # fmt: skip
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser("Samples SDXL, or SDXL with LoRAs, in few steps.")
+    whole = cli.number(int, 1)
+    gpu = torch.cuda.is_available()
+    add = p.add_argument
+    add("--model", type=Path, required=True, help="SDXL: a folder or one .safetensors")
+    add("--tokenizer", type=Path, help="tokenizer's folder, where the model is a single file")
+    add(
+        "--unet",
+        type=Path,
+        metavar="DIR",
+        help="folder of a UNet to use instead of the model's (--full)",
+    )
+    add("--lora", action="append", default=[], metavar="PATH[:SCALE]", help="LoRA file; repeatable")
+    add("--prompt", action="append", metavar="TEXT", help="prompt; repeatable")
+    add("--prompts", type=Path, metavar="FILE", help="file with a prompt a line; resumable")
+    add("--negative-prompt", help="prompt for the null condition, instead of zeros")
+    sampler_flags(add)
     add("--controlnet", type=Path, metavar="DIR", help="folder of an SDXL ControlNet")
     add("--control-image", type=Path, metavar="PNG", help="canny or depth image for it")
     add(

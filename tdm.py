@@ -30,7 +30,7 @@ from tdd import conditioned, equidistant, squared_l2, with_scalar
 
 @dataclass(frozen=True)
 class StepSample:
-    """What Algorithm 1 draws for a batch: K, the step to look at, times to diffuse to, and noise."""
+    """What Algorithm 1 draws for a batch: K, the step to look at, the times tau, and noise."""
 
     K: int
     stops: list[int]  # from T - 1 down to t_{m+1} and t_m
@@ -121,10 +121,10 @@ def conditioned_on_steps(network, cond, K: int | None):
 # -------------------------------------------------------------------------- 3.1 the fake score
 #
 # Eq. 7 wants x_tau from q(x_tau | x^), but the score is needed around x_{t_m}: hence the importance
-# weight q(x_tau | x^) / q(x_tau | x_{t_m}). The weighted loss is minimal at the score of x^ diffused
-# to tau, while Eq. 5 needs that of x_{t_m} diffused to tau. These are two distributions, because a
-# deterministic step leaves x^ and the noise beside it dependent. Denoising to x_{t_m} without a
-# weight has Eq. 5's score as its minimum: "exact" below, which is ours.
+# weight q(x_tau | x^) / q(x_tau | x_{t_m}). The weighted loss is minimal at the score of x^
+# diffused to tau, while Eq. 5 needs that of x_{t_m} diffused to tau. These are two distributions,
+# because a deterministic step leaves x^ and the noise beside it dependent. Denoising to x_{t_m}
+# without a weight has Eq. 5's score as its minimum: "exact" below, which is ours.
 
 WEIGHTS = ("density", "mean", "none", "exact")
 
@@ -138,8 +138,8 @@ def fake_loss(fake, p: StudentSample, schedule: Schedule, weight: str = "density
     eps = eps_theta(fake, p.x_tau, p.tau, schedule)
     alpha, sigma, _ = (a.to(p.x_m) for a in schedule.at(p.tau, p.x_m.ndim))
     if weight == "exact":
-        # -sigma times the score of q(x_tau | x_{t_m}) is (sigma / spread) noise, unbounded near t_m.
-        # A factor that depends on tau alone may multiply both sides.
+        # -sigma times the score of q(x_tau | x_{t_m}) is (sigma / spread) noise, which has no bound
+        # near t_m. A factor that depends on tau alone may multiply both sides.
         _, spread = p.bridge(schedule)
         return squared_l2(spread / sigma * eps - p.noise)
     loss = squared_l2(eps - (p.x_tau - alpha * p.x_hat) / sigma)
@@ -200,7 +200,7 @@ def fisher_loss(real, fake, p: StudentSample, schedule: Schedule) -> Tensor:
     with torch.enable_grad():
         x_tau = p.x_tau.detach().requires_grad_()
         eps_real, eps_fake = (eps_theta(f, x_tau, p.tau, schedule) for f in (real, fake))
-        # Scores are written times -sigma, as eps; that of q is noise / tame, so tame multiplies all.
+        # Scores are written times -sigma, as eps; that of q is noise / tame: tame multiplies all.
         u = eps_fake - eps_real
         square = tame * u.square()
         (slope,) = torch.autograd.grad((2 * u * (p.noise - tame * eps_real) - square).sum(), x_tau)

@@ -1,7 +1,7 @@
 """SDXL's UNet: eps(x_t, t, cond), with the names and shapes of the published checkpoints.
 
 One class builds the full model (2.57 B parameters), tiny ones for tests and pixel-space ones for
-CIFAR-10; only the config differs. A condition is a dict of tensors, the last for some students only:
+CIFAR-10; only the config differs. A condition is a dict of tensors, the last for some students:
 
     prompt_embeds (b, n, 2048)  both text encoders' hidden states, attended to
     pooled (b, 1280)            the second encoder's projected end token
@@ -79,8 +79,8 @@ def _each(value, levels: int) -> tuple[int, ...]:
 
 # ------------------------------------------------------------------------------------- embeddings
 #
-# Sinusoids are computed in float32 and then cast to the weights' precision: in bfloat16 the timesteps
-# 997 to 1000 are one number.
+# Sinusoids are computed in float32 and then cast to the weights' precision: in bfloat16 the
+# timesteps 997 to 1000 are one number.
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -260,8 +260,8 @@ def _resize(c: int, stride: int = 1) -> nn.ModuleList:
 
 # -------------------------------------------------------------------------------------- networks
 #
-# 320 channels at full size, 640 at half, 1280 at a quarter, and back up. Every block on the way down
-# leaves its output, a skip connection, for its mirror image on the way up.
+# 320 channels at full size, 640 at half, 1280 at a quarter, and back up. Every block on the way
+# down leaves its output, a skip connection, for its mirror image on the way up.
 
 
 class Encoder(nn.Module):
@@ -329,8 +329,8 @@ class Encoder(nn.Module):
 class UNet(Encoder):
     """eps(x_t, t, cond) for x_t (b, 4, h, w), any h and w; t (b,), cond as above."""
 
-    # These stay in float32 when the rest is in half precision. In bfloat16 the last layers alone add
-    # a larger error than all layers before, as large as the effect of guidance at t = 999.
+    # These stay in float32 when the rest is in half precision. In bfloat16 the last layers alone
+    # add a larger error than all layers before, as large as the effect of guidance at t = 999.
     KEEP_IN_FP32 = "conv_norm_out", "conv_out"
 
     def __init__(self, config: UNetConfig):

@@ -63,6 +63,7 @@ class Stage:
     settings: dict = field(default_factory=dict)
 
     def __post_init__(self):
+        # Strings, as JSON and the header of a LoRA hold them; other data counts as another setting.
         images, labels = self.data
         checksum = zlib.crc32(labels.numpy(), zlib.crc32(images.numpy()))
         settings = {"version": STAGE_VERSION, "steps": self.steps, "batch_size": self.batch_size}

@@ -10,7 +10,7 @@ finished stage is used again, an interrupted one is resumed, and changed setting
 import argparse
 import time
 from copy import deepcopy
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -143,13 +143,15 @@ def train_teacher(config: CifarConfig, stage: Stage) -> None:
 
 def student_stage(config: CifarConfig, name: str, data: Data) -> Stage:
     student = student_config(config, name)
+    # The settings that matter to the method: they also go into the header of the LoRA.
     settings = ["method", "solver", "solver_steps", "rank", "lr", "loss"]
     if student.method == "tdm":
         settings += ["Ks", "fake_lr", "fake_weight"]
     else:
         settings += ["tcf", "kmin", "kmax", "eta", "rho", "mu", "adv", "adv_weight", "adv_lr"]
     values = {"guidance": 1 + student.w[0], "dtype": config.dtype}
-    values |= {key: value for key, value in asdict(student).items() if key in settings}
+    for setting in settings:
+        values[setting] = getattr(student, setting)
     values["teacher"] = weights_digest(config.output / "teacher")
     steps = student_steps(config, name)
     return Stage(config.output / name, data, steps, config.batch_size, config.seed, values)

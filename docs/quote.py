@@ -1,8 +1,8 @@
 """Write the code quotations of README.md and docs/*.md: `python docs/quote.py`, or with --check.
 
 A marker is an HTML comment right above the python block that it fills. It names a file, a function,
-method, class or constant, and what to take of it. With --check a stale block is named in one line,
-and the exit status is 1:
+method, class or constant, and what to take of it. With --check nothing is written: the first stale
+block is named in one line, and the exit status is 1.
 
     code: tdd.py offset
     code: tdd.py tdd_loss no docstring
@@ -25,7 +25,7 @@ BLOCK = re.compile(
 
 
 def quotation(file: str, name: str, bare: str, first: str, last: str) -> str:
-    """The lines that a marker asks for; `lines` runs from words of the first to words of the last."""
+    """The source that a marker asks for; first and last are words of the lines it ends on."""
     source = (ROOT / file).read_text(encoding="utf-8")
     node = find(ast.parse(source), name)
     lines = source.splitlines()[: node.end_lineno]

@@ -356,16 +356,17 @@ def test_measured_run_of_the_family_is_what_the_docs_say():
     assert (ablations["LCM and 100 steps of TDM", 4] < 0.75 * ablations["LCM", 4]).all()
 
 
+def assert_cells(cells, values, spread=False):
+    for cell, each in zip(cells, values, strict=True):
+        mean, *deviation = map(float, cell.split("±"))
+        assert mean == pytest.approx(np.mean(each), abs=5.1e-4)
+        assert not deviation or deviation[0] == pytest.approx(np.std(each, ddof=1), abs=5.1e-4)
+        assert bool(deviation) >= spread
+
+
 def test_the_tables_are_the_measured_run():
     result, per_seed = load_rows(Path(__file__).parent.parent / "docs" / "toy.json")
     ks = (1, 2, 4, 5, 6, 7, 8)
-
-    def same(cells, values, spread=False):
-        for cell, each in zip(cells, values, strict=True):
-            mean, *deviation = map(float, cell.split("±"))
-            assert mean == pytest.approx(np.mean(each), abs=5.1e-4)
-            assert not deviation or deviation[0] == pytest.approx(np.std(each, ddof=1), abs=5.1e-4)
-            assert bool(deviation) >= spread
 
     names = {"teacher, guided DDIM": "teacher", "CM / LCM": "cm", "PCM-4": "pcm4", "PCM-8": "pcm8",
              "TCD / CTM": "tcd", "TDD": "tdd", "TDD, eta = 0": "tdd_eta0"}  # fmt: skip
@@ -373,31 +374,31 @@ def test_the_tables_are_the_measured_run():
         table = read_table("docs/results-2d.md", after)
         for name, method in names.items():
             values = [per_seed(method, [k], gamma=gamma) for k in ks]
-            same(table.pop(name), values, spread=gamma == 0)
+            assert_cells(table.pop(name), values, spread=gamma == 0)
         (other,) = table.values()
         more = {"gamma": gamma, "schedule": "nonequidistant"}
-        same(other[3:6], [per_seed("tdd", [k], **more) for k in (5, 6, 7)])
+        assert_cells(other[3:6], [per_seed("tdd", [k], **more) for k in (5, 6, 7)])
     table = read_table("README.md", "## The 2-D result")
     assert len(table) == 5
     for name, cells in table.items():
-        same(cells, [per_seed(names[name], [k]) for k in (4, 5, 6, 7, 8)])
+        assert_cells(cells, [per_seed(names[name], [k]) for k in (4, 5, 6, 7, 8)])
     siblings = "docs/tcd-and-tdm.md"
     table = read_table(siblings, "**TCF on the spirals**")
     for family in ("tcd", "tdd"):
         for function, tail in (("1", ""), ("2", "2"), ("S+", "s")):
             cells = table.pop(f"{family.upper()}, TCF({function})")
-            same(cells, [per_seed(family + tail, [k]) for k in ks])
+            assert_cells(cells, [per_seed(family + tail, [k]) for k in ks])
     assert not table
     table = read_table(siblings, "**TDM on the spirals**")
     plain, _ = load_rows(Path(__file__).parent.parent / "docs" / "toy_unguided.json")
     names |= {"teacher": "teacher", "TDM-4": "tdm4", "TDM-unify (1, 2, 4)": "tdm_unify"}
     for name, cells in table.items():
-        same(cells[:4], [per_seed(names[name], [k], "sw") for k in (1, 2, 4, 8)])
+        assert_cells(cells[:4], [per_seed(names[name], [k], "sw") for k in (1, 2, 4, 8)])
         for k, cell in zip((1, 2, 4, 8), cells[5:], strict=True):
             fields = {"method": names[name], "k": k, "gamma": 0.0, "metric": "sw", "w": 0.0,
                       "variant": "", "schedule": "equidistant", "clip_steps": 0}  # fmt: skip
             (row,) = [row for row in plain["rows"] if fields.items() <= row.items()]
-            same([cell], [row["per_seed"]])
+            assert_cells([cell], [row["per_seed"]])
     rows = {(row["name"], row["k"]): row["per_seed"] for row in result["ablations"]}
     table = read_table(siblings, "**TDM's ablations**")
     row_names = {
@@ -418,4 +419,4 @@ def test_the_tables_are_the_measured_run():
     }  # fmt: skip
     for name, cells in table.items():
         name, ks = row_names.get(name, name), [k for k, cell in zip((1, 2, 4), cells) if cell]
-        same(filter(None, cells[:3]), [rows[name, k] for k in ks], True)
+        assert_cells(filter(None, cells[:3]), [rows[name, k] for k in ks], True)

@@ -192,7 +192,8 @@ for step in range(2):
     optimizer.step()
     nets.after_step()
     optimizer.zero_grad()
-found = [[distributed.gather_full(p) for p in m.parameters()] for m in (nets.student, nets.target_net)]
+networks = nets.student, nets.target_net
+found = [[distributed.gather_full(p) for p in m.parameters()] for m in networks]
 torch.save(found, f"{out}/whole-{{rank}}")
 nets = tiny_tdm(Path({folder!r}), "num_steps", Ks=(2, 4), fake_weight="exact")
 nets.distribute(distributed.wrap_ddp)
@@ -226,7 +227,8 @@ def test_two_processes_are_one_on_the_joined_batch(folder, tmp_path):
     halves = [(half, {k: v[half] for k, v in cond.items()}) for half in (slice(2), slice(2, 4))]
     for _ in range(2):
         for rank, (half, c) in enumerate(halves):
-            loss = nets.losses(x_0[half], c, null_condition(c), drawn(nets, x_0[half], rank))["total"]
+            sample = drawn(nets, x_0[half], rank)
+            loss = nets.losses(x_0[half], c, null_condition(c), sample)["total"]
             (loss / 2).backward()
         optimizer.step()
         nets.after_step()
@@ -406,13 +408,15 @@ def test_the_whole_unet_is_trained_in_parts_killed_resumed_and_sampled(
     before, _ = files.read_tensors(folder / "unet" / file)
     assert {k for k in weights if not k.startswith("scalar_embedding.")} == before.keys()
     moved = [k for k, v in before.items() if not torch.equal(v, weights[k])]
-    assert len(moved) > 0.9 * len(before) and weights["scalar_embedding.linear_2.weight"].abs().max() > 0
+    assert len(moved) > 0.9 * len(before)
+    assert weights["scalar_embedding.linear_2.weight"].abs().max() > 0
     words = ["--unet", whole / "unet", "--prompt", "a red fox", "--gamma", 0, "--steps", 2]
     got = ours(monkeypatch, capsys, folder, tmp_path, *words, "--tcf", "s", "--cfg", 1)
     theirs, reference = Theirs(folder, {}, 4, 4.0, torch.float32), Reference(folder)
     theirs.unet.load_state_dict({k: v for k, v in weights.items() if k in before})
     embedding = {k: v for k, v in weights.items() if k not in before}
-    theirs.scalar_weights[None] = {k.removeprefix("scalar_embedding."): v for k, v in embedding.items()}
+    embedding = {k.removeprefix("scalar_embedding."): v for k, v in embedding.items()}
+    theirs.scalar_weights[None] = embedding
     tokens, pooled = reference.encode("a red fox")
     c = {
         "prompt_embeds": tokens,
@@ -433,7 +437,8 @@ def test_the_whole_unet_is_trained_in_parts_killed_resumed_and_sampled(
     with pytest.raises(AssertionError, match="its UNet takes a target time: give --tcf s"):
         ours(monkeypatch, capsys, tmp_path / "sdxl", tmp_path, *words[2:])
     refused = run(command(tmp_path / "sdxl", shards, tmp_path / "again"))
-    assert refused.returncode == 2 and "takes a target time (--tcf s): it cannot be a teacher" in refused.stderr
+    assert refused.returncode == 2
+    assert "takes a target time (--tcf s): it cannot be a teacher" in refused.stderr
 
 
 def test_tdm_unify_samples_as_diffusers_with_an_embedding(
@@ -458,9 +463,9 @@ def test_tdm_unify_samples_as_diffusers_with_an_embedding(
         e = eps(x, t, 2, g=1.0)
         x = ALPHA[s + 1] * (x - SIGMA[t + 1] * e) / ALPHA[t + 1] + SIGMA[s + 1] * e
     assert (x - half).abs().max() <= 2e-4 * half.abs().max()
-    with pytest.raises(AssertionError, match="takes the number of steps as an input: leave --tcf s away"):
-        ours(monkeypatch, capsys, folder, tmp_path, "--lora", labelled_tcf_s(lora, tmp_path), *words,
-             "--tcf", "s")  # fmt: skip
+    labelled = labelled_tcf_s(lora, tmp_path)
+    with pytest.raises(AssertionError, match="number of steps as an input: leave --tcf s away"):
+        ours(monkeypatch, capsys, folder, tmp_path, "--lora", labelled, *words, "--tcf", "s")
     with pytest.raises(AssertionError, match="was trained with --tcf 1"):
         ours(monkeypatch, capsys, folder, tmp_path, "--lora", lora, *words, "--tcf", "2")
 

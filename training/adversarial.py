@@ -51,8 +51,8 @@ def teacher_features(unet: UNet, x_t: Tensor, t: Tensor, cond: dict) -> list[Ten
 
 # ---------------------------------------------------------------------------------------- losses
 #
-# Both networks' samples are at tau~. Noised to a time up to a segment higher they are harder to tell
-# apart, and the student's gradient is smoother.
+# Both networks' samples are at tau~. Noised to a time up to a segment higher they are harder to
+# tell apart, and the student's gradient is smoother.
 
 
 def noised_times(tau: Tensor, reach: int, T: int, u: Tensor) -> Tensor:

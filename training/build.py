@@ -1,4 +1,4 @@
-"""A distillation from its settings: networks, training step, optimizers, and the files it exports."""
+"""A distillation from its settings: training step, optimizers, and the files it exports."""
 
 import copy
 from dataclasses import dataclass, replace
