@@ -21,6 +21,7 @@ NEVER = {
 }  # fmt: skip
 FILES = [p for p in ROOT.glob("*.py") if not p.name.startswith(("test_", "conftest"))]
 FILES += [p for folder in FOLDERS for p in (ROOT / folder).glob("*.py")]
+FILES.sort()
 
 
 def imports(path):
