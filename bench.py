@@ -8,30 +8,21 @@
 On a CPU all but `load` run a mid-size UNet, on a GPU the full one. Needs diffusers.
 """
 
-import json
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from benchmarks.inference import bench_load, bench_sample, bench_unet, measure_load
+from benchmarks.inference import bench_load, bench_sample, bench_unet
 from benchmarks.measure import BenchConfig, profile
-from benchmarks.train import bench_train, measure_peak
+from benchmarks.train import bench_train
 from common import cli
 
-BENCHMARKS = {
-    "unet": bench_unet, "load": bench_load, "sample": bench_sample, "train": bench_train,
-}  # fmt: skip
+BENCHMARKS = {"unet": bench_unet, "load": bench_load, "sample": bench_sample, "train": bench_train}
 
 
 def main(args) -> None:
-    config = BenchConfig(
-        what=args.what, device=args.device, dtype=args.dtype, rounds=args.rounds,
-        batch_size=args.batch_size, compile=args.compile, folder=args.dir,
-    )  # fmt: skip
-    if args.child is not None:
-        measure = measure_load if args.what == "load" else measure_peak
-        print(json.dumps(measure(config, args.child)))
-        return
+    config = BenchConfig(**{field.name: getattr(args, field.name) for field in fields(BenchConfig)})
     ours = BENCHMARKS[args.what](config)
     if args.profile and ours is not None:
         profile(ours)
@@ -39,20 +30,17 @@ def main(args) -> None:
 
 def parser() -> cli.Parser:
     p = cli.Parser("Measures this code beside diffusers; the number in brackets is the ratio.")
-    gpu = torch.cuda.is_available()
-    p.add_argument("what", choices=BENCHMARKS, help="benchmark to run")
-    p.add_argument("--rounds", type=cli.number(int, 1), default=5, help="turns each side takes")
-    p.add_argument("--compile", action="store_true", help="torch.compile for both UNets as well")
-    p.add_argument("--dir", type=Path, default=Path("runs/bench"), help="folder for load's 5 GB")
-    p.add_argument("--child", metavar="SIDE", help="one side alone, for the parent run")
-    p.add_argument(
-        "--batch-size", type=cli.number(int, 1), default=2, help="images a step of train"
-    )
-    p.add_argument("--dtype", choices=["bf16", "float32"], default="bf16" if gpu else "float32",
+    add, gpu = p.add_argument, torch.cuda.is_available()
+    add("what", choices=BENCHMARKS, help="benchmark to run")
+    add("--rounds", type=cli.positive_int, default=5, help="turns each side takes")
+    add("--compile", action="store_true", help="torch.compile for both UNets as well")
+    add("--dir", type=Path, default=Path("runs/bench"), help="folder for load's 5 GB")
+    add("--batch-size", type=cli.positive_int, default=2, help="images a step of train")
+    add("--dtype", choices=["bf16", "float32"], default="bf16" if gpu else "float32",
         help="precision of our frozen base in train")  # fmt: skip
-    p.add_argument("--profile", action="store_true",
+    add("--profile", action="store_true",
         help="table of the operators that ours spends its time in, not for load")  # fmt: skip
-    p.add_argument("--device", default="cuda" if gpu else "cpu", help="cpu or cuda")
+    add("--device", default="cuda" if gpu else "cpu", help="cpu or cuda")
     return p
 
 

@@ -20,18 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import cli, files
-from common.files import read_lines, read_tensors
 from common.pictures import open_image, save_grid, to_images
-from sdxl.load import SDXL, cast, find_weights, load_component, load_controlnet, load_sdxl
-from sdxl.pipeline import (
-    DTYPES,
-    SCHEDULES,
-    SamplerConfig,
-    make_conditions,
-    merge_loras,
-    sample_latents,
-    with_controlnet,
-)
+from sdxl import pipeline
+from sdxl.controlnet import ControlNet, ControlNetConfig
+from sdxl.load import SDXL, cast, find_weights, load_component, load_sdxl
+from sdxl.pipeline import DTYPES, SCHEDULES, SamplerConfig
 from tcd import TCF
 from training import distributed
 from unet import UNet, UNetConfig
@@ -60,22 +53,15 @@ def check(args) -> None:
         files.output_folder(args.save_latents.parent)
         if args.save_latents.is_dir():
             raise ValueError(f"--save-latents {args.save_latents} is a folder; name a file")
-    headers = read_headers([split_scale(entry)[0] for entry in args.lora], args.unet)
+    weights = [split_scale(entry)[0] for entry in args.lora]
+    weights += find_weights(args.unet) if args.unet else []
+    headers = {path: files.read_tensors(path)[1] for path in weights}
     # Weights that were trained for another f would be sampled wrongly without a word.
     for path, header in headers.items():
-        tcf = header.get("tdd_tcf", args.tcf)
-        if tcf != args.tcf:
+        if (tcf := header.get("tdd_tcf", args.tcf)) != args.tcf:
             raise ValueError(f"{path} was trained with --tcf {tcf}: sample it with that")
     args.solver_steps = args.solver_steps or trained_solver_steps(headers)
-    build_config(args).timesteps  # noqa: B018 - it raises if there is no such schedule
-
-
-def read_headers(loras: list[str], unet: Path | None) -> dict[Path, dict]:
-    """The metadata of every file of the student."""
-    paths = [Path(path) for path in loras]
-    if unet is not None:
-        paths += find_weights(unet)
-    return {path: read_tensors(path)[1] for path in paths}
+    SCHEDULES[args.schedule](args.steps, args.solver_steps)  # ValueError if there is none
 
 
 def trained_solver_steps(headers: dict[Path, dict]) -> int:
@@ -90,19 +76,18 @@ def trained_solver_steps(headers: dict[Path, dict]) -> int:
 
 def build_config(args) -> SamplerConfig:
     """The flags as a SamplerConfig, with guidance as the paper's w = g - 1."""
-    g_distilled = args.tune_guidance
+    w_distilled = None if args.tune_guidance is None else args.tune_guidance - 1
     return SamplerConfig(
-        steps=args.steps, solver_steps=args.solver_steps, schedule=args.schedule,
-        sampler=args.sampler, w=args.cfg - 1,
-        w_distilled=None if g_distilled is None else g_distilled - 1,
-        gamma=args.gamma, tcf=args.tcf, clip_steps=args.clip_steps,
-        clip_percentile=args.clip_percentile, clip_max=args.clip_max,
+        steps=args.steps, solver_steps=args.solver_steps, schedule=args.schedule, w=args.cfg - 1,
+        w_distilled=w_distilled, sampler=args.sampler, gamma=args.gamma, tcf=args.tcf,
+        clip_steps=args.clip_steps, clip_percentile=args.clip_percentile, clip_max=args.clip_max,
     )  # fmt: skip
 
 
 def load(args) -> tuple[SDXL, object]:
     """The model with every LoRA merged in, and the network to sample, ControlNet included."""
     dtype = DTYPES[args.dtype]
+    # First of all, so that a picture that cannot be read is refused before the model is loaded.
     image = None if args.control_image is None else open_image(args.control_image)
     # LoRAs are merged in the file's own precision: half would round their small updates away.
     model = load_sdxl(args.model, args.tokenizer, None if args.lora else dtype).to(args.device)
@@ -110,41 +95,36 @@ def load(args) -> tuple[SDXL, object]:
         model.unet = load_component(args.unet, UNet, UNetConfig).to(args.device)
     if model.unet.config.scalar and args.tcf != "s":
         raise ValueError(f"{args.unet or args.model}: its UNet takes a target time: give --tcf s")
-    loras = []
-    for entry in args.lora:
-        path, scale = split_scale(entry)
-        loras.append((Path(path), scale))
-    network = merge_loras(model, loras, args.tcf, args.steps)
+    loras = [split_scale(entry) for entry in args.lora]
+    network = pipeline.merge_loras(model, loras, args.tcf, args.steps)
     for module in (model.unet, model.encoder_1, model.encoder_2):
         cast(module, dtype)
     # Pixels as rows of channels: transformers and convolutions then agree on the layout.
     model.unet.to(memory_format=torch.channels_last)
     if image is None:
         return model, network
-    controlnet = load_controlnet(args.controlnet, dtype)
+    controlnet = load_component(args.controlnet, ControlNet, ControlNetConfig, dtype)
     controlnet.to(args.device, memory_format=torch.channels_last)
     image = image.resize((args.width, args.height), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(image)).to(args.device) / 255
-    pixels = rearrange(pixels, "h w c -> 1 c h w")
-    return model, with_controlnet(network, controlnet, pixels, args.control_scale)
+    pixels = rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").to(args.device) / 255
+    return model, pipeline.with_controlnet(network, controlnet, pixels, args.control_scale)
 
 
-def split_scale(entry: str) -> tuple[str, float]:
-    """PATH or PATH:SCALE; a colon that no number follows belongs to the path."""
-    # Windows paths and plain ones hold colons too.
+def split_scale(entry: str) -> tuple[Path, float]:
+    """PATH or PATH:SCALE; a colon that no number follows belongs to the path, as on Windows."""
     path, _, scale = entry.rpartition(":")
     try:
         weight = float(scale) if path else 1.0
     except ValueError:
-        return entry, 1.0
+        return Path(entry), 1.0
     if not math.isfinite(weight):
         raise ValueError(f"--lora {entry}: the scale is {weight}")
-    return path or entry, weight
+    return Path(path or entry), weight
 
 
 def expand_prompts(args) -> list[str]:
     """One prompt an image: each --prompt num_images times over, or a file's lines."""
-    prompts = args.prompt if args.prompts is None else read_lines("--prompts", args.prompts)
+    prompts = args.prompt if args.prompts is None else files.read_lines("--prompts", args.prompts)
     return [prompt for prompt in prompts for _ in range(args.num_images)]
 
 
@@ -191,11 +171,9 @@ def is_finished(path: Path, settings: dict) -> bool:
         raise ValueError(f"{path} is not sample.py's: name another --output")
     settings = json.loads(json.dumps(settings, default=str))
     names = {**settings, **saved}.keys() - {"device"}
-    changed = sorted(name for name in names if settings.get(name) != saved.get(name))
+    changed = ", ".join(sorted(k for k in names if settings.get(k) != saved.get(k)))
     if changed:
-        raise ValueError(
-            f"{path} was made with another {', '.join(changed)}: name another --output"
-        )
+        raise ValueError(f"{path} was made with another {changed}: name another --output")
     return True
 
 
@@ -213,14 +191,10 @@ def main(args) -> None:
     # A single picture is a file and several are a folder, as is any file of prompts.
     single = len(prompts) == 1 and args.prompts is None
     if single and args.output.is_dir():
-        raise ValueError(
-            f"--output {args.output} is a folder; name a PNG file for a single picture"
-        )
+        raise ValueError(f"--output {args.output} is a folder; name a PNG file for a picture")
     files.output_folder(args.output.parent if single else args.output)
-    paths, settings = [], []
-    for i, prompt in enumerate(prompts):
-        paths.append(args.output if single else args.output / f"{i:05}.png")
-        settings.append(picture_settings(args, prompt, args.seed + i))
+    paths = [args.output if single else args.output / f"{i:05}.png" for i in range(len(prompts))]
+    settings = [picture_settings(args, prompt, args.seed + i) for i, prompt in enumerate(prompts)]
     todo = list(range(rank, len(prompts), world))
     # A file of thirty thousand captions is resumed: finished pictures are kept.
     if args.prompts is not None and args.save_latents is None:
@@ -234,27 +208,22 @@ def main(args) -> None:
 
 
 @torch.no_grad()
-def sample_all(
-    args, prompts: list[str], todo: list[int], paths: list[Path], settings: list[dict]
-) -> list[Tensor]:
+def sample_all(args, prompts: list[str], todo: list[int], paths, settings) -> list[Tensor]:
     """Sample, decode and save the images numbered in `todo`; their latents for --save-latents."""
     model, network = load(args)
     config, latents = build_config(args), []
-    shape = (4, args.height // 8, args.width // 8)
+    height, width, seed = args.height, args.width, args.seed
+    shape = (4, height // 8, width // 8)
     print(f"guidance g = {args.cfg:g} (w = {config.w:g}), applied as w = {config.w_tuned:.3g}")
     with tqdm(total=len(todo), desc="images", unit="image", dynamic_ncols=True) as bar:
         for start in range(0, len(todo), args.batch_size):
             rows = todo[start : start + args.batch_size]
-            seeds = [args.seed + i for i in rows]
-            batch = [prompts[i] for i in rows]
-            cond, null = make_conditions(
-                model, batch, args.negative_prompt, args.height, args.width
-            )
-            x_0 = sample_latents(config, network, cond, null, shape, seeds, args.device)
+            batch, seeds = [prompts[i] for i in rows], [seed + i for i in rows]
+            cond, null = pipeline.make_conditions(model, batch, args.negative_prompt, height, width)
+            x_0 = pipeline.sample_latents(config, network, cond, null, shape, seeds, args.device)
             if args.save_latents:
                 latents.append(x_0.cpu())
-            images = to_images(model.vae.decode(x_0))
-            for i, image in zip(rows, images, strict=True):
+            for i, image in zip(rows, to_images(model.vae.decode(x_0)), strict=True):
                 save_png(image, paths[i], settings[i])
             bar.update(len(rows))
     return latents
@@ -262,30 +231,19 @@ def sample_all(
 
 def sampler_flags(add) -> None:
     """One way to sample: SamplerConfig's fields."""
-    whole, share = cli.number(int, 1), cli.number(float, 0, 1)
-    add("--steps", type=whole, default=4, help="number of steps, k")
-    add(
-        "--cfg",
-        type=cli.number(float, 0),
-        default=2.0,
-        help="guidance g = 1 + w of Eq. 12; 1 is off",
-    )
-    add("--gamma", type=share, default=0.2, help="gamma of Eq. 18 (--sampler tdd)")
+    add("--steps", type=cli.positive_int, default=4, help="number of steps, k")
+    add("--cfg", type=cli.non_negative, default=2.0, help="guidance g = 1 + w of Eq. 12; 1 is off")
+    add("--gamma", type=cli.share, default=0.2, help="gamma of Eq. 18 (--sampler tdd)")
     add("--schedule", choices=SCHEDULES, default="equidistant",
         help="rule for the k timesteps; the latter for 4 to 8 steps")  # fmt: skip
     add("--tcf", choices=TCF, default="1", help="f, the jump that the LoRA was trained with")
-    add(
-        "--clip-steps",
-        type=cli.number(int, 0),
-        default=0,
-        help="number of first steps with C (Eq. 17)",
-    )
-    add("--clip-percentile", type=share, default=0.995, help="percentile of C")
+    add("--clip-steps", type=cli.count, default=0, help="number of first steps with C (Eq. 17)")
+    add("--clip-percentile", type=cli.share, default=0.995, help="percentile of C")
     add("--clip-max", type=cli.number(float, 1), default=1.0, help="largest s of C")
     add("--tune-guidance", type=cli.number(float, 1), metavar="G'",
         help="g' = 1 + w' that the LoRA was distilled with: --cfg then acts as the "
              "teacher's (Eq. 13)")  # fmt: skip
-    add("--solver-steps", type=whole,
+    add("--solver-steps", type=cli.positive_int,
         help="grid of the schedules, N: that of the LoRA or --unet, or 250")  # fmt: skip
     add("--sampler", choices=["tdd", "ddim", "dpm++2m", "dpm++2s"], default="tdd",
         help="gamma-sampler, or a solver for the plain model")  # fmt: skip
@@ -293,17 +251,11 @@ def sampler_flags(add) -> None:
 
 def parser() -> cli.Parser:
     p = cli.Parser("Samples SDXL, or SDXL with LoRAs, in few steps.")
-    whole = cli.number(int, 1)
     gpu = torch.cuda.is_available()
     add = p.add_argument
     add("--model", type=Path, required=True, help="SDXL: a folder or one .safetensors")
     add("--tokenizer", type=Path, help="tokenizer's folder, where the model is a single file")
-    add(
-        "--unet",
-        type=Path,
-        metavar="DIR",
-        help="folder of a UNet to use instead of the model's (--full)",
-    )
+    add("--unet", type=Path, metavar="DIR", help="folder of a --full UNet, instead of the model's")
     add("--lora", action="append", default=[], metavar="PATH[:SCALE]", help="LoRA file; repeatable")
     add("--prompt", action="append", metavar="TEXT", help="prompt; repeatable")
     add("--prompts", type=Path, metavar="FILE", help="file with a prompt a line; resumable")
@@ -311,30 +263,13 @@ def parser() -> cli.Parser:
     sampler_flags(add)
     add("--controlnet", type=Path, metavar="DIR", help="folder of an SDXL ControlNet")
     add("--control-image", type=Path, metavar="PNG", help="canny or depth image for it")
-    add(
-        "--control-scale", type=cli.number(float, 0), default=1.0, help="strength of the ControlNet"
-    )
+    add("--control-scale", type=cli.non_negative, default=1.0, help="strength of the ControlNet")
     add("--seed", type=cli.number(int, 0, 2**62), default=0, help="random seed of the first image")
-    add("--num-images", type=whole, default=1, help="number of images of each prompt")
-    add(
-        "--height",
-        type=cli.number(int, 8),
-        default=1024,
-        help="image height in pixels, a multiple of 8",
-    )
-    add(
-        "--width",
-        type=cli.number(int, 8),
-        default=1024,
-        help="image width in pixels, a multiple of 8",
-    )
-    add("--batch-size", type=whole, default=1, help="number of images sampled together")
-    add(
-        "--output",
-        type=Path,
-        default=Path("sample.png"),
-        help="PNG file, or a folder for several images",
-    )
+    add("--num-images", type=cli.positive_int, default=1, help="number of images of each prompt")
+    add("--height", type=cli.number(int, 8), default=1024, help="height in pixels, a multiple of 8")
+    add("--width", type=cli.number(int, 8), default=1024, help="width in pixels, a multiple of 8")
+    add("--batch-size", type=cli.positive_int, default=1, help="number of images sampled together")
+    add("--output", type=Path, default=Path("sample.png"), help="PNG file, or folder for several")
     add("--save-latents", type=Path, metavar="FILE", help="file for the latents before decoding")
     add("--device", default="cuda" if gpu else "cpu", help="cpu, cuda, cuda:1, ..")
     add("--dtype", choices=DTYPES, default="bf16" if gpu else "float32",

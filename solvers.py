@@ -1,4 +1,4 @@
-"""Noise schedule, exponential-integrator steps and the PF-ODE driver (TDD Eqs. 9, 15, 16).
+"""Noise schedule, exponential-integrator steps, PF-ODE driver (TDD Eqs. 6, 9, 15, 16, 18).
 
 A network is `model(x_t, t) -> eps` with t of shape (b,). A solver takes one step from t down to s:
 
@@ -136,8 +136,8 @@ def x0_of_step(x_t: Tensor, x_s: Tensor, t, s, schedule: Schedule) -> Tensor:
     """The x_0 with which Eq. 16 leads from x_t to x_s: the prediction itself for order 1."""
     _, sigma_t, lam_t = schedule.at(t, x_t.ndim)
     alpha_s, sigma_s, lam_s = schedule.at(s, x_t.ndim)
-    share = -alpha_s * torch.expm1(lam_t - lam_s)
-    return _mix(1 / share, x_s, -sigma_s / sigma_t / share, x_t)
+    coefficient = -alpha_s * torch.expm1(lam_t - lam_s)
+    return _mix(1 / coefficient, x_s, -sigma_s / sigma_t / coefficient, x_t)
 
 
 def renoise(x_s: Tensor, s, p, z: Tensor, schedule: Schedule) -> Tensor:
@@ -154,7 +154,7 @@ def renoise(x_s: Tensor, s, p, z: Tensor, schedule: Schedule) -> Tensor:
 
 
 def ddim(model, x_t: Tensor, t, s, schedule: Schedule) -> Tensor:
-    """Order 1, Eq. 15 with one evaluation: a DDIM step, and the jump f_theta(x_t, t, s) itself."""
+    """Order 1, Eq. 15 with one evaluation: a DDIM step, and Eq. 6's jump f_theta(x_t, t, s)."""
     eps = eps_theta(model, x_t, t, schedule)
     return integrate_eps(x_t, eps, t, s, schedule)
 
@@ -205,8 +205,8 @@ def _two_stage(predict, integrate, model, x_t, t, s, schedule, u):
         u = schedule.t_of_lam(torch.where(lam_s.isinf(), lam_t, (lam_t + lam_s) / 2))
     x_u = integrate(x_t, at_t, t, u, schedule)
     at_u = predict(model, x_u, u, schedule)
-    share = _extrapolation(schedule, t, s, u, t, x_t.ndim)
-    return integrate(x_t, _mix(1 - share, at_t, share, at_u), t, s, schedule)
+    weight = _slope_weight(schedule, t, s, u, t, x_t.ndim)
+    return integrate(x_t, _mix(1 - weight, at_t, weight, at_u), t, s, schedule)
 
 
 def _two_step(predict, integrate):
@@ -218,21 +218,21 @@ def _two_step(predict, integrate):
         at_t = prediction = predict(model, x_t, t, schedule)
         if last is not None:
             t_last, at_last = last
-            share = _extrapolation(schedule, t, s, t, t_last, x_t.ndim)
-            prediction = _mix(1 + share, at_t, -share, at_last)
+            weight = _slope_weight(schedule, t, s, t, t_last, x_t.ndim)
+            prediction = _mix(1 + weight, at_t, -weight, at_last)
         last = t, at_t
         return integrate(x_t, prediction, t, s, schedule)
 
     return solver
 
 
-def _extrapolation(schedule: Schedule, t, s, later, earlier, ndim: int) -> Tensor:
-    """1/(2r), r being the share of the step t -> s in lam between the two predictions' times."""
+def _slope_weight(schedule: Schedule, t, s, later, earlier, ndim: int) -> Tensor:
+    """1/(2r) of two predictions' difference, r being their distance in lam over the step's."""
     step = schedule.lam(s, ndim) - schedule.lam(t, ndim)
-    share = step / (2 * (schedule.lam(later, ndim) - schedule.lam(earlier, ndim)))
+    weight = step / (2 * (schedule.lam(later, ndim) - schedule.lam(earlier, ndim)))
     # A step to CLEAN is infinitely long in lam and has no slope: order 1, as in every sampler. A
     # step of no length needs none.
-    return torch.where(step.isinf() | (step == 0), torch.zeros_like(share), share)
+    return torch.where(step.isinf() | (step == 0), torch.zeros_like(weight), weight)
 
 
 def solve(model, x_t: Tensor, timesteps, schedule: Schedule, solver=ddim, callback=None) -> Tensor:

@@ -1,5 +1,7 @@
 """Target-Driven Distillation (arXiv 2409.01347), section 3 in the paper's order.
 
+Eqs. 6, 9, 15, 16 and 18, which integrate the PF-ODE, are in solvers.py.
+
 A network is any callable model(x_t, t, cond) -> eps, with x_t (b, ..), t (b,) and cond a tensor or
 a dict of tensors with a leading axis b. `null` is the condition of an empty prompt, in the same
 form with a leading axis of b or 1. Teacher, student and target network are three such callables.
@@ -33,6 +35,8 @@ class TargetSet:
     grid: (N + 1,) the solver's timesteps t_0..t_N
     tau: (M,) targets in ascending order, on the grid points that the k-step schedules visit
     first, count: (N,) tau[first[n] : first[n] + count[n]] are admitted at t_n; unused at n = 0
+
+    A rule whose targets are no interval needs a class of its own with grid, count and select.
     """
 
     grid: Tensor
@@ -91,8 +95,8 @@ def target_set(
 def targets_of(method: str, N: int, kmin: int = 4, kmax: int = 8, T: int = 1000) -> TargetSet:
     """The targets in which consistency distillation's methods differ (the remark below Eq. 5).
 
-    kmin is PCM's number of segments; kmin and kmax matter to TDD alone otherwise. TCD/CTM may reach
-    anywhere below t_n: with Eq. 7's e = T/N they would be left two targets.
+    kmin, kmax: TDD's K_min and K_max; PCM's number of segments is kmin; the others ignore both.
+    TCD/CTM may reach anywhere below t_n: with Eq. 7's e = T/N they would be left two targets.
     """
     match method:
         case "cm":
@@ -143,7 +147,7 @@ def sample_step(
     u_n, u_tau, u_eta, u_rho = torch.rand((4, shape[0]), generator=generator, dtype=torch.float64)
     n = 1 + (u_n * (len(targets.count) - 1)).floor().long()  # n ~ U[1, N - 1]
     tau = offset(targets.select(n, u_tau), eta, u_eta)  # Eqs. 7 and 8
-    keep_prompt = u_rho >= rho
+    keep_prompt = u_rho >= rho  # line 11
     noise = torch.randn(shape, generator=generator)
     guided_rows = keep_prompt.nonzero()[:, 0]
     return StepSample(targets.grid[n + 1], targets.grid[n], tau, keep_prompt, noise, guided_rows)
@@ -152,7 +156,7 @@ def sample_step(
 def squared_l2(d: Tensor) -> Tensor:
     """Eq. 10's distance as a mean over all axes but the first, (b, ..) -> (b,)."""
     # The mean, as in the published script: Adam ignores the factor but gradient clipping does not,
-    # and with the sum it would bite harder the larger the picture.
+    # and with the sum, clipping would depend on the picture's size.
     return d.float().square().flatten(1).mean(1)
 
 
@@ -174,11 +178,13 @@ def tdd_loss(
     student, target_net, teacher, x_0: Tensor, cond, null, sample: StepSample, w,
     schedule: Schedule, solver=ddim, jump=ddim, distance=squared_l2,
 ) -> TDDLoss:  # fmt: skip
-    """Algorithm 1, lines 10-16: the consistency loss that CM, PCM, TCD and TDD share.
+    """Algorithm 1, lines 10-16: the consistency loss that CM, PCM, TCD and TDD share (Eqs. 3, 10).
 
     x_0: (b, ..) data. w: the distillation guidance w', a number or (b,); guidance g = 1 + w'.
     solver: Phi, one step of the teacher's PF-ODE. jump: f, Eq. 15's `ddim` or another of tcd.TCF.
-    distance: (b, ..) -> (b,). With every grid point as a target it is TCD's Algorithms 1 and 2.
+    distance: (b, ..) -> (b,).
+
+    With every grid point as a target this is TCD's Algorithms 1 and 2.
     """
     t_next, t_n, tau = sample.t_next, sample.t_n, sample.tau
     # Line 10: x_{t_{n+1}} ~ N(alpha x_0, sigma^2 I).
@@ -186,8 +192,8 @@ def tdd_loss(
     # Line 11: the condition, or with probability rho the null condition.
     cond = where_cond(sample.keep_prompt, cond, null)
     with torch.no_grad():
-        # Lines 12-15, Eq. 9: one solver step of the teacher, guided (Eq. 12) where the prompt was
-        # kept. Elsewhere the condition is null, and guidance away from itself changes nothing.
+        # Lines 12-15, Eq. 9: one teacher step, guided (Eq. 12) where the prompt was kept. Elsewhere
+        # cond is null already, so guidance has no effect.
         eps_hat = guided(teacher, cond, null, w, sample.guided_rows)
         x_n = solver(eps_hat, x_next, t_next, t_n, schedule)
         # Line 16, Eqs. 10 and 11: f_theta-(x_{t_n}, t_n, tau~) ..
@@ -224,7 +230,7 @@ def with_scalar(model, value: float):
 
 
 def guided(model, cond, null, w, rows: Tensor | None = None):
-    """Eq. 12: eps(x_t, t) = (1 + w) eps(x_t, t, c) - w eps(x_t, t), both passes in one batch.
+    """Eq. 12 (19): eps(x_t, t) = (1 + w) eps(x_t, t, c) - w eps(x_t, t), both passes in one batch.
 
     w: a number or (b,). rows: indices of the examples to guide, if not all: the others need no
     second pass. The result is at least float32, whatever the network computes in.
@@ -238,9 +244,10 @@ def guided(model, cond, null, w, rows: Tensor | None = None):
         x_both, t_both, *extra_both = (torch.cat([a, a[rows]]) for a in (x_t, t, *extra))
         eps = model(x_both, t_both, both, *extra_both)
         eps = eps.to(torch.promote_types(eps.dtype, torch.float32))
-        eps_c = eps[: len(x_t)].clone()
-        eps_u = eps[len(x_t) :]
-        w_rows = append_axes(w.to(eps).expand(len(x_t)), eps)[rows] if torch.is_tensor(w) else w
+        eps_c, eps_u = eps[: len(x_t)].clone(), eps[len(x_t) :]
+        w_rows = w
+        if torch.is_tensor(w):
+            w_rows = append_axes(w.to(eps).expand(len(x_t))[rows], eps)
         eps_c[rows] = (1 + w_rows) * eps_c[rows] - w_rows * eps_u
         return eps_c
 
@@ -248,10 +255,10 @@ def guided(model, cond, null, w, rows: Tensor | None = None):
 
 
 def tuned(w: float, w_distilled: float) -> float:
-    """Eq. 13: the w at which a student distilled at w' acts as the teacher does at w.
+    """Eq. 13 (24): the w at which a student distilled at w' acts as the teacher does at w.
 
     [eps_hat_w + w' eps(x_t, t)] / (1 + w') is Eq. 12 again, at 1 + w -> (1 + w) / (1 + w').
-    For a student of a range of w' (Eq. 14), w_distilled is the middle of the range.
+    For a student of a range of w' (Eq. 14, 25), w_distilled is the middle of the range.
     """
     return (1 + w) / (1 + w_distilled) - 1
 
@@ -343,7 +350,7 @@ def gamma_sample(
     if not 0 <= gamma <= 1 or (gamma > 0 and noise is None):
         raise ValueError(f"gamma = {gamma} must lie in [0, 1], and above 0 noise must be given")
     for i, (t, p) in enumerate(pairwise([*timesteps, CLEAN])):
-        # s = (1 - gamma) p; the 1e-6 mends floating point, where (1 - 0.9) * 250 is short of 25.
+        # s = (1 - gamma) p; the 1e-6 guards against rounding: (1 - 0.9) * 250 is short of 25.
         s = CLEAN if p == CLEAN else math.floor((1 - gamma) * p + 1e-6)
         # Eqs. 15 and 16, or 17 with C on x_0: from t down to s.
         eps = with_x0_clipping(model, clip, schedule) if i < clip_steps else model

@@ -99,9 +99,9 @@ def generate(
     with torch.no_grad():
         for t, s in pairwise(sample.stops[:-1]):
             x = solver(student, x, t, s, schedule)
-    t, t_m = sample.stops[-2:]
-    x_m = solver(student, x, t, t_m, schedule)
-    x_hat = x0_of_step(x, x_m, t, t_m, schedule)
+    t_next, t_m = sample.stops[-2:]
+    x_m = solver(student, x, t_next, t_m, schedule)
+    x_hat = x0_of_step(x, x_m, t_next, t_m, schedule)
     if clean:
         x_m, t_m = x_hat, CLEAN
     x_tau = renoise(x_m, t_m, sample.tau, sample.noise, schedule)
@@ -195,15 +195,15 @@ def fisher_loss(real, fake, p: StudentSample, schedule: Schedule) -> Tensor:
     with u = s_phi - s_psi the gradient is that of 2 <u, s_phi - score of q> - |u|^2.
     """
     _, spread = p.bridge(schedule)
-    tame = spread / schedule.at(p.tau, p.x_m.ndim)[1].to(p.x_m)
+    scale = spread / schedule.at(p.tau, p.x_m.ndim)[1].to(p.x_m)
     # The gradient goes through x_tau alone: neither network's weights may have one from this loss.
     with torch.enable_grad():
         x_tau = p.x_tau.detach().requires_grad_()
         eps_real, eps_fake = (eps_theta(f, x_tau, p.tau, schedule) for f in (real, fake))
-        # Scores are written times -sigma, as eps; that of q is noise / tame: tame multiplies all.
+        # Scores are written times -sigma, as eps; that of q is noise / scale: scale multiplies all.
         u = eps_fake - eps_real
-        square = tame * u.square()
-        (slope,) = torch.autograd.grad((2 * u * (p.noise - tame * eps_real) - square).sum(), x_tau)
+        square = scale * u.square()
+        (slope,) = torch.autograd.grad((2 * u * (p.noise - scale * eps_real) - square).sum(), x_tau)
     # The value is the divergence itself: a single sample of the other expression may be negative.
     value = square.detach() + slope * (p.x_tau - x_tau.detach())
     return value.float().flatten(1).sum(1)

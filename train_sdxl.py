@@ -10,13 +10,15 @@ training/loop.py; this file holds the flags and puts the parts together.
 
 import argparse
 import zlib
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from common import cli, files
-from common.files import read_json, read_lines
+from common.cli import count, non_negative, positive_int, share
+from common.files import read_lines
 from sdxl.load import SDXL, load_sdxl
 from sdxl.lora import LoRA
 from sdxl.lora_files import read_lora
@@ -25,15 +27,8 @@ from solvers import SOLVERS
 from tcd import TCF
 from tdd import equidistant
 from tdm import LOSSES, WEIGHTS
-from training import cache, distributed, loop
-from training.build import (
-    DistillConfig,
-    build_optimizers,
-    build_step,
-    build_tdd_config,
-    export_lora,
-    export_unet,
-)
+from training import build, cache, distributed, loop
+from training.build import DISTANCES, DistillConfig
 from training.distill import TDDStep, TDMStep
 from training.images import Images, Loader, Prompts
 from training.preview import Pictures, PreviewConfig
@@ -41,9 +36,9 @@ from training.preview import Pictures, PreviewConfig
 # The papers' batches: 512 images a step on 8 GPUs for TDD, 64 for TDM.
 TDD_DEFAULTS = {"steps": 20_000, "batch_size": 16, "grad_accum": 4}
 TDM_DEFAULTS = {"steps": 1000, "batch_size": 8, "grad_accum": 1}
-# Flags that only one of the two has a use for.
-TDD_ONLY = ("kmin", "kmax", "rho", "eta", "cache", "guidance_range")
-TDM_ONLY = ("ks", "fake_lr", "fake_weight")
+# Fields of DistillConfig that only one of the two has a use for.
+TDD_FIELDS = ("kmin", "kmax", "rho", "eta")
+TDM_FIELDS = ("Ks", "fake_lr", "fake_weight")
 
 # -------------------------------------------------------------------------------------------- setup
 #
@@ -53,6 +48,8 @@ TDM_ONLY = ("ks", "fake_lr", "fake_weight")
 
 def check(args) -> None:
     """Fill in defaults, and raise ValueError in one line for flags that do not go together."""
+    if args.guidance and args.guidance_range:
+        raise ValueError("--guidance and --guidance-range exclude each other: give one of them")
     check_method(args)
     if args.full and (args.init or args.compile or not args.model.is_dir()):
         raise ValueError("--full is for a model's folder, without --init and --compile")
@@ -68,39 +65,37 @@ def check(args) -> None:
         read_lines("--sample-prompts", args.sample_prompts)
         if not args.sample_every:
             raise ValueError("--sample-prompts needs --sample-every")
-    if args.sample_every or args.ks:
+    if args.sample_every or args.Ks:
         for k in preview_steps(args):
             equidistant(k, args.solver_steps)
     # Resolve paths, because caches and checkpoints compare them with the recorded ones.
     for name in ("model", "data", "cache", "init"):
         path = getattr(args, name)
         setattr(args, name, path and path.resolve())
-    if args.method != "tdm":
-        build_tdd_config(build_config(args), "cpu")
+    if args.method == "tdm":
+        read_lines("--data", args.data)
+    else:
+        build.build_tdd_config(build_config(args), "cpu")
 
 
 def check_method(args) -> None:
     """Fill in the method's defaults; ValueError for flags that it has no use for."""
-    config, is_tdm = DistillConfig.of_method(args.method), args.method == "tdm"
-    useless = [
-        name for name in (TDD_ONLY if is_tdm else TDM_ONLY) if getattr(args, name) is not None
-    ]
-    if is_tdm:
-        useless += [name for name in ("adv", "ema", "full") if getattr(args, name)]
-        useless += ["tcf"] if args.tcf != "1" else []
+    config = DistillConfig.of_method(args.method)
+    if args.method == "tdm":
+        defaults, names, others = TDM_DEFAULTS, TDM_FIELDS, (*TDD_FIELDS, "cache", "guidance_range")
+        useless = {"adv": args.adv, "ema": args.mu, "full": args.full, "tcf": args.tcf != "1"}
     else:
-        useless += ["loss"] if args.loss not in (None, "l2", "huber") else []
-        useless += ["solver"] if args.solver not in ("ddim", "dpm++2s") else []
-    if useless:
-        name = min(useless).replace("_", "-")
-        raise ValueError(f"--method {args.method} has no use for --{name} with this value")
-    defaults = {"guidance": 1 + config.w[0], "loss": config.loss}
-    if is_tdm:
-        defaults |= TDM_DEFAULTS | {"ks": list(config.Ks), "fake_lr": config.fake_lr,
-                                    "fake_weight": config.fake_weight}  # fmt: skip
-    else:
-        defaults |= TDD_DEFAULTS | {"kmin": config.kmin, "kmax": config.kmax, "rho": config.rho,
-                                    "eta": config.eta}  # fmt: skip
+        defaults, names, others = TDD_DEFAULTS, TDD_FIELDS, TDM_FIELDS
+        useless = {"loss": args.loss not in (None, *DISTANCES),
+                   "solver": args.solver not in ("ddim", "dpm++2s")}  # fmt: skip
+    useless |= {name.lower().replace("_", "-"): getattr(args, name) is not None for name in others}
+    for flag, was_given in useless.items():
+        if was_given:
+            raise ValueError(f"--method {args.method} has no use for --{flag} with this value")
+    defaults = {**defaults, "guidance": 1 + config.w[0]}
+    defaults |= {name: getattr(config, name) for name in (*names, "loss")}
+    if args.Ks is not None:
+        args.Ks = tuple(args.Ks)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -109,31 +104,21 @@ def check_method(args) -> None:
 def build_config(args) -> DistillConfig:
     """The flags as a DistillConfig, with guidance as the paper's w = g - 1."""
     low, high = args.guidance_range or (args.guidance, args.guidance)
-    shared = {
-        "method": args.method, "tcf": args.tcf, "w": (low - 1, high - 1), "loss": args.loss,
-        "solver_steps": args.solver_steps, "solver": args.solver, "mu": args.ema,
-        "adv": args.adv, "adv_weight": args.adv_weight, "full": args.full,
-        "rank": args.rank, "alpha": args.lora_alpha, "lr": args.lr, "adv_lr": args.adv_lr,
-        "weight_decay": args.weight_decay, "seed": args.seed,
-        "checkpointing": args.checkpointing, "compile": args.compile,
-    }  # fmt: skip
-    if args.method == "tdm":
-        return DistillConfig(
-            **shared, Ks=tuple(args.ks), fake_lr=args.fake_lr, fake_weight=args.fake_weight
-        )
-    return DistillConfig(**shared, kmin=args.kmin, kmax=args.kmax, eta=args.eta, rho=args.rho)
+    values = {field.name: getattr(args, field.name, None) for field in fields(DistillConfig)}
+    values = {name: value for name, value in values.items() if value is not None}
+    # What the method has no use for keeps its default.
+    return DistillConfig(**values, w=(low - 1, high - 1))
 
 
 def preview_steps(args) -> list[int]:
     """The numbers of steps that picture grids show: K_min and K_max, or TDM's K."""
-    return sorted(set(args.ks or [args.kmin, args.kmax]))
+    return sorted(set(args.Ks or [args.kmin, args.kmax]))
 
 
 def build_preview(args, config: DistillConfig) -> PreviewConfig:
     """The flags for the picture grids; the teacher's guidance is the middle of w's range."""
-    prompts = None
-    if args.sample_prompts is not None:
-        prompts = read_lines("--sample-prompts", args.sample_prompts)
+    file = args.sample_prompts
+    prompts = None if file is None else read_lines("--sample-prompts", file)
     return PreviewConfig(
         output=args.output, resolution=args.resolution, steps=preview_steps(args),
         w=sum(config.w) / 2, solver_steps=args.solver_steps, seed=args.seed, prompts=prompts,
@@ -151,23 +136,22 @@ def read_init(args, model: SDXL) -> LoRA | None:
     return init
 
 
-def export(args, step: TDDStep | TDMStep, folder: Path, count: int, weights: dict) -> None:
-    """The student's files after `count` steps, with its settings in their headers."""
-    config = build_config(args)
-    low, high = config.w
+def export(args, step: TDDStep | TDMStep, folder: Path, steps: int, weights: dict) -> None:
+    """The student's files after so many steps, with its settings in their headers."""
+    low, high = build_config(args).w
     settings = {
         "method": args.method, "w": low if low == high else [low, high], "eta": args.eta,
-        "tcf": args.tcf, "K": args.ks or f"{args.kmin}-{args.kmax}", "rho": args.rho,
-        "solver_steps": args.solver_steps, "steps": count, "base": args.model.name,
-        "adversarial": args.adv, "ema": args.ema,
+        "tcf": args.tcf, "K": list(args.Ks) if args.Ks else f"{args.kmin}-{args.kmax}",
+        "rho": args.rho, "solver_steps": args.solver_steps, "steps": steps,
+        "base": args.model.name, "adversarial": args.adv, "ema": args.mu,
     }  # fmt: skip
     # A prefix, because other programs write into this header too.
     metadata = {f"tdd_{name}": str(value) for name, value in settings.items() if value is not None}
     if args.full:
-        unet_json = read_json(args.model / "unet" / "config.json")
-        export_unet(folder, step, weights, unet_json, metadata)
+        unet_json = files.read_json(args.model / "unet" / "config.json")
+        build.export_unet(folder, step, weights, unet_json, metadata)
     else:
-        export_lora(folder, step.result.lora, metadata)
+        build.export_lora(folder, step.output_network.lora, metadata)
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -190,23 +174,22 @@ def fill_cache(args, model: SDXL, rank: int, world: int, device, settings: dict)
     cache.fill(args.cache, loader, encode, settings, rank, world, distributed.barrier)
 
 
-def open_data(args, model: SDXL, rank: int, world: int, device, position) -> Loader | Prompts:
+def open_data(args, model: SDXL, rank: int, world: int, device, position) -> Loader:
     """Prompts, images with captions, or --cache's latents, from where the run stands."""
     names = ("model", "data", "resolution", "dtype", "seed")
     settings = {name: str(getattr(args, name)) for name in names}
-    cache_is_full = args.cache is not None and cache.is_full(args.cache, settings)
-    if not cache_is_full:
+    share_of_rank = (args.batch_size, args.seed, rank, world)
+    if args.cache is not None:
+        if not cache.is_full(args.cache, settings):
+            fill_cache(args, model.to(device), rank, world, device, settings)
+        dataset = cache.Cached(args.cache, *share_of_rank)
+    else:
         model.to(device)
-    if args.method == "tdm":
-        prompts = read_lines("--data", args.data)
-        return Prompts(prompts, args.batch_size, args.seed, rank, world, position)
-    if args.cache is None:
-        images = Images(args.data, args.resolution, args.batch_size, args.seed, rank, world)
-        return Loader(images, args.workers, args.max_bad, position)
-    if not cache_is_full:
-        fill_cache(args, model, rank, world, device, settings)
-    cached = cache.Cached(args.cache, args.batch_size, args.seed, rank, world)
-    return Loader(cached, args.workers, args.max_bad, position)
+        if args.method == "tdm":
+            dataset = Prompts(args.data, *share_of_rank)
+        else:
+            dataset = Images(args.data, args.resolution, *share_of_rank)
+    return Loader(dataset, args.workers, args.max_bad, position)
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -214,15 +197,13 @@ def open_data(args, model: SDXL, rank: int, world: int, device, position) -> Loa
 
 def main(args) -> None:
     check(args)
-    if args.method == "tdm":
-        read_lines("--data", args.data)
     rank, world, device = distributed.init_distributed(args.device)
     output = files.output_folder(args.output)
     settings = {name: str(value) for name, value in vars(args).items()}
     folder, saved = loop.resume_point(output, args.resume, settings)
     config = build_config(args)
     model = load_sdxl(args.model, args.tokenizer, DTYPES[args.dtype])
-    step = build_step(config, model.unet, device, read_init(args, model))
+    step = build.build_step(config, model.unet, device, read_init(args, model))
     position = saved["positions"][rank] if folder else None
     loader = open_data(args, model, rank, world, device, position)
     pictures = None
@@ -235,9 +216,8 @@ def main(args) -> None:
     # Each process draws its own random numbers.
     generator = torch.Generator().manual_seed(args.seed * 10_000 + rank)
     state = loop.TrainState(
-        output, step.modules, build_optimizers(config, step), generator, loader, settings,
-        partial(export, args, step),
-    )  # fmt: skip
+        output, step.modules, build.build_optimizers(config, step), generator, loader, settings,
+        partial(export, args, step))  # fmt: skip
     if folder is not None:
         state.restore(folder, saved)
     step.distribute(distributed.wrap_ddp)
@@ -245,13 +225,11 @@ def main(args) -> None:
 
     def losses(batch: dict) -> dict:
         shape = len(batch["names"]), model.unet.config.in_channels, side, side
+        x_0 = None  # TDM starts from noise
         if args.method == "tdm":
             size = args.resolution
-            cond, null = make_conditions(model, batch["captions"], None, size, size)
-            sample = step.sample(shape, generator, device)
-            batch["timesteps"] = sample.timesteps
-            return step.losses(cond, null, sample)
-        if args.cache is None:
+            cond, _ = make_conditions(model, batch["captions"], None, size, size)
+        elif args.cache is None:
             x_0, cond = encode_batch(model, batch, generator, device)
         else:
             cond = {name: batch[name].to(device, non_blocking=True) for name in cache.TENSORS}
@@ -276,69 +254,57 @@ def main(args) -> None:
 
 def method_flags(add) -> None:
     """What is distilled: the papers' choices, with their symbols."""
-    whole, share, positive = cli.number(int, 1), cli.number(float, 0, 1), cli.number(float, 0)
     guidance = cli.number(float, 1)
     add("--method", choices=["tdd", "cm", "pcm", "tcd", "tdm"], default="tdd",
         help="the rule for targets; or tdm, distribution matching")  # fmt: skip
     add("--tcf", choices=TCF, default="1",
         help="f, the jump: TCF(1), TCF(2), or TCF(S+), a network of its target time")  # fmt: skip
-    add("--kmin", type=whole, help="K_min, fewest steps to distil for; PCM's segments: 4")
-    add("--kmax", type=whole, help="K_max, most steps to distil for (tdd): 8")
+    add("--kmin", type=positive_int,
+        help="K_min, fewest steps to distil for; for pcm, the number of segments (4)")  # fmt: skip
+    add("--kmax", type=positive_int, help="K_max, most steps to distil for (tdd): 8")
     add("--eta", type=share, help="eta of Eq. 8: 0.3 for tdd, 0 for the others")
     add("--rho", type=share, help="rho, share of null conditions: 0.2")
     add("--guidance", type=guidance,
         help="guidance to distil, g = 1 + w' of the paper, 1 is off: 4.5, for tdm 8")  # fmt: skip
     add("--guidance-range", type=guidance, nargs=2, metavar=("LO", "HI"),
         help="range that g is drawn from for each example; TCD's is 3 15")  # fmt: skip
-    add("--solver-steps", type=whole, default=250, help="N, steps of the teacher's solver")
+    add("--solver-steps", type=positive_int, default=250, help="N, steps of the teacher's solver")
     add("--solver", choices=SOLVERS, default="ddim", help="Phi; for tdm, the student's steps")
-    add("--ema", type=share, default=0.0, help="mu of theta-; 0: the student, stop-gradient")
-    add(
-        "--loss",
-        choices=LOSSES,
-        help="distance of Eq. 10: l2 or huber; of TDM: Eq. 11 (huber), 6, ..",
-    )
-    add("--ks", type=whole, nargs="+", metavar="K", help="K of tdm: 4; several make TDM-unify")
-    add("--fake-lr", type=positive, help="learning rate of TDM's fake score: 5e-6")
+    add("--ema", type=share, default=0.0, dest="mu", help="mu of theta-; 0: the student itself")
+    add("--loss", choices=list(dict.fromkeys([*DISTANCES, *LOSSES])),
+        help="l2 or huber, the distance of Eq. 10 (l2); for tdm huber (Eq. 11), l2 (Eq. 6), dmd or "
+        "fisher (huber)")  # fmt: skip
+    add("--ks", type=positive_int, nargs="+", dest="Ks", metavar="K",
+        help="K of tdm: 4; several make TDM-unify")  # fmt: skip
+    add("--fake-lr", type=non_negative, help="learning rate of TDM's fake score: 5e-6")
     add("--fake-weight", choices=WEIGHTS, help="weight in the fake score's loss (tdm.py): exact")
 
 
 def parser() -> cli.Parser:
     p = cli.Parser("Distils SDXL into a LoRA for few steps: TDD and its relatives, and TDM.")
     add, gpu = p.add_argument, torch.cuda.is_available()
-    whole, count, positive = cli.number(int, 1), cli.number(int, 0), cli.number(float, 0)
     add("--model", type=Path, required=True, help="SDXL: a folder or one .safetensors (phi)")
     add("--tokenizer", type=Path, help="tokenizer's folder, where the model is a single file")
     add("--data", type=Path, required=True,
         help="D: folder of images or .tar shards; for tdm a file, a prompt a line")  # fmt: skip
     add("--init", type=Path, metavar="LORA", help="LoRA to go on from, with its rank")
-    add(
-        "--output",
-        type=Path,
-        default=Path("runs/sdxl"),
-        help="folder of LoRAs, checkpoints, log, pictures",
-    )
-    add(
-        "--resolution",
-        type=cli.number(int, 64),
-        default=1024,
-        help="side of the square crops in pixels",
-    )
-    add("--batch-size", type=whole, help="images a step and process: 16, for tdm 8")
-    add("--grad-accum", type=whole, help="batches a step: 4, for tdm 1; 8 x 16 x 4 are TDD's 512")
-    add("--steps", type=whole, help="optimizer steps: 20000, for tdm 1000")
-    add("--lr", type=positive, default=1e-6, help="delta, the learning rate (2e-6 with --adv)")
+    add("--output", type=Path, default=Path("runs/sdxl"), help="folder of all that is written")
+    add("--resolution", type=cli.number(int, 64), default=1024, help="side of crops in pixels")
+    add("--batch-size", type=positive_int, help="images a batch and process: 16, for tdm 8")
+    add("--grad-accum", type=positive_int, help="batches a step: 4 (of 8 x 16, TDD's 512), tdm 1")
+    add("--steps", type=positive_int, help="optimizer steps: 20000, for tdm 1000")
+    add("--lr", type=non_negative, default=1e-6,
+        help="learning rate delta; the paper's adversarial run uses 2e-6")  # fmt: skip
     add("--warmup", type=count, default=0, help="steps over which delta rises from 0")
-    add("--rank", type=whole, default=64, help="r of a new LoRA")
-    add("--full", action="store_true",
-        help="whole UNet instead of a LoRA, sharded, as TCD trained TCF(S+)")  # fmt: skip
-    add("--lora-alpha", type=positive, default=8.0, help="alpha of the LoRA, scaled by alpha / r")
+    add("--rank", type=positive_int, default=64, help="r of a new LoRA")
+    add("--full", action="store_true", help="whole UNet, sharded, instead of a LoRA: TCD's TCF(S+)")
+    add("--lora-alpha", type=non_negative, default=8.0, dest="alpha", help="alpha, for alpha / r")
     method_flags(add)
     add("--adv", action="store_true", help="adversarial TDD, the paper's Ours (adv)")
-    add("--adv-weight", type=positive, default=0.1, help="weight of the adversarial loss")
-    add("--adv-lr", type=positive, default=1e-5, help="learning rate of the discriminator")
-    add("--clip-grad", type=positive, default=1.0, help="largest norm of a gradient; 0: any")
-    add("--weight-decay", type=positive, default=0.0, help="weight decay of AdamW")
+    add("--adv-weight", type=non_negative, default=0.1, help="weight of the adversarial loss")
+    add("--adv-lr", type=non_negative, default=1e-5, help="learning rate of the discriminator")
+    add("--clip-grad", type=non_negative, default=1.0, help="largest norm of a gradient; 0: any")
+    add("--weight-decay", type=non_negative, default=0.0, help="weight decay of AdamW")
     add("--seed", type=cli.number(int, 0, 2**31), default=0, help="seed of all random numbers")
     add("--dtype", choices=["bf16", "float32"], default="bf16" if gpu else "float32",
         help="precision of the frozen base; what is trained is float32")  # fmt: skip
@@ -346,18 +312,18 @@ def parser() -> cli.Parser:
     add("--compile", action="store_true", help="torch.compile for the UNet's blocks")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
         help="activations recomputed in the backward pass instead of kept")  # fmt: skip
-    add("--cache", type=Path, metavar="DIR", help="folder to encode into once, and to train from")
-    add("--workers", type=count, default=4, help="decoding threads a process")
+    add("--cache", type=Path, metavar="DIR",
+        help="folder of encoded latents and prompts: filled once, then read")  # fmt: skip
+    add("--workers", type=positive_int, default=4, help="decoding threads a process")
     add("--max-bad", type=count, default=1000, help="broken examples that a process passes over")
     add("--save-every", type=count, default=500, help="steps between checkpoints; 0: the last only")
-    add("--keep", type=whole, default=2, help="number of checkpoints to keep")
-    add("--resume", action="store_true", help="go on from the newest whole checkpoint, if any")
+    add("--keep", type=positive_int, default=2, help="number of checkpoints to keep")
+    add(
+        "--resume", action="store_true", help="continue from the newest complete checkpoint, if any"
+    )
     add("--sample-every", type=count, default=1000, help="steps between picture grids; 0: none")
     add(
-        "--sample-prompts",
-        type=Path,
-        metavar="FILE",
-        help="file with a prompt a line for these grids",
+        "--sample-prompts", type=Path, metavar="FILE", help="file of the grids' prompts, one a line"
     )
     return p
 

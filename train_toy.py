@@ -10,6 +10,7 @@ the same budget. Seeds, and methods as far as they are alike, train together as 
 
 import argparse
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -19,14 +20,11 @@ from common.compare import GAMMAS
 from solvers import sdxl_schedule
 from tcd import TCF
 from tdd import targets_of
-from toy import ablations as toy_ablations
-from toy import figures
+from toy import ablations, figures
 from toy.config import ToyConfig
 from toy.data import DATA, Data
 from toy.evaluate import Evaluation, evaluate
 from toy.students import STUDENTS, make_students, train_groups, train_teacher
-
-# ------------------------------------------------------------------------------------------ main
 
 
 def main(args) -> None:
@@ -41,32 +39,29 @@ def main(args) -> None:
     print(f"guidance to distil: g = {args.guidance:g}, the paper's w' = g - 1 = {config.w:g}")
     # The picture that needs no training comes first: something to look at meanwhile.
     figures.targets(output / "targets.png", make_students(config))
-    data, schedule = Data(config.data), sdxl_schedule()
-    generator = torch.Generator().manual_seed(config.seed)
-    teacher = train_teacher(config, data, schedule, generator)
-    groups = train_groups(config, teacher, data, schedule, generator)
-    ev = Evaluation(config, teacher, schedule, data)
-    ablations = []
+    data, generator = Data(config.data), torch.Generator().manual_seed(config.seed)
+    teacher = train_teacher(config, data, sdxl_schedule(), generator)
+    groups = train_groups(config, teacher, data, generator)
+    ev, ablation_rows = Evaluation(config, teacher, data), []
     try:
         evaluate(groups, ev)
         figures.draw_all(output, ev, groups)
         if args.ablations:
-            toy_ablations.ablate(config, teacher, groups, schedule, ev, ablations)
+            ablations.ablate(groups, ev, ablation_rows)
     finally:
         # After Ctrl-C too: the rows so far cost a minute or two.
         if ev.rows:
             metrics = {
                 "settings": {**vars(args), "output": str(output), "torch": torch.__version__},
-                "rows": ev.rows,
-                "noise_floor": ev.noise_floor(),
-                "ablations": ablations,
-                "training_seconds": {" ".join(group.names): group.seconds for group in groups},
+                "rows": [*ev.rows.values()], "noise_floor": ev.noise_floor(),
+                "ablations": ablation_rows,
+                "training_seconds": {" ".join(g.names): round(g.seconds, 1) for g in groups},
                 "seconds": round(time.time() - start, 1),
-            }
+            }  # fmt: skip
             files.write_json(output / "metrics.json", metrics)
     tables = [ev.table("rmse", gamma) for gamma in GAMMAS] + [ev.table("sw", 0.0)]
-    if ablations:
-        tables.append(toy_ablations.table(ablations))
+    if ablation_rows:
+        tables.append(ablations.table(ablation_rows))
     print("\n\n".join(tables))
     print("* non-equidistant. rmse: to the teacher's exact sampler from the same noise; sw: sliced")
     print("Wasserstein distance to it. TCF(2) (tcd2, tdd2) evaluates the network twice a step.")
@@ -74,19 +69,17 @@ def main(args) -> None:
 
 
 def build_config(args) -> ToyConfig:
-    return ToyConfig(
-        data=args.data, methods=tuple(dict.fromkeys(args.methods)),
-        tcf=tuple(dict.fromkeys(args.tcf)), steps=args.steps, seeds=args.seeds, seed=args.seed,
-        batch_size=args.batch_size, lr=args.lr, ema=args.ema, kmin=args.kmin, kmax=args.kmax,
-        eta=args.eta, rho=args.rho, w=args.guidance - 1, N=args.solver_steps, solver=args.solver,
-        samples=args.samples, reference_steps=80 if args.quick else 160,
-    )  # fmt: skip
+    """The run's settings; most flags are named after their field."""
+    settings = {f.name: getattr(args, f.name) for f in fields(ToyConfig) if f.name in args}
+    for name in ("methods", "tcf"):
+        settings[name] = tuple(dict.fromkeys(settings[name]))  # each once, in the user's order
+    settings |= {"w": args.guidance - 1, "N": args.solver_steps}
+    return ToyConfig(**settings, reference_steps=80 if args.quick else 160)
 
 
 def parser() -> cli.Parser:
     p = cli.Parser("Trains a 2-D teacher, distils it with TDD and its rivals, and compares them.")
     flag, number = p.add_argument, cli.number
-    positive, share = number(int, 1), number(float, 0, 1)
     # The defaults are the results' settings; the paper's own (N = 250, w' = 3.5) are SDXL's.
     flag("--data", choices=DATA, default="spirals",
          help="2-D distribution; cifar10 has other flags: --data cifar10 --help")  # fmt: skip
@@ -94,23 +87,21 @@ def parser() -> cli.Parser:
          help=f"students, of {' '.join(STUDENTS)}; tdd_rho0 adds the guidance study")  # fmt: skip
     flag("--tcf", nargs="+", choices=TCF, default=list(TCF), metavar="F",
          help="functions f of tcd and tdd: order 1, order 2, s as an input")  # fmt: skip
-    flag("--ablations", action="store_true",
-         help="ablations of TDM (its Tables 5-8, Fig. 8), 3 to 4 minutes more")  # fmt: skip
-    flag("--steps", type=positive, default=3000, help="training steps, teacher and students")
-    flag("--seeds", type=positive, default=3, help="number of teachers, each distilled")
+    flag("--ablations", action="store_true", help="TDM's Tables 5-8 and Fig. 8, 4 minutes more")
+    flag("--steps", type=cli.positive_int, default=3000, help="steps of teacher and students")
+    flag("--seeds", type=cli.positive_int, default=3, help="number of teachers, each distilled")
     flag("--seed", type=number(int, 0, 2**31), default=0, help="random seed")
-    flag("--batch-size", type=positive, default=256, help="examples a step and student")
-    flag("--lr", type=number(float, 0), default=1e-3, help="learning rate delta")
-    flag("--ema", type=share, default=0.95, help="decay mu of the target network theta-")
-    flag("--kmin", type=positive, default=4, help="K_min, fewest steps to distil for")
-    flag("--kmax", type=positive, default=8, help="K_max, most steps to distil for")
-    flag("--eta", type=share, default=0.3, help="random offset eta of TDD's targets, Eq. 8")
-    flag("--rho", type=share, default=0.2, help="share rho of null conditions")
+    flag("--batch-size", type=cli.positive_int, default=256, help="examples a step and student")
+    flag("--lr", type=cli.non_negative, default=1e-3, help="learning rate delta")
+    flag("--ema", type=cli.share, default=0.95, help="decay mu of the target network theta-")
+    flag("--kmin", type=cli.positive_int, default=4, help="K_min, fewest steps to distil for")
+    flag("--kmax", type=cli.positive_int, default=8, help="K_max, most steps to distil for")
+    flag("--eta", type=cli.share, default=0.3, help="random offset eta of TDD's targets, Eq. 8")
+    flag("--rho", type=cli.share, default=0.2, help="share rho of null conditions")
     flag("--guidance", type=number(float, 1, 100), default=3.0,
          help="guidance g to distil; g = 1 + w, so the paper's w' is g - 1")  # fmt: skip
-    flag("--solver-steps", type=positive, default=50, help="steps N of the teacher's solver")
-    flag("--solver", choices=["ddim", "dpm2s", "dpm++2s"], default="ddim",
-         help="solver Phi of the teacher")  # fmt: skip
+    flag("--solver", choices=["ddim", "dpm2s", "dpm++2s"], default="ddim", help="solver Phi")
+    flag("--solver-steps", type=cli.positive_int, default=50, help="steps N of the solver Phi")
     flag("--samples", type=number(int, 64), default=2048,
          help="samples a seed in evaluation, rounded down to a multiple of 8")  # fmt: skip
     flag("--output", type=Path, default=Path("runs/toy"), help="folder for the results")
@@ -118,19 +109,13 @@ def parser() -> cli.Parser:
     return p
 
 
-# CIFAR-10 has flags of its own, and so has sampling from what was trained on it.
-
-
-def early_flags() -> argparse.Namespace:
-    """The flags that decide which parser reads the command line."""
-    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--data", "--sample", "--preset"):
-        p.add_argument(name, nargs="?")
-    return p.parse_known_args()[0]
-
-
 if __name__ == "__main__":
-    early = early_flags()
+    # CIFAR-10 has flags of its own, and so has sampling from what was trained on it: three flags
+    # decide which parser reads the command line.
+    early_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--data", "--sample", "--preset"):
+        early_parser.add_argument(name, nargs="?")
+    early = early_parser.parse_known_args()[0]
     if early.data != "cifar10":
         cli.run(main, parser())
     elif early.sample is not None:

@@ -44,33 +44,33 @@ class UNetConfig:
     @classmethod
     def from_json(cls, config: dict) -> "UNetConfig":
         """From a diffusers config.json; ValueError if it describes another family of models."""
-        check_config(
-            config, "an SDXL UNet",
-            {"addition_embed_type": "text_time", "use_linear_projection": True},
-            {"act_fn": "silu", "class_embed_type": None, "time_cond_proj_dim": None,
-             "mid_block_type": "UNetMidBlock2DCrossAttn",
-             "reverse_transformer_layers_per_block": None},
-        )  # fmt: skip
+        required = {"addition_embed_type": "text_time", "use_linear_projection": True}
+        default = {"act_fn": "silu", "class_embed_type": None, "time_cond_proj_dim": None,
+                   "mid_block_type": "UNetMidBlock2DCrossAttn",
+                   "reverse_transformer_layers_per_block": None}  # fmt: skip
+        check_config(config, "an SDXL UNet", required, default)
+        if "told" in config:
+            raise ValueError('its "told" was written by an older version: export the UNet again')
         levels = len(config["block_out_channels"])
         depth = _each(config["transformer_layers_per_block"], levels)
         attends = ["CrossAttn" in name for name in config["down_block_types"]]
-        # diffusers' "attention_head_dim" holds the number of heads, for history's sake.
-        heads = _each(config["attention_head_dim"], levels)
         names = ("layers_per_block", "norm_num_groups", "cross_attention_dim",
                  "addition_time_embed_dim", "projection_class_embeddings_input_dim")  # fmt: skip
         sizes = [config[name] for name in names]
+        # diffusers' "attention_head_dim" holds the number of heads, for history's sake.
         return cls(
             config["in_channels"], config["out_channels"], tuple(config["block_out_channels"]),
             tuple(d if a else 0 for d, a in zip(depth, attends, strict=True)),
-            heads, depth[-1], *sizes, config.get("scalar", ""),
+            _each(config["attention_head_dim"], levels), depth[-1], *sizes,
+            config.get("scalar", ""),
         )  # fmt: skip
 
 
 def check_config(config: dict, family: str, required: dict, default: dict) -> None:
     """ValueError unless all values are as they must be; those in `default` may be left out."""
     for name, value in {**required, **default}.items():
-        if (found := config.get(name, default.get(name))) != value:
-            raise ValueError(f"not {family}: {name} is {found!r}, not {value!r}")
+        if (actual := config.get(name, default.get(name))) != value:
+            raise ValueError(f"not {family}: {name} is {actual!r}, not {value!r}")
 
 
 def _each(value, levels: int) -> tuple[int, ...]:
@@ -94,8 +94,7 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
 class Embedding(nn.Module):
     def __init__(self, width_in: int, width: int):
         super().__init__()
-        self.linear_1 = nn.Linear(width_in, width)
-        self.linear_2 = nn.Linear(width, width)
+        self.linear_1, self.linear_2 = nn.Linear(width_in, width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.weight.dtype))))
@@ -243,9 +242,8 @@ class Level(nn.Module):
         super().__init__()
         time_width, groups = 4 * config.channels[0], config.groups
         self.resnets = nn.ModuleList(ResnetBlock(c_in, c, time_width, groups) for c_in in widths_in)
-        attentions = [
-            Transformer(c, config.cross_attention_dim, heads, d, groups) for d in depths if d
-        ]
+        context = config.cross_attention_dim
+        attentions = [Transformer(c, context, heads, d, groups) for d in depths if d]
         self.attentions = nn.ModuleList(attentions)
 
     def steps(self):
@@ -280,13 +278,8 @@ class Encoder(nn.Module):
         # A level's first block takes the width of the level above.
         for i, c in enumerate(widths):
             widths_in = [widths[max(i - 1, 0)]] + [c] * (config.layers_per_block - 1)
-            level = Level(
-                widths_in,
-                c,
-                [config.transformer_depth[i]] * config.layers_per_block,
-                config.heads[i],
-                config,
-            )
+            depths = [config.transformer_depth[i]] * config.layers_per_block
+            level = Level(widths_in, c, depths, config.heads[i], config)
             if i < len(widths) - 1:
                 level.downsamplers = _resize(c, stride=2)
             self.down_blocks.append(level)
@@ -297,9 +290,10 @@ class Encoder(nn.Module):
         """Time, sizes, pooled prompt and the scalar, if any, as one vector an example, (b, 4 c)."""
         sizes = timestep_embedding(cond["time_ids"].flatten(), self.config.time_ids_width)
         # The pooled prompt, then six sizes of 256 sinusoids each.
-        added = torch.cat([cond["pooled"], sizes.view(len(t), -1).to(cond["pooled"].dtype)], 1)
+        sizes = sizes.view(len(t), -1).to(cond["pooled"].dtype)
+        pooled_and_sizes = torch.cat([cond["pooled"], sizes], 1)
         temb = self.time_embedding(timestep_embedding(t, self.config.channels[0]))
-        temb = temb + self.add_embedding(added)
+        temb = temb + self.add_embedding(pooled_and_sizes)
         if "scalar" in cond:
             temb = temb + cond["scalar"].to(temb.dtype)
         # Every residual block takes silu of it: computed here once.
@@ -338,12 +332,10 @@ class UNet(Encoder):
         widths, blocks, skips = config.channels, config.layers_per_block, [*self.skip_widths]
         self.up_blocks, below = nn.ModuleList(), widths[-1]
         # Each block takes the features from below and one skip connection, the latest first.
-        for i in reversed(range(len(widths))):
-            c = widths[i]
+        for i, c in reversed(list(enumerate(widths))):
             widths_in = [(c if j else below) + skips.pop() for j in range(blocks + 1)]
-            level = Level(
-                widths_in, c, [config.transformer_depth[i]] * (blocks + 1), config.heads[i], config
-            )
+            depths = [config.transformer_depth[i]] * (blocks + 1)
+            level = Level(widths_in, c, depths, config.heads[i], config)
             if i > 0:
                 level.upsamplers = _resize(c)
             self.up_blocks.append(level)
@@ -362,8 +354,7 @@ class UNet(Encoder):
             *skips, h = (a + b for a, b in zip([*skips, h], control, strict=True))
         for level in self.up_blocks:
             for resnet, attention in level.steps():
-                h = resnet(torch.cat([h, skips.pop()], 1), temb)
-                h = attention(h, prompt_embeds)
+                h = attention(resnet(torch.cat([h, skips.pop()], 1), temb), prompt_embeds)
             if hasattr(level, "upsamplers"):
                 # To the skip connection's size: odd sizes were rounded up on the way down.
                 h = F.interpolate(h, size=skips[-1].shape[2:], mode="nearest")

@@ -38,39 +38,37 @@ def theirs_config(config: UNetConfig) -> dict:
     }  # fmt: skip
 
 
-def both_unets(config: UNetConfig, device: str, dtype):
-    """Diffusers' UNet with its own random weights, and ours with the same."""
+def both_unets(config: BenchConfig, dtype):
+    """Our UNet, and diffusers' with the same random weights."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
-    with torch.device(device):
-        theirs = UNet2DConditionModel(**theirs_config(config)).to(dtype).eval()
-        ours = UNet(config).eval()
+    with torch.device(config.device):
+        theirs = UNet2DConditionModel(**theirs_config(config.unet)).to(dtype).eval()
+        ours = UNet(config.unet).eval()
     cast(ours, dtype)
     ours.load_state_dict(theirs.state_dict())
     return ours.to(memory_format=torch.channels_last), theirs
 
 
-def inputs(config: UNetConfig, batch: int, side: int, device: str, dtype):
-    """x_t (batch, 4, side, side), t and the condition, at random."""
-    cond = {
-        "prompt_embeds": torch.randn(
-            batch, 77, config.cross_attention_dim, device=device, dtype=dtype
-        ),
-        "pooled": torch.randn(
-            batch, config.add_embedding_dim - 6 * 256, device=device, dtype=dtype
-        ),
-        "time_ids": torch.full((batch, 6), 8 * side, device=device),
-    }
-    x_t = torch.randn(batch, 4, side, side, device=device)
-    return x_t, torch.full((batch,), 751, device=device), cond
+def inputs(config: BenchConfig, b: int, dtype):
+    """x_t (b, 4, side, side), t (b,) and the condition in dtype, at random."""
+    unet, side = config.unet, config.side
+    with torch.device(config.device):
+        cond = {
+            "prompt_embeds": torch.randn(b, 77, unet.cross_attention_dim, dtype=dtype),
+            "pooled": torch.randn(b, unet.add_embedding_dim - 6 * 256, dtype=dtype),
+            "time_ids": torch.full((b, 6), 8 * side),
+        }
+        return torch.randn(b, 4, side, side), torch.full((b,), 751), cond
 
 
 def as_theirs(unet, x, t, cond):
     """Diffusers' UNet called with our condition."""
-    added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
-    x = x.to(cond["prompt_embeds"].dtype)
-    return unet(x, t, cond["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
+    prompt_embeds = cond["prompt_embeds"]
+    text_and_sizes = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
+    x = x.to(prompt_embeds.dtype)
+    return unet(x, t, prompt_embeds, added_cond_kwargs=text_and_sizes, return_dict=False)[0]
 
 
 # --------------------------------------------------------------------------------------- benchmarks
@@ -82,8 +80,8 @@ def as_theirs(unet, x, t, cond):
 def bench_unet(config: BenchConfig):
     """One forward pass, batch 2."""
     for dtype in [torch.bfloat16] if config.on_gpu else [torch.float32, torch.bfloat16]:
-        ours, theirs = both_unets(config.unet, config.device, dtype)
-        batch = inputs(config.unet, 2, config.side, config.device, dtype)
+        ours, theirs = both_unets(config, dtype)
+        batch = inputs(config, 2, dtype)
         sides = {"diffusers": partial(as_theirs, theirs, *batch), "ours": partial(ours, *batch)}
         if config.compile:
             sides["diffusers compiled"] = partial(as_theirs, torch.compile(theirs), *batch)
@@ -98,10 +96,10 @@ def bench_sample(config: BenchConfig):
     """Prompt embeddings to pixels in 4 guided steps, with each side's default: a float32 VAE."""
     device, side = config.device, config.side
     dtype = torch.bfloat16 if config.on_gpu else torch.float32
-    unet, their_unet = both_unets(config.unet, device, dtype)
+    unet, their_unet = both_unets(config, dtype)
     vae, their_vae = both_vaes(device)
     pipeline = make_pipeline(their_unet, their_vae)
-    _, _, cond = inputs(config.unet, 1, side, device, dtype)
+    _, _, cond = inputs(config, 1, dtype)
     null = null_condition(cond)
 
     def ours():
@@ -147,10 +145,7 @@ def make_pipeline(unet, vae):
     """Diffusers' SDXL pipeline with TCD's scheduler, without text encoders."""
     from diffusers import StableDiffusionXLPipeline, TCDScheduler
 
-    scheduler = TCDScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-        original_inference_steps=250,
-    )  # fmt: skip
+    scheduler = TCDScheduler(1000, 0.00085, 0.012, "scaled_linear", original_inference_steps=250)
     pipeline = StableDiffusionXLPipeline(
         vae=vae, unet=unet, scheduler=scheduler, text_encoder=None, text_encoder_2=None,
         tokenizer=None, tokenizer_2=None,
@@ -161,21 +156,21 @@ def make_pipeline(unet, vae):
 
 def bench_load(config: BenchConfig) -> None:
     """Each load in a process of its own: until the module exists, and until its pages are read."""
-    folder = config.folder / "unet"
+    folder = config.dir / "unet"
     if not (folder / "config.json").exists():
-        write_full_unet(folder)
+        # A process inherits its parent's peak of memory, so the parent must not need any.
+        run_alone(write_full_unet, folder)
     size = (folder / "diffusion_pytorch_model.safetensors").stat().st_size
     runs = {"diffusers": [], "ours": []}
     for i in range(config.rounds + 1):
         for name, figures in runs.items():
-            measured = run_alone(config, name)
+            measured = run_alone(measure_load, config, name)
             # The first round brings the file into the system's cache, and does not count.
             if i > 0:
                 figures.append(measured)
     loaded, touched, memory = {}, {}, {}
     for name, figures in runs.items():
-        seconds, seconds_touched, peak = map(statistics.median, zip(*figures, strict=True))
-        loaded[name], touched[name] = seconds, seconds_touched
+        loaded[name], touched[name], peak = map(statistics.median, zip(*figures, strict=True))
         memory[f"peak over file, {name}"] = f"{peak * 1024 / size:.2f}"
     report(f"loading {size / 2**30:.2f} GiB of float16", loaded)
     report("  and reading every page", touched, **memory)
@@ -185,7 +180,7 @@ def measure_load(config: BenchConfig, side: str) -> list[float]:
     """Seconds to load, seconds to load and touch, and peak memory in KiB beyond the imports."""
     from diffusers import UNet2DConditionModel
 
-    folder, before = config.folder / "unet", peak_rss()
+    folder, before = config.dir / "unet", peak_rss()
     start = time.perf_counter()
     if side == "ours":
         unet = load_component(folder, UNet, UNetConfig)
@@ -195,18 +190,18 @@ def measure_load(config: BenchConfig, side: str) -> list[float]:
     # One number in each page of 4 KiB makes the system read it.
     for p in unet.parameters():
         p.detach().view(-1)[::1024].sum()
-    touched = time.perf_counter() - start
-    return [loaded, touched, peak_rss() - before]
+    return [loaded, time.perf_counter() - start, peak_rss() - before]
 
 
 def write_full_unet(folder: Path) -> None:
     """A full-size UNet of random float16 weights in diffusers' layout."""
     with torch.device("meta"):
         unet = UNet(UNetConfig())
-    tensors = {}
-    for name, p in unet.state_dict().items():
-        tensors[name] = torch.empty(p.shape, dtype=torch.float16).normal_(0, 0.02)
+    shapes = {name: p.shape for name, p in unet.state_dict().items()}
+    half = {
+        name: torch.empty(s, dtype=torch.float16).normal_(0, 0.02) for name, s in shapes.items()
+    }
     files.output_folder(folder)
-    files.write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors, format="pt")
+    files.write_tensors(folder / "diffusion_pytorch_model.safetensors", half, format="pt")
     config = {"_class_name": "UNet2DConditionModel", **theirs_config(UNetConfig())}
     files.write_json(folder / "config.json", config)

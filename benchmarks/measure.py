@@ -1,19 +1,17 @@
 """How the benchmarks measure: alternating turns, peak memory, one side in a process of its own."""
 
-import json
 import resource
 import statistics
-import subprocess
-import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from unet import UNetConfig
 
-BENCH = Path(__file__).parent.parent / "bench.py"
 # SDXL in small: the same levels and kinds of blocks, for machines that would need a minute a pass.
 MID = UNetConfig(
     channels=(128, 256, 512), transformer_depth=(0, 2, 4), heads=(2, 4, 8), mid_transformer_depth=4
@@ -30,7 +28,7 @@ class BenchConfig:
     rounds: int = 5
     batch_size: int = 2
     compile: bool = False
-    folder: Path = Path("runs/bench")
+    dir: Path = Path("runs/bench")
 
     @property
     def on_gpu(self) -> bool:
@@ -79,16 +77,10 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def run_alone(config: BenchConfig, side: str):
-    """What one side measures in a process of its own."""
-    call = [
-        sys.executable, BENCH, config.what, "--child", side, "--dir", config.folder,
-        "--device", config.device, "--dtype", config.dtype,
-        "--batch-size", str(config.batch_size),
-    ]  # fmt: skip
-    if config.compile:
-        call.append("--compile")
-    return json.loads(subprocess.run(call, stdout=subprocess.PIPE, check=True).stdout)
+def run_alone(function, *args):
+    """function(*args) in a new process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def profile(call) -> None:
@@ -101,8 +93,7 @@ def profile(call) -> None:
 
 def report(title: str, seconds: dict[str, float], **more: str) -> None:
     """Print a line: each side's seconds with its ratio to diffusers, then further figures."""
-    times = []
-    for name, value in seconds.items():
-        times.append(f"{name} {value:.3f} s ({value / seconds['diffusers']:.2f})")
+    theirs = seconds["diffusers"]
+    times = [f"{name} {value:.3f} s ({value / theirs:.2f})" for name, value in seconds.items()]
     figures = [f"{name} {value}" for name, value in more.items()]
     print(f"{title}: {', '.join(times)}", *figures, sep="; ")

@@ -19,7 +19,7 @@ from solvers import integrate_eps, sdxl_schedule
 from tdd import sample_step, targets_of
 from training.build import DistillConfig, build_optimizers, build_step
 from training.distill import TDDStepSample
-from unet import UNet, UNetConfig
+from unet import UNet
 
 # -------------------------------------------------------------------------------------- both sides
 #
@@ -30,12 +30,13 @@ from unet import UNet, UNetConfig
 class Published:
     """The published recipe's step, from diffusers and peft."""
 
-    def __init__(self, config: UNetConfig, device: str, dtype):
+    def __init__(self, config: BenchConfig, dtype):
         from diffusers import UNet2DConditionModel
         from peft import LoraConfig
 
-        with torch.device(device):
-            unets = [UNet2DConditionModel(**theirs_config(config)).to(dtype) for _ in range(2)]
+        with torch.device(config.device):
+            model = UNet2DConditionModel
+            unets = [model(**theirs_config(config.unet)).to(dtype) for _ in range(2)]
         self.teacher, self.student = (unet.requires_grad_(False) for unet in unets)
         targets = TARGET_MODULES.pattern[1:-2].replace("\\", "").split("|")
         self.student.add_adapter(LoraConfig(r=64, lora_alpha=8, target_modules=targets))
@@ -46,15 +47,15 @@ class Published:
         for p in self.trained:
             p.data = p.data.float()
         self.optimizer = torch.optim.AdamW(self.trained, 1e-6, weight_decay=0)
-        self.autocast = torch.autocast("cuda", torch.bfloat16, device.startswith("cuda"))
-        self.schedule = sdxl_schedule().to(device)
+        self.autocast = torch.autocast("cuda", torch.bfloat16, config.on_gpu)
+        self.schedule = sdxl_schedule().to(config.device)
 
     def jump(self, unet, x_t, t, s, cond):
         with self.autocast:
             eps = as_theirs(unet, x_t, t, cond)
         return integrate_eps(x_t, eps.float(), t, s, self.schedule)
 
-    def __call__(self, x_0, cond, null, sample) -> None:
+    def loss(self, x_0, cond, null, sample):
         t_next, t_n, tau = sample.t_next, sample.t_n, sample.tau
         x_next = self.schedule.diffuse(x_0, sample.noise, t_next)
         prediction = self.jump(self.student, x_next, t_next, tau, cond)
@@ -64,28 +65,23 @@ class Published:
             x_null = self.jump(self.teacher, x_next, t_next, t_n, null)
             x_n = x_cond + 3.5 * (x_cond - x_null)
             target = self.jump(self.student, x_n, t_n, tau, cond)
-        (prediction - target).square().mean().backward()
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        return (prediction - target).square().mean()
 
 
 class Ours:
     """The same step by training/build.py's parts."""
 
-    def __init__(self, unet_config: UNetConfig, device: str, dtype, compile: bool = False):
-        config = DistillConfig(compile=compile)
-        with torch.device(device):
-            unet = UNet(unet_config).requires_grad_(False)
-        cast(unet, dtype)
-        self.step = build_step(config, unet, device)
-        self.optimizer = build_optimizers(config, self.step)["adam"]
+    def __init__(self, config: BenchConfig, compile: bool = False):
+        distill_config = DistillConfig(compile=compile)
+        with torch.device(config.device):
+            unet = UNet(config.unet).requires_grad_(False)
+        cast(unet, DTYPES[config.dtype])
+        self.step = build_step(distill_config, unet, config.device)
+        self.trained = list(self.step.student.parameters())
+        self.optimizer = build_optimizers(distill_config, self.step)["adam"]
 
-    def __call__(self, x_0, cond, null, sample) -> None:
-        self.step.losses(x_0, cond, null, TDDStepSample(sample, 3.5))["total"].backward()
-        torch.nn.utils.clip_grad_norm_(self.step.student.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    def loss(self, x_0, cond, null, sample):
+        return self.step.losses(x_0, cond, null, TDDStepSample(sample, 3.5))["total"]
 
 
 # ---------------------------------------------------------------------------------------- measuring
@@ -95,27 +91,26 @@ class Ours:
 
 def make_sides(config: BenchConfig) -> dict:
     """What builds each side, by name."""
-    dtype, device = DTYPES[config.dtype], config.device
-    sides = {
-        "diffusers": partial(Published, config.unet, device, torch.float32),
-        "ours": partial(Ours, config.unet, device, dtype),
-    }
+    sides = {"diffusers": partial(Published, config, torch.float32), "ours": partial(Ours, config)}
     if config.on_gpu:
-        sides["diffusers bf16"] = partial(Published, config.unet, device, torch.bfloat16)
+        sides["diffusers bf16"] = partial(Published, config, torch.bfloat16)
     if config.compile:
-        sides["ours compiled"] = partial(Ours, config.unet, device, dtype, compile=True)
+        sides["ours compiled"] = partial(Ours, config, compile=True)
     return sides
 
 
 def make_call(config: BenchConfig, make_side):
     """A call that takes one training step on random data; all sides draw the same."""
-    step, generator, targets = make_side(), torch.Generator().manual_seed(0), targets_of("tdd", 250)
-    x_0, _, cond = inputs(config.unet, config.batch_size, config.side, config.device, torch.float32)
+    side, generator, targets = make_side(), torch.Generator().manual_seed(0), targets_of("tdd", 250)
+    x_0, _, cond = inputs(config, config.batch_size, torch.float32)
     null = {name: tensor.expand_as(cond[name]) for name, tensor in null_condition(cond).items()}
 
     def call():
         sample = sample_step(targets, x_0.shape, 0.3, 0.2, generator)
-        step(x_0, cond, null, sample.to(config.device))
+        side.loss(x_0, cond, null, sample.to(config.device)).backward()
+        torch.nn.utils.clip_grad_norm_(side.trained, 1.0)
+        side.optimizer.step()
+        side.optimizer.zero_grad()
 
     return call
 
@@ -134,7 +129,7 @@ def measure_peak(config: BenchConfig, side: str) -> float:
 def bench_train(config: BenchConfig):
     """Seconds with all sides in one process, memory with each in its own; returns our call."""
     sides = make_sides(config)
-    peaks = {name: run_alone(config, name) for name in sides}
+    peaks = {name: run_alone(measure_peak, config, name) for name in sides}
     calls = {name: make_call(config, make_side) for name, make_side in sides.items()}
     seconds = alternate(calls, config.rounds, config.device)
     with FlopCounterMode(display=False) as counter:
@@ -144,12 +139,12 @@ def bench_train(config: BenchConfig):
     flops = counter.get_total_flops() / 4
     best = min(value for name, value in seconds.items() if name.startswith("ours"))
     rate = matmul_rate(config.device, DTYPES[config.dtype])
-    figures = {}
-    for name, peak in peaks.items():
-        figures[f"peak GiB {name}"] = f"{peak:.2f} ({peak / peaks['diffusers']:.2f})"
-    figures["ours, images/s"] = f"{config.batch_size / best:.3g}"
-    figures["TFLOP a step"] = f"{flops / 1e12:.3g}"
-    figures["of the matmul rate"] = f"{flops / best / rate:.2f} ({rate / 1e12:.3g} TFLOP/s)"
+    theirs = peaks["diffusers"]
+    figures = {f"peak GiB {name}": f"{x:.2f} ({x / theirs:.2f})" for name, x in peaks.items()}
+    figures |= {
+        "ours, images/s": f"{config.batch_size / best:.3g}", "TFLOP a step": f"{flops / 1e12:.3g}",
+        "of the matmul rate": f"{flops / best / rate:.2f} ({rate / 1e12:.3g} TFLOP/s)",
+    }  # fmt: skip
     title = f"training step, batch {config.batch_size}, {8 * config.side} pixels"
     report(title, seconds, **figures)
     return calls["ours"]

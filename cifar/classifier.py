@@ -47,19 +47,13 @@ def random_crop(images: Tensor, corners: Tensor) -> Tensor:
     """
     h, w = images.shape[2:]
     padded = F.pad(images, (BORDER, BORDER, BORDER, BORDER))
-    crops = torch.empty_like(images)
-    for i, (top, left) in enumerate(corners.tolist()):
-        crops[i] = padded[i, :, top : top + h, left : left + w]
-    return crops
+    pairs = zip(padded, corners.tolist())
+    return torch.stack([x[:, top : top + h, left : left + w] for x, (top, left) in pairs])
 
 
 @torch.no_grad()
 def classify(classifier: Classifier, images: Tensor, device) -> tuple[Tensor, Tensor]:
     """Features (n, 256) in float64 and predicted classes (n,) of pictures (n, 3, 32, 32)."""
-    features = []
-    predictions = []
-    for batch in images.split(500):
-        batch_features, logits = classifier(to_x0(batch.to(device)))
-        features.append(batch_features.cpu().double())
-        predictions.append(logits.argmax(1).cpu())
-    return torch.cat(features), torch.cat(predictions)
+    outputs = [classifier(to_x0(batch.to(device))) for batch in images.split(500)]
+    features, logits = (torch.cat(parts).cpu() for parts in zip(*outputs))
+    return features.double(), logits.argmax(1)

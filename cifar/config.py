@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.compare import W_HIGH, equal_budget_steps
+from common.compare import W_HIGH
 from training.build import DistillConfig
 
 # Each student's method, and what it does not share with the others.
@@ -60,25 +60,12 @@ def student_config(config: CifarConfig, name: str) -> DistillConfig:
     method, changes = STUDENTS[name]
     student = replace(
         DistillConfig.of_method(method), w=(config.w, config.w), solver_steps=config.solver_steps,
+        kmin=config.kmin, kmax=config.kmax, rho=config.rho, mu=config.ema,
         rank=config.rank, alpha=config.rank, seed=config.seed, checkpointing=False,
-        compile=config.compile,
-    )  # fmt: skip
-    if method == "tdm":
-        # The student's rate is lower than the fake score's, as in the paper.
-        student = replace(student, lr=config.lr / 5, fake_lr=config.lr)
-    else:
+        compile=config.compile, adv_lr=config.lr, fake_lr=config.lr,
+        # TDM's student learns more slowly than its fake score, as in the paper.
+        lr=config.lr / 5 if method == "tdm" else config.lr,
         # Pseudo-Huber, as published: in the squared distance the highest noise levels dominate.
-        student = replace(
-            student, lr=config.lr, adv_lr=config.lr, mu=config.ema, rho=config.rho,
-            kmin=config.kmin, kmax=config.kmax, loss="huber",
-        )  # fmt: skip
+        loss="huber",
+    )  # fmt: skip
     return replace(student, **changes)
-
-
-def student_steps(config: CifarConfig, name: str) -> int:
-    """Training steps of a student: every student has as many UNet passes as TDD.
-
-    The discriminator's passes are not counted.
-    """
-    student = student_config(config, name)
-    return equal_budget_steps(config.steps, name if student.method == "tdm" else student.tcf)

@@ -6,6 +6,7 @@ the prompt's place: its one-hot code is the only token and the pooled vector. Ze
 condition, as for SDXL.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,9 @@ def read_split(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
     parts = []
     for name in names:
         path = folder / name
-        try:
-            content = np.fromfile(path, dtype=np.uint8)
-        except OSError:
-            raise ValueError(f"no CIFAR-10 here, {path} is missing: {DOWNLOAD_HELP}") from None
+        if not path.is_file():
+            raise ValueError(f"no CIFAR-10 here, {path} is missing: {DOWNLOAD_HELP}")
+        content = np.fromfile(path, dtype=np.uint8)
         if not len(content) or len(content) % RECORD or content[::RECORD].max() > 9:
             raise ValueError(f"{path} is no complete CIFAR-10 batch: {DOWNLOAD_HELP}")
         parts.append(content)
@@ -48,17 +48,16 @@ def read_split(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
     return records[:, 1:].contiguous().view(-1, 3, 32, 32), records[:, 0].long()
 
 
+@dataclass
 class Batches:
     """Endless random batches with horizontal flips; batch i depends on the seed and i alone."""
 
-    bad = 0  # broken examples, which training/loop.py logs
-
-    def __init__(self, images: Tensor, labels: Tensor, size: int, seed: int, position: int = 0):
-        self.images = images
-        self.labels = labels
-        self.size = size
-        self.seed = seed
-        self.position = position
+    images: Tensor
+    labels: Tensor
+    size: int
+    seed: int
+    position: int = 0  # i of the next batch
+    bad: int = 0  # broken examples, which training/loop.py logs
 
     def __next__(self) -> dict:
         generator = torch.Generator().manual_seed(self.seed * 10_000_000 + self.position)
@@ -86,14 +85,13 @@ def to_bytes(x_0: Tensor) -> Tensor:
 
 def unet_json(channels) -> dict:
     """config.json of a UNet for x_0, in diffusers' words; its finest level has no attention."""
-    levels = len(channels)
-    down = ["DownBlock2D", *["CrossAttnDownBlock2D"] * (levels - 1)]
-    up = [*["CrossAttnUpBlock2D"] * (levels - 1), "UpBlock2D"]
+    coarser = len(channels) - 1
     return {
         "_class_name": "UNet2DConditionModel", "sample_size": 16,
         "in_channels": 12, "out_channels": 12, "block_out_channels": list(channels),
         "layers_per_block": 1, "transformer_layers_per_block": 1, "use_linear_projection": True,
-        "down_block_types": down, "up_block_types": up, "norm_num_groups": 32,
+        "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * coarser],
+        "up_block_types": [*["CrossAttnUpBlock2D"] * coarser, "UpBlock2D"], "norm_num_groups": 32,
         # The number of heads, as in SDXL's config.json; each head is 32 wide.
         "attention_head_dim": [c // 32 for c in channels], "cross_attention_dim": len(CLASSES),
         # The pooled label, then six sizes of 8 sinusoids each.

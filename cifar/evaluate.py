@@ -19,16 +19,8 @@ from cifar.config import CifarConfig, student_config
 from cifar.data import CLASSES
 from cifar.sample import LoadedModel, load_student, load_teacher, sample_pictures
 from cifar.stage import weights_digest
-from common import files
-from common.compare import (
-    GAMMAS,
-    W_ADDED,
-    W_HIGH,
-    Case,
-    case_timesteps,
-    compared_steps,
-    format_table,
-)
+from common import compare, files
+from common.compare import GAMMAS, W_ADDED, W_HIGH, Case
 
 GROUPS = 10  # of pictures, for the errors
 METRICS = ("frechet_teacher", "rmse", "frechet_data", "accuracy", "png_bits")
@@ -54,11 +46,8 @@ def reference(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def frechet(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> float:
-    """Squared Fréchet distance |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of two Gaussians.
-
-    a: as from `moments`. b: as from `reference`.
-    """
-    (mean_a, cov_a), (mean_b, cov_b, root_b) = a, b
+    """Squared Fréchet distance |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)) of two Gaussians."""
+    (mean_a, cov_a), (mean_b, cov_b, root_b) = a, b  # from `moments`, from `reference`
     # The square root of C C' has the trace of that of the symmetric C'^(1/2) C C'^(1/2).
     cross = torch.linalg.eigvalsh(root_b @ cov_a @ root_b).clamp(min=0).sqrt().sum()
     return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
@@ -72,9 +61,9 @@ def rmse(a: Tensor, b: Tensor) -> float:
 def png_bits(images: Tensor) -> Tensor:
     """Bits a pixel of each picture as a PNG (n,): a measure of how much there is to see in it."""
     bits = []
-    for x in images:
+    for x in images.permute(0, 2, 3, 1).numpy():
         file = io.BytesIO()
-        Image.fromarray(x.permute(1, 2, 0).numpy()).save(file, "PNG")
+        Image.fromarray(x).save(file, "PNG")
         bits.append(8 * len(file.getvalue()) / (32 * 32))
     return torch.tensor(bits)
 
@@ -82,9 +71,8 @@ def png_bits(images: Tensor) -> Tensor:
 def subsets(n: int) -> list[Tensor]:
     """The indices of all n pictures, then of all but one of GROUPS groups, for each group."""
     # Groups of neighbours hold as many pictures of every class.
-    indices = torch.arange(n)
-    group = indices * GROUPS // n
-    return [indices, *(indices[group != g] for g in range(GROUPS))]
+    group = torch.arange(n) * GROUPS // n
+    return [torch.arange(n), *(torch.where(group != g)[0] for g in range(GROUPS))]
 
 
 def jackknife(values: list[float]) -> dict[str, float]:
@@ -99,17 +87,14 @@ def jackknife(values: list[float]) -> dict[str, float]:
 # x_0 is clipped in all steps, as pixels need it, except in the cases of Fig. 7.
 
 
-def make_case(
-    k: int, clip_steps: int | None = None, gamma=0.0, schedule="equidistant", w=0.0, tune=None
-) -> Case:
+def make_case(k, clip_steps=None, gamma=0.0, schedule="equidistant", w=0.0, tune=None) -> Case:
     """A case of k steps, all of them clipped unless clip_steps is given."""
     return Case(k, gamma, schedule, w, tune, k if clip_steps is None else clip_steps)
 
 
-def cases_of(config: CifarConfig, method: str) -> list[Case]:
+def method_cases(config: CifarConfig, method: str) -> list[Case]:
     """All ways to sample a method that the tables and pictures need, each once."""
-    ks, k, w = compared_steps(config.kmin, config.kmax), config.kmin, config.w
-    noisy_ks = sorted({k, (k + config.kmax) // 2, config.kmax})
+    k, kmax = config.kmin, config.kmax
     # Fig. 6 (a): guidance at inference, for students trained with null conditions and without.
     added_guidance = [make_case(k, w=w) for w in W_ADDED]
     if method == "tdd_rho0":
@@ -118,17 +103,15 @@ def cases_of(config: CifarConfig, method: str) -> list[Case]:
         # Fig. 6 (b): as distilled, and tuned to weaker guidance by Eq. 13.
         return [make_case(k), *(make_case(k, w=w, tune=W_HIGH) for w in W_ADDED)]
     # Figs. 4 and 5: over the number of steps, without noise and with a little.
+    w, ks = 0.0, compare.compared_steps(k, kmax)
     if method == "teacher":
-        ks = [config.solver_steps, config.solver_steps // 2, *ks]
-        cases = [make_case(k, w=w) for k in ks]
-        cases += [make_case(k, w=w, gamma=GAMMAS[1]) for k in noisy_ks]
-    else:
-        cases = [make_case(k) for k in ks]
-        cases += [make_case(k, gamma=GAMMAS[1]) for k in noisy_ks]
+        # Its many steps come first: their samples are what all others are compared with.
+        w, ks = config.w, [config.solver_steps, config.solver_steps // 2, *ks]
+    cases = [make_case(n, w=w) for n in ks]
+    cases += [make_case(n, w=w, gamma=GAMMAS[1]) for n in sorted({k, (k + kmax) // 2, kmax})]
     if method == "tdd":
         cases += added_guidance
-        for between in range(config.kmin + 1, config.kmax):
-            cases.append(make_case(between, schedule="nonequidistant"))
+        cases += [make_case(n, schedule="nonequidistant") for n in range(k + 1, kmax)]
         # Fig. 7: clipped in no step and in the first alone, guided or not.
         for w in (0.0, *W_ADDED[:2]):
             cases += [make_case(k, clip_steps=0, w=w), make_case(k, clip_steps=1, w=w)]
@@ -138,47 +121,44 @@ def cases_of(config: CifarConfig, method: str) -> list[Case]:
 # -------------------------------------------------------------------------------------- evaluation
 #
 # Sampling takes nearly all of the time, so samples are kept in files that are named by what they
-# depend on: an interrupted evaluation goes on, and one with other settings finds none.
+# depend on: an interrupted evaluation reuses them; other settings give other names.
 
 
 class Evaluation:
     """Samples of all methods, kept as files, and the rows of metrics.json.
 
-    rows, samples: by method and case; of the samples ten, one of each class. classifier accuracy on
-    the real test pictures: test_accuracy.
+    rows, samples: by method and case; of the samples ten, one of each class. test_accuracy: the
+    classifier's, on the test pictures.
     """
 
     def __init__(self, config: CifarConfig, classifier: Classifier, train, test):
-        self.config = config
-        self.classifier = classifier
+        self.config, self.classifier = config, classifier
         self.label = torch.arange(config.samples) % len(CLASSES)
         # Not the seeds of training, which are small numbers.
         first_seed = config.seed + 1_000_000
         self.seeds = range(first_seed, first_seed + config.samples)
         self.subsets = subsets(config.samples)
+        self.ks = compare.compared_steps(config.kmin, config.kmax)
         self.rows: dict[tuple[str, Case], dict] = {}
         self.samples: dict[tuple[str, Case], Tensor] = {}
         # A classifier's features have no unit: distances are in per cent of their total variance
         # over the training pictures.
-        self.scale = 1.0
-        features, _ = self._classify(train[0])
+        features, _ = classify(classifier, train[0], config.device)
         self.scale = (moments(features)[1].trace() / 100).sqrt()
         self.data_reference = reference(features / self.scale)
-        self._add_real_pictures(train[0], *test)
+        # The row of the test pictures: smaller distances than theirs mean nothing. As few training
+        # pictures stand for the teacher as there will be samples of it.
+        n = config.samples
+        images, label = test
+        self._set_teacher_reference(None, self._classify(train[0][:n])[0])
+        features, predictions = self._classify(images)
+        correct = predictions == label
+        self.test_accuracy = correct.double().mean().item()
+        self._add_row("real", make_case(0), images[:n], features[:n], correct[:n], None)
 
     def _classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features, predictions = classify(self.classifier, images, self.config.device)
         return features / self.scale, predictions
-
-    def _add_real_pictures(self, train_images: Tensor, images: Tensor, label: Tensor) -> None:
-        """The row of the test pictures: smaller distances than theirs mean nothing."""
-        features, predictions = self._classify(images)
-        correct = predictions == label
-        self.test_accuracy = correct.double().mean().item()
-        n = self.config.samples
-        # As few training pictures stand for the teacher as there will be samples of it.
-        self._set_teacher_reference(None, self._classify(train_images[:n])[0])
-        self._add_row("real", make_case(0), images[:n], features[:n], correct[:n], None)
 
     def _set_teacher_reference(self, images: Tensor | None, features: Tensor) -> None:
         """The samples that frechet_teacher and rmse are distances to."""
@@ -187,54 +167,43 @@ class Evaluation:
 
     def run(self, methods: tuple[str, ...]) -> None:
         """The rows of the teacher and of these students."""
-        teacher = load_teacher(self.config.output, self.config.device)
-        jobs = []
+        config, jobs = self.config, []
         for method in ("teacher", *methods):
-            jobs += [(method, case) for case in cases_of(self.config, method)]
-        model, loaded = LoadedModel(teacher), "teacher"
+            jobs += [(method, case) for case in method_cases(config, method)]
+        teacher = load_teacher(config.output, config.device)
+        model, loaded, w_distilled = LoadedModel(teacher), "teacher", 0.0
         for method, case in tqdm(jobs, desc="evaluate", mininterval=0.5, dynamic_ncols=True):
             if method != loaded:
-                model, loaded = load_student(self.config.output, method, teacher), method
-            self._evaluate(method, model, case)
-
-    def _evaluate(self, method: str, model: LoadedModel, case: Case) -> None:
-        """The row of a case."""
-        images = self.sample(method, model, case)
-        features, predictions = self._classify(images)
-        w_distilled = 0.0
-        if method != "teacher":
-            w_distilled = student_config(self.config, method).w[0]
-        elif case.k == self.config.solver_steps and case.gamma == 0:
-            self._set_teacher_reference(images, features)
-        # Eq. 22: guidance on top of distilled guidance multiplies, in terms of g = 1 + w.
-        w_total = (1 + case.w_inference) * (1 + w_distilled) - 1
-        self._add_row(method, case, images, features, predictions == self.label, w_total)
+                model, loaded = load_student(config.output, method, teacher), method
+                w_distilled = student_config(config, method).w[0]
+            images = self.sample(method, model, case)
+            features, predictions = self._classify(images)
+            if method == "teacher" and case.k == config.solver_steps and case.gamma == 0:
+                self._set_teacher_reference(images, features)
+            # Eq. 22: guidance on top of distilled guidance multiplies, in terms of g = 1 + w.
+            w = (1 + case.w_inference) * (1 + w_distilled) - 1
+            self._add_row(method, case, images, features, predictions == self.label, w)
 
     def sample(self, method: str, model: LoadedModel, case: Case) -> Tensor:
         """The pictures of a case (n, 3, 32, 32) in uint8, from their file if there is one."""
         config = self.config
-        timesteps = case_timesteps(case, config.solver_steps, config.kmin, config.kmax)
+        timesteps = compare.case_timesteps(case, config.solver_steps, config.kmin, config.kmax)
         settings = {
             "weights": weights_digest(config.output / method), "n": config.samples,
             "seed": config.seed, "timesteps": timesteps, "device": config.device, **asdict(case),
         }  # fmt: skip
-        # Samples of other weights or settings have another name.
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
         path = files.output_folder(config.output / "samples") / f"{method}-{key}.safetensors"
         if path.exists():
             return files.read_tensors(path)[0]["images"]
-        batches = sample_pictures(
-            model, self.label, self.seeds, timesteps, case.w_inference, case.gamma, case.clip_steps
-        )
-        images = torch.cat(list(batches))
+        images = sample_pictures(model, self.label, self.seeds, timesteps, case)
         files.write_tensors(path, {"images": images}, settings=json.dumps(settings))
         return images
 
     def _add_row(self, method: str, case: Case, images, features, correct, w: float | None) -> None:
         """A row: each figure with its standard error.
 
-        correct: (n,) where the classifier is right. w: the samples' guidance in all, None for real
-        pictures.
+        correct: (n,) where the classifier is right. w: total guidance, None for real pictures.
         """
         bits = png_bits(images)
         sample_moments = [moments(features[i]) for i in self.subsets]
@@ -248,13 +217,10 @@ class Evaluation:
             pairs = zip(sample_moments, self.teacher_references, strict=True)
             figures["frechet_teacher"] = [frechet(m, teacher) for m, teacher in pairs]
             # So are samples with noise between the steps, however good.
-            if self.teacher_images is not None and case.gamma == 0:
-                teacher = self.teacher_images
+            if (teacher := self.teacher_images) is not None and case.gamma == 0:
                 figures["rmse"] = [rmse(images[i], teacher[i]) for i in self.subsets]
         row = {"method": method, **asdict(case), "n": len(images)}
-        for name, values in figures.items():
-            row[name] = jackknife(values)
-        self.rows[method, case] = row
+        self.rows[method, case] = row | {name: jackknife(v) for name, v in figures.items()}
         self.samples[method, case] = images[: len(CLASSES)]
 
     # ---------------------------------------------------------------------------------- tables
@@ -277,30 +243,27 @@ class Evaluation:
 
     def table(self, metric: str, gamma: float = 0.0) -> str:
         """A figure of every method over k, with its standard error in brackets."""
-        ks = compared_steps(self.config.kmin, self.config.kmax)
         lines = []
         for method in self.methods:
-            rows = [self.find(method, make_case(k, gamma=gamma)) for k in ks]
-            if any(rows):
-                lines.append((method, [_cell(row, metric) for row in rows]))
+            rows = [self.find(method, make_case(k, gamma=gamma)) for k in self.ks]
+            lines.append((method, [_cell(row, metric) for row in rows]))
         # In its many steps the teacher is sampled without noise only.
         if gamma == 0:
             for k in (self.config.solver_steps // 2, self.config.solver_steps):
                 cell = _cell(self.find("teacher", make_case(k)), metric)
                 lines.append((f"teacher, {k} steps", [cell]))
         lines.append(("test pictures", [_cell(self.find("real", make_case(0)), metric)]))
-        return format_table(f"{metric} at gamma = {gamma:g}", ks, lines, 30, 16)
+        return compare.format_table(f"{metric} at gamma = {gamma:g}", self.ks, lines, 30, 16)
 
     def study_table(self) -> str:
         """Guidance at inference, Eq. 13, clipping and non-equidistant timesteps: a line a case."""
-        compared = [make_case(k) for k in compared_steps(self.config.kmin, self.config.kmax)]
+        compared = [make_case(k) for k in self.ks]
         metrics = ("accuracy", "frechet_data", "frechet_teacher", "rmse")
         titles = "".join(f"{metric:>16}" for metric in metrics)
         lines = [f"method    k  w  w'  C in  timesteps     {titles}"]
         for (method, case), row in self.rows.items():
-            if method in ("teacher", "real") or case.gamma > 0:
-                continue
-            if case in compared and method not in NOT_COMPARED:
+            in_tables = case in compared and method not in NOT_COMPARED
+            if method in ("teacher", "real") or case.gamma > 0 or in_tables:
                 continue
             tune = "-" if case.tune is None else f"{case.tune:g}"
             settings = f"{method:9}{case.k:2}{case.w:3g}{tune:>4}{case.clip_steps:6}"

@@ -5,7 +5,6 @@
 The sampler is tdd.gamma_sample, the flags are those of sample.py.
 """
 
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from cifar.data import CLASSES, condition, to_bytes
 from cifar.stage import read_stage, weights_digest
 from common import cli, files
-from common.files import read_tensors
+from common.compare import Case
 from common.pictures import save_grid
 from sdxl.load import load_component
 from sdxl.lora import merge
@@ -25,7 +24,7 @@ from sdxl.lora_files import read_lora
 from sdxl.pipeline import DTYPES, SCHEDULES, null_condition, scalar_network
 from solvers import ddim, sdxl_schedule
 from tcd import TCF
-from tdd import clip_x0, gamma_sample, guided, noise_stream, tuned
+from tdd import clip_x0, gamma_sample, guided, noise_stream
 from unet import ScalarEmbedding, UNet, UNetConfig
 
 # ------------------------------------------------------------------------------------- networks
@@ -36,16 +35,12 @@ from unet import ScalarEmbedding, UNet, UNetConfig
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A teacher, or a student with its LoRA merged in, and how to sample it.
-
-    scalar_embedding: of students that take a scalar as an input. solver_steps: N of the student's
-    training, the grid of its schedules; the teacher was trained on every timestep.
-    """
+    """A teacher, or a student with its LoRA merged in, and how to sample it."""
 
     unet: UNet
-    scalar_embedding: ScalarEmbedding | None = None
+    scalar_embedding: ScalarEmbedding | None = None  # of students that take a scalar as an input
     jump: object = ddim
-    solver_steps: int = 50
+    solver_steps: int = 50  # N of a student's training, the grid of its schedules
 
 
 def load_teacher(runs: Path, device, dtype: str = "float32") -> UNet:
@@ -57,17 +52,12 @@ def load_teacher(runs: Path, device, dtype: str = "float32") -> UNet:
 
 
 def load_student(runs: Path, name: str, teacher: UNet) -> LoadedModel:
-    """A student of this float32 teacher, its LoRA merged into a copy; ValueError if there is none.
-
-    In half precision merging would round small updates away.
-    """
+    """A student, its LoRA merged into a copy of its float32 teacher; ValueError without one."""
     path = runs / name / "lora.safetensors"
     if not path.exists() or read_stage(path.parent) is None:
-        students = sorted(path.parent.name for path in runs.glob("*/lora.safetensors"))
-        raise ValueError(
-            f"{runs} holds no finished student {name!r}; there: {' '.join(students) or 'none'}"
-        )
-    settings = read_tensors(path)[1]
+        students = " ".join(sorted(path.parent.name for path in runs.glob("*/lora.safetensors")))
+        raise ValueError(f"{runs} holds no finished student {name!r}; there: {students or 'none'}")
+    settings = files.read_tensors(path)[1]
     if settings.get("teacher") != weights_digest(runs / "teacher"):
         raise ValueError(f"{path} is the student of another teacher than {runs / 'teacher'}")
     student = deepcopy(teacher)
@@ -75,6 +65,7 @@ def load_student(runs: Path, name: str, teacher: UNet) -> LoadedModel:
     no_encoder = nn.Module()
     lora, *_ = read_lora(path, teacher, no_encoder, no_encoder)
     lora = lora.to(teacher.conv_in.weight.device)
+    # In half precision this would round small updates away.
     merge(student, lora)
     jump = TCF[settings.get("tcf", "1")]
     return LoadedModel(student, lora.scalar_embedding, jump, int(settings["solver_steps"]))
@@ -85,26 +76,25 @@ def load_student(runs: Path, name: str, teacher: UNet) -> LoadedModel:
 
 @torch.no_grad()
 def sample_pictures(
-    model: LoadedModel, label: Tensor, seeds, timesteps, w: float, gamma: float, clip_steps: int,
-) -> Iterator[Tensor]:  # fmt: skip
-    """Batches of pictures (b, 3, 32, 32) in uint8 for labels (n,), picture i from seeds[i].
-
-    w: of Eq. 12. gamma: of Eq. 18. clip_steps: first steps with C of Eq. 17, to [-1, 1].
-    """
-    device, schedule = model.unet.conv_in.weight.device, sdxl_schedule()
+    model: LoadedModel, label: Tensor, seeds, timesteps: list[int], case: Case
+) -> Tensor:
+    """Pictures (n, 3, 32, 32) in uint8 for labels (n,), picture i from seeds[i]."""
+    device, schedule, pictures = model.unet.conv_in.weight.device, sdxl_schedule(), []
     network = scalar_network(model.unet, model.scalar_embedding, len(timesteps))
     # On a CPU 50 fit into the caches, which is a fifth faster than 200.
     batch_size = 50 if device.type == "cpu" else 500
     for start in range(0, len(label), batch_size):
         batch = slice(start, start + batch_size)
         cond = condition(label[batch].to(device))
-        eps = guided(network, cond, null_condition(cond), w)
+        eps = guided(network, cond, null_condition(cond), case.w_inference)
         noise = noise_stream(seeds[batch], (12, 16, 16), device)
         x_T = next(noise).to(memory_format=torch.channels_last)
+        # C of Eq. 17 clips x_0 to [-1, 1].
         x_0 = gamma_sample(
-            eps, x_T, timesteps, schedule, gamma, noise, clip_x0, clip_steps, model.jump
+            eps, x_T, timesteps, schedule, case.gamma, noise, clip_x0, case.clip_steps, model.jump
         )
-        yield to_bytes(x_0).cpu()
+        pictures.append(to_bytes(x_0).cpu())
+    return torch.cat(pictures)
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -116,16 +106,14 @@ def main(args) -> None:
     if args.sample != "teacher":
         model = load_student(args.runs, args.sample, model.unet)
     timesteps = SCHEDULES[args.schedule](args.steps, args.solver_steps or model.solver_steps)
-    w = args.cfg - 1
-    if args.tune_guidance is not None:
-        w = tuned(w, args.tune_guidance - 1)
-    print(f"guidance g = {args.cfg:g} (w = {args.cfg - 1:g}), applied as w = {w:.3g}")
+    tune = None if args.tune_guidance is None else args.tune_guidance - 1
     clip_steps = args.steps if args.clip_steps is None else args.clip_steps
+    case = Case(args.steps, args.gamma, args.schedule, args.cfg - 1, tune, clip_steps)
+    print(f"guidance g = {args.cfg:g} (w = {case.w:g}), applied as w = {case.w_inference:.3g}")
     # All classes, then all again: a column of the grid is then a class.
     label = torch.tensor([CLASSES.index(name) for name in args.labels] * args.num_images)
     seeds = range(args.seed, args.seed + len(label))
-    batches = sample_pictures(model, label, seeds, timesteps, w, args.gamma, clip_steps)
-    pictures = torch.cat(list(batches)).permute(0, 2, 3, 1).numpy()
+    pictures = sample_pictures(model, label, seeds, timesteps, case).permute(0, 2, 3, 1).numpy()
     files.output_folder(args.output.parent)
     save_grid([Image.fromarray(x) for x in pictures], args.output, columns=len(args.labels))
     print(f"{len(label)} pictures of {args.sample} in {args.steps} steps: {args.output}")
@@ -136,28 +124,22 @@ def parser() -> cli.Parser:
         "Samples the CIFAR-10 teacher or a student of it, a column for each class. Guidance is "
         "g = 1 + w, with the paper's w."
     )
-    flag, number, gpu = p.add_argument, cli.number, torch.cuda.is_available()
-    count = number(int, 1)
+    flag, count, gpu = p.add_argument, cli.positive_int, torch.cuda.is_available()
     flag("--data", choices=["cifar10"], default="cifar10", help="data set")
-    flag("--sample", required=True, metavar="NAME",
-         help="network to sample: teacher, or a student, such as tdd")  # fmt: skip
+    flag("--sample", required=True, metavar="NAME", help="network: teacher, or a student like tdd")
     flag("--runs", type=Path, default=Path("runs/cifar10"), help="folder of the trained stages")
-    flag("--labels", nargs="+", choices=CLASSES, default=CLASSES, metavar="CLASS",
-         help="classes to draw")  # fmt: skip
+    flag("--labels", nargs="+", choices=CLASSES, default=CLASSES, metavar="CLASS", help="classes")
     flag("--num-images", type=count, default=8, help="number of pictures of each class")
     flag("--steps", type=count, default=4, help="number of steps k")
-    flag("--cfg", type=number(float, 0), default=1.0,
-         help="guidance g at inference, Eq. 12; a teacher wants 3")  # fmt: skip
-    flag("--tune-guidance", type=number(float, 1), metavar="G'",
+    flag("--cfg", type=cli.non_negative, default=1.0, help="guidance g, Eq. 12; a teacher wants 3")
+    flag("--tune-guidance", type=cli.number(float, 1), metavar="G'",
          help="guidance g' of the student; --cfg then acts as on the teacher (Eq. 13)")  # fmt: skip
-    flag("--gamma", type=number(float, 0, 1), default=0.2, help="gamma of Eq. 18")
+    flag("--gamma", type=cli.share, default=0.2, help="gamma of Eq. 18")
     flag("--schedule", choices=SCHEDULES, default="equidistant",
          help="timesteps; nonequidistant for 4 to 8 steps")  # fmt: skip
-    flag("--solver-steps", type=count,
-         help="N, grid of the schedules; that of the student unless given")  # fmt: skip
-    flag("--clip-steps", type=number(int, 0),
-         help="number of first steps with C of Eq. 17; all unless given")  # fmt: skip
-    flag("--seed", type=number(int, 0, 2**62), default=0, help="random seed of the first picture")
+    flag("--solver-steps", type=count, help="N, grid of the schedules; the student's unless given")
+    flag("--clip-steps", type=cli.count, help="first steps with C of Eq. 17; all unless given")
+    flag("--seed", type=cli.number(int, 0, 2**62), default=0, help="seed of the first picture")
     flag("--output", type=Path, default=Path("cifar.png"), help="PNG file, pictures in a grid")
     flag("--device", default="cuda" if gpu else "cpu", help="device, cpu or cuda")
     return p

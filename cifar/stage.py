@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cifar.data import Batches
 from common import files
@@ -21,20 +21,20 @@ from training import loop
 
 # 2: `guidance` is g = 1 + w'. It was w' in version 1, which names no version.
 STAGE_VERSION = "2"
-SAVE_EVERY = 250
 
 
-def read_stage(folder: Path) -> dict | None:
-    """stage.json of a finished stage, None without one; ValueError if its version is another."""
+def read_stage(folder: Path, settings: dict | None = None) -> dict | None:
+    """stage.json of a finished stage, or None; ValueError if it was made with other settings."""
     path = folder / "stage.json"
     if not path.exists():
         return None
     content = files.read_json(path)
-    version = content.get("settings", {}).get("version", "1")
-    if version != STAGE_VERSION:
+    # Without settings to compare with, the version alone must be the same.
+    recorded = {"version": "1", **content.get("settings", {})}
+    requested = settings or {**recorded, "version": STAGE_VERSION}
+    if difference := files.first_difference(recorded, requested):
         raise ValueError(
-            f"{path} has settings of version {version}, not {STAGE_VERSION}: "
-            "train into another folder"
+            f"{folder} was made with {difference}: give the same, or train into another folder"
         )
     return content
 
@@ -45,10 +45,6 @@ def weights_digest(folder: Path) -> str:
     if not path.exists():
         path = folder / "lora.safetensors"
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-
-
-def save_network(network: nn.Module, name: str, folder: Path) -> None:
-    files.write_tensors(folder / f"{name}.safetensors", network.state_dict(), format="pt")
 
 
 @dataclass
@@ -63,30 +59,26 @@ class Stage:
     settings: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        # Strings, as JSON and the header of a LoRA hold them; other data counts as another setting.
         images, labels = self.data
+        # Other data counts as another setting.
         checksum = zlib.crc32(labels.numpy(), zlib.crc32(images.numpy()))
         settings = {"version": STAGE_VERSION, "steps": self.steps, "batch_size": self.batch_size}
         settings |= {"seed": self.seed, **self.settings, "data": f"{checksum:08x}"}
+        # Strings, as JSON and the header of a LoRA hold them.
         self.settings = {name: str(value) for name, value in settings.items()}
 
     def finished(self) -> bool:
         """Whether it is; ValueError if it, or a checkpoint of it, was made with other settings."""
-        content = read_stage(self.folder)
-        if content is None:
+        if read_stage(self.folder, self.settings) is None:
             self._resume_point()
             return False
-        if difference := files.first_difference(content["settings"], self.settings):
-            raise ValueError(
-                f"{self.folder} was made with {difference}: give the same, or name another --output"
-            )
         print(f"{self.folder.name}: finished before, used again")
         return True
 
     def train(
         self, modules, optimizers, losses, export, lr_lambda=lambda s: 1, after_step=lambda: None
     ) -> None:
-        """Train from the last checkpoint, if any, to the end, and finish the stage.
+        """Train from the last checkpoint, if any, to the end; write stage.json, delete checkpoints.
 
         modules, optimizers: by name, as in training/loop.py. losses: (batch, generator) to a dict
         of losses. export: writes the result into a folder. lr_lambda: the share of the learning
@@ -102,24 +94,19 @@ class Stage:
             state.restore(checkpoint, content)
         print(f"{self.folder.name}: {self.steps} steps of {self.batch_size} pictures")
         config = loop.TrainConfig(
-            self.steps, lambda step: lr_lambda(step / self.steps), save_every=SAVE_EVERY, keep=1,
-            resume_hint="the same command",
-        )  # fmt: skip
+            self.steps, lambda step: lr_lambda(step / self.steps), save_every=250, keep=1,
+            resume_hint="the same command")  # fmt: skip
         loop.fit(state, config, partial(losses, generator=generator), after_step)
         export(self.folder)
-        self._finish(state.log)
+        # Seconds at the median speed: other programs may have slowed some of the steps.
+        speed = statistics.median(line["images_per_s"] for line in state.log)
+        seconds = round(self.steps * self.batch_size / speed, 1)
+        content = {"settings": self.settings, "seconds": seconds}
+        files.write_json(self.folder / "stage.json", content)
+        for checkpoint in loop.checkpoints(self.folder):
+            shutil.rmtree(checkpoint)
 
     def _resume_point(self) -> tuple[Path | None, dict]:
         """The last checkpoint and its config.json, or (None, {})."""
         # No setting may change, the steps included: the learning rate depends on them.
         return loop.resume_point(self.folder, True, self.settings, may_change=())
-
-    def _finish(self, log: list[dict]) -> None:
-        """stage.json, with the seconds that training took; checkpoints are deleted."""
-        # At the median speed: other programs may have slowed some of the steps.
-        speed = statistics.median(line["images_per_s"] for line in log)
-        seconds = self.steps * self.batch_size / speed
-        content = {"settings": self.settings, "seconds": round(seconds, 1)}
-        files.write_json(self.folder / "stage.json", content)
-        for checkpoint in loop.checkpoints(self.folder):
-            shutil.rmtree(checkpoint)

@@ -3,15 +3,13 @@
     python train_toy.py --data cifar10                  everything, into runs/cifar10
     python train_toy.py --data cifar10 --preset gpu     a larger teacher, for a large GPU
 
-Students train by what train_sdxl.py trains with: LoRA, TDDStep or TDMStep, and training/loop.py. A
-finished stage is used again, an interrupted one is resumed, and changed settings are refused.
+A finished stage is used again, an interrupted one is resumed, and changed settings are refused.
 """
 
 import argparse
 import time
 from copy import deepcopy
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,13 +18,13 @@ from torch.nn.functional import cross_entropy
 
 from cifar import figures
 from cifar.classifier import BORDER, Classifier, random_crop
-from cifar.config import STUDENTS, CifarConfig, student_config, student_steps
+from cifar.config import STUDENTS, CifarConfig, student_config
 from cifar.data import condition, read_split, teacher_loss, to_x0, unet_json
 from cifar.evaluate import Evaluation
 from cifar.sample import load_teacher
-from cifar.stage import Stage, read_stage, save_network, weights_digest
+from cifar.stage import Stage, read_stage, weights_digest
 from common import cli, files
-from common.files import read_tensors
+from common.compare import PASSES, equal_budget_steps
 from sdxl.load import load_strict
 from sdxl.lora_files import write_peft
 from sdxl.pipeline import compile_blocks, null_condition
@@ -49,18 +47,52 @@ PRESETS = {
     },
 }  # fmt: skip
 CLASSIFIER_BATCH = 128
-Data = tuple[Tensor, Tensor]  # pictures and labels, as from read_split
 
 
-# -------------------------------------------------------------------------- classifier and teacher
+# ---------------------------------------------------------------------------------------- stages
 #
-# Once trained, both are fixed points of the comparison. The settings of a student hold the digest
-# of its teacher's weights.
+# Whatever a stage's result depends on is among its settings. Classifier and teacher are the fixed
+# points of the comparison: a student's settings hold the digest of its teacher's weights.
 
 
-def classifier_stage(config: CifarConfig, data: Data) -> Stage:
-    folder = config.output / "classifier"
-    return Stage(folder, data, config.classifier_steps, CLASSIFIER_BATCH, config.seed)
+def build_stage(config: CifarConfig, name: str, data: tuple[Tensor, Tensor]) -> Stage:
+    """The classifier, the teacher, or a student of the finished teacher, with all its settings."""
+    folder, seed = config.output / name, config.seed
+    if name == "classifier":
+        return Stage(folder, data, config.classifier_steps, CLASSIFIER_BATCH, seed)
+    if name == "teacher":
+        settings = ["channels", "teacher_lr", "teacher_ema", "drop", "dtype"]
+        values = {setting: getattr(config, setting) for setting in settings}
+        return Stage(folder, data, config.teacher_steps, config.teacher_batch, seed, values)
+    student = student_config(config, name)
+    # The settings that matter to the method: they also go into the header of the LoRA.
+    settings = ["method", "solver", "solver_steps", "rank", "lr", "loss"]
+    if student.method == "tdm":
+        settings += ["Ks", "fake_lr", "fake_weight"]
+    else:
+        settings += ["tcf", "kmin", "kmax", "eta", "rho", "mu", "adv", "adv_weight", "adv_lr"]
+    values = {"guidance": 1 + student.w[0], "dtype": config.dtype}
+    values |= {setting: getattr(student, setting) for setting in settings}
+    values["teacher"] = weights_digest(config.output / "teacher")
+    # Every student has as many UNet passes as TDD; the discriminator's are not counted.
+    steps = equal_budget_steps(config.steps, name if name in PASSES else student.tcf)
+    return Stage(folder, data, steps, config.batch_size, seed, values)
+
+
+def train_all(config: CifarConfig, data: tuple[Tensor, Tensor]) -> None:
+    """Train every stage that is not finished, each from the ones before."""
+    train = {"classifier": train_classifier, "teacher": train_teacher}
+    for names in (("classifier", "teacher"), config.methods):
+        stages = [build_stage(config, name, data) for name in names]
+        # All settings are compared before the first training.
+        for stage in [stage for stage in stages if not stage.finished()]:
+            train.get(stage.folder.name, train_student)(config, stage)
+
+
+# ---------------------------------------------------------------------------------------- training
+#
+# Nothing of Algorithm 1 stands here: targets, random numbers, losses and networks of the students
+# are SDXL's, from training/, and so is the loop. CIFAR-10 brings x_0 and the condition.
 
 
 def train_classifier(config: CifarConfig, stage: Stage) -> None:
@@ -79,22 +111,12 @@ def train_classifier(config: CifarConfig, stage: Stage) -> None:
         return {"total": loss, "loss": loss}
 
     stage.train(
-        {"classifier": classifier},
-        {"adam": loop.adamw(classifier.parameters(), 3e-3)},
-        losses,
-        export=partial(save_network, classifier, "model"),
+        {"classifier": classifier}, {"adam": loop.adamw(classifier.parameters(), 3e-3)}, losses,
+        export=lambda folder: files.write_tensors(
+            folder / "model.safetensors", classifier.state_dict(), format="pt"),
         # Up for a fifth of the steps, then down to zero.
         lr_lambda=lambda s: min((s + 0.001) / 0.2, (1 - s) / 0.8),
-    )
-
-
-def teacher_stage(config: CifarConfig, data: Data) -> Stage:
-    settings = {
-        "channels": config.channels, "teacher_lr": config.teacher_lr,
-        "teacher_ema": config.teacher_ema, "drop": config.drop, "dtype": config.dtype,
-    }  # fmt: skip
-    folder = config.output / "teacher"
-    return Stage(folder, data, config.teacher_steps, config.teacher_batch, config.seed, settings)
+    )  # fmt: skip
 
 
 def train_teacher(config: CifarConfig, stage: Stage) -> None:
@@ -108,77 +130,47 @@ def train_teacher(config: CifarConfig, stage: Stage) -> None:
         compile_blocks(unet)
 
     def losses(batch: dict, generator) -> dict:
-        x_0, label = to_x0(batch["images"]), batch["labels"]
-        t = torch.randint(schedule.T, (len(label),), generator=generator)
-        eps = torch.randn(x_0.shape, generator=generator)
-        keep_label = torch.rand(len(label), generator=generator) >= config.drop
+        x_0, label = to_x0(batch["images"]).to(device), batch["labels"]
+        t = torch.randint(schedule.T, label.shape, generator=generator)
+        eps = torch.randn(x_0.shape, generator=generator).to(device)
+        keep_label = torch.rand(label.shape, generator=generator) >= config.drop
         batch["timesteps"] = t
         cond = condition(label.to(device), keep_label.to(device))
-        bf16 = config.dtype == "bf16"
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            loss = teacher_loss(unet, x_0.to(device), cond, t.to(device), eps.to(device), schedule)
+        with torch.autocast(x_0.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
+            loss = teacher_loss(unet, x_0, cond, t.to(device), eps, schedule)
         return {"total": loss, "loss": loss}
 
     def export(folder: Path) -> None:
-        save_network(ema, "diffusion_pytorch_model", folder)
+        path = folder / "diffusion_pytorch_model.safetensors"
+        files.write_tensors(path, ema.state_dict(), format="pt")
         files.write_json(folder / "config.json", unet_config)
 
-    parameters = list(ema.parameters()), list(unet.parameters())
+    ema_weights, weights = list(ema.parameters()), list(unet.parameters())
     stage.train(
-        {"teacher": unet, "ema": ema},
-        {"adam": loop.adamw(unet.parameters(), config.teacher_lr)},
-        losses,
-        export,
+        {"teacher": unet, "ema": ema}, {"adam": loop.adamw(weights, config.teacher_lr)},
+        losses, export,
         # Up for a fiftieth of the steps, constant, and down to zero over the last two fifths.
         lr_lambda=lambda s: min(1, (s + 0.001) / 0.02, (1 - s) / 0.4),
-        after_step=lambda: ema_update(*parameters, config.teacher_ema),
-    )
-
-
-# ---------------------------------------------------------------------------------------- students
-#
-# Nothing of Algorithm 1 stands here: targets, random numbers, losses and networks are SDXL's, from
-# training/. CIFAR-10 brings x_0 and the condition.
-
-
-def student_stage(config: CifarConfig, name: str, data: Data) -> Stage:
-    student = student_config(config, name)
-    # The settings that matter to the method: they also go into the header of the LoRA.
-    settings = ["method", "solver", "solver_steps", "rank", "lr", "loss"]
-    if student.method == "tdm":
-        settings += ["Ks", "fake_lr", "fake_weight"]
-    else:
-        settings += ["tcf", "kmin", "kmax", "eta", "rho", "mu", "adv", "adv_weight", "adv_lr"]
-    values = {"guidance": 1 + student.w[0], "dtype": config.dtype}
-    for setting in settings:
-        values[setting] = getattr(student, setting)
-    values["teacher"] = weights_digest(config.output / "teacher")
-    steps = student_steps(config, name)
-    return Stage(config.output / name, data, steps, config.batch_size, config.seed, values)
+        after_step=lambda: ema_update(ema_weights, weights, config.teacher_ema),
+    )  # fmt: skip
 
 
 def train_student(config: CifarConfig, stage: Stage) -> None:
     """A student's LoRA, distilled from the teacher beside it and saved as lora.safetensors."""
-    student = student_config(config, stage.folder.name)
-    device = config.device
+    student, device = student_config(config, stage.folder.name), config.device
     # The compiled graphs of the student before are of no use, and count against the limit.
     torch._dynamo.reset()
-    teacher = load_teacher(config.output, device, config.dtype)
-    step = build_step(student, teacher, device)
+    step = build_step(student, load_teacher(config.output, device, config.dtype), device)
 
     def losses(batch: dict, generator) -> dict:
         x_0 = to_x0(batch["images"]).to(device)
         cond = condition(batch["labels"].to(device))
-        null = null_condition(cond)
         sample = step.sample(x_0.shape, generator, device)
         batch["timesteps"] = sample.timesteps
-        if student.method == "tdm":
-            # TDM trains on the labels alone.
-            return step.losses(cond, null, sample)
-        return step.losses(x_0, cond, null, sample)
+        return step.losses(x_0, cond, null_condition(cond), sample)
 
     def export(folder: Path) -> None:
-        write_peft(folder / "lora.safetensors", step.result.lora, **stage.settings)
+        write_peft(folder / "lora.safetensors", step.output_network.lora, **stage.settings)
 
     optimizers = build_optimizers(student, step)
     stage.train(step.modules, optimizers, losses, export, after_step=step.after_step)
@@ -210,57 +202,34 @@ def build_config(args) -> CifarConfig:
     return config
 
 
-def train_all(config: CifarConfig, data: Data) -> None:
-    """Train every stage that is not finished, each from the ones before."""
-    classifier, teacher = classifier_stage(config, data), teacher_stage(config, data)
-    # All settings are compared before the first training.
-    classifier_finished, teacher_finished = classifier.finished(), teacher.finished()
-    if not classifier_finished:
-        train_classifier(config, classifier)
-    if not teacher_finished:
-        train_teacher(config, teacher)
-    students = [student_stage(config, name, data) for name in config.methods]
-    for stage in [stage for stage in students if not stage.finished()]:
-        train_student(config, stage)
-
-
 def main(args) -> None:
     start = time.time()
     cli.check_device(args.device)
     if distributed.get_dist_info(args.device)[1] > 1:
         raise ValueError("CIFAR-10 takes one process: start it without torchrun")
     config = build_config(args)
-    train = read_split(config.data_dir, train=True)
-    test = read_split(config.data_dir, train=False)
-    most = min(len(train[1]), len(test[1]))
-    if config.samples > most:
+    train, test = read_split(config.data_dir, True), read_split(config.data_dir, False)
+    if config.samples > (most := min(len(train[1]), len(test[1]))):
         raise ValueError(f"--samples {config.samples}: there are {most} real ones to compare with")
     print(f"guidance to distil: g = {config.guidance:g}, the paper's w' = g - 1 = {config.w:g}")
     train_all(config, train)
     path = config.output / "classifier/model.safetensors"
-    classifier = load_strict(Classifier(), read_tensors(path)[0], path).to(config.device)
+    classifier = load_strict(Classifier(), files.read_tensors(path)[0], path).to(config.device)
     evaluation = Evaluation(config, classifier, train, test)
     evaluation.run(config.methods)
-    flags = {key: str(value) for key, value in vars(args).items()}
-    write_metrics(config, flags, evaluation)
+    settings = {name: str(value) for name, value in vars(args).items()}
+    stages = ("classifier", "teacher", *config.methods)
+    metrics = {
+        "settings": {**settings, "torch": torch.__version__},
+        "training_seconds": {name: read_stage(config.output / name)["seconds"] for name in stages},
+        "classifier_accuracy": evaluation.test_accuracy,
+        "rows": list(evaluation.rows.values()),
+    }
+    files.write_json(config.output / "metrics.json", metrics)
     figures.draw_all(config.output, evaluation)
     print("\n\n".join(evaluation.tables()))
     print(f"classifier accuracy on the test pictures: {evaluation.test_accuracy:.1%}")
     print(f"{time.time() - start:.0f} s; metrics.json and the pictures are in {config.output}/")
-
-
-def write_metrics(config: CifarConfig, flags: dict[str, str], evaluation: Evaluation) -> None:
-    """metrics.json: settings, seconds of training, the classifier's accuracy, and all rows."""
-    seconds = {}
-    for name in ("classifier", "teacher", *config.methods):
-        seconds[name] = read_stage(config.output / name)["seconds"]
-    content = {
-        "settings": flags | {"torch": torch.__version__},
-        "training_seconds": seconds,
-        "classifier_accuracy": evaluation.test_accuracy,
-        "rows": list(evaluation.rows.values()),
-    }
-    files.write_json(config.output / "metrics.json", content)
 
 
 def parser(preset: str | None = None) -> cli.Parser:
@@ -270,27 +239,23 @@ def parser(preset: str | None = None) -> cli.Parser:
         "Trains a CIFAR-10 teacher, distils it with TDD and its rivals, and compares them. "
         "Guidance is g = 1 + w, with the paper's w. --sample NAME samples, with other flags."
     )
-    flag, number = p.add_argument, cli.number
-    count, share = number(int, 1), number(float, 0, 1)
-    flag("--data", choices=["cifar10"], default="cifar10",
-         help="data set; the 2-D sets have their own flags")  # fmt: skip
+    flag, number, count, share = p.add_argument, cli.number, cli.positive_int, cli.share
+    flag("--data", choices=["cifar10"], default="cifar10", help="data set; others, other flags")
     flag("--preset", choices=PRESETS, default=preset, help="set of defaults for the flags below")
-    flag("--data-dir", type=Path, default=Path("data/cifar-10-batches-bin"),
-         help="folder of CIFAR-10's binary files")  # fmt: skip
+    flag("--data-dir", type=Path, default=Path("data/cifar-10-batches-bin"), help="data folder")
     flag("--output", type=Path, default=Path("runs/cifar10"), help="folder for all stages")
     flag("--methods", nargs="+", choices=STUDENTS, default=list(STUDENTS), metavar="M",
-         help=f"students, of {' '.join(STUDENTS)}")  # fmt: skip
+         help="students to train")  # fmt: skip
     flag("--channels", type=count, nargs="+", metavar="C", help="channels of the UNet's levels")
-    flag("--classifier-steps", type=count,
-         help=f"training steps of the classifier, {CLASSIFIER_BATCH} pictures each")  # fmt: skip
+    flag("--classifier-steps", type=count, help="training steps of the classifier")
     flag("--teacher-steps", type=count, help="training steps of the teacher")
     flag("--teacher-batch", type=count, help="pictures a step of the teacher")
-    flag("--teacher-lr", type=number(float, 0), default=1e-3, help="learning rate of the teacher")
+    flag("--teacher-lr", type=cli.non_negative, default=1e-3, help="learning rate of the teacher")
     flag("--teacher-ema", type=share, default=0.998, help="rate of the teacher's moving average")
     flag("--drop", type=share, default=0.12, help="share of null conditions for the teacher")
     flag("--steps", type=count, help="training steps of a student")
     flag("--batch-size", type=count, help="pictures a step of a student")
-    flag("--lr", type=number(float, 0), default=4e-4, help="delta, the students' learning rate")
+    flag("--lr", type=cli.non_negative, default=4e-4, help="delta, the students' learning rate")
     flag("--ema", type=share, default=0.99, help="mu of the target network theta-")
     flag("--rank", type=count, default=32, help="rank r of the LoRA, also its alpha")
     flag("--kmin", type=count, default=4, help="K_min, fewest steps to distil for")
@@ -303,7 +268,6 @@ def parser(preset: str | None = None) -> cli.Parser:
     flag("--dtype", choices=["float32", "bf16"],
          help="precision; bf16 pays on CPUs with AVX-512 or AMX too")  # fmt: skip
     flag("--device", help="device, cpu or cuda")
-    flag("--compile", action=argparse.BooleanOptionalAction,
-         help="torch.compile of the UNet's blocks")  # fmt: skip
+    flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile of UNet blocks")
     p.set_defaults(**PRESETS[preset])
     return p

@@ -12,12 +12,18 @@ from safetensors import SafetensorError
 # A user sees one line, in the words of the flag or file that is at fault, and exit code 2.
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every default that says something."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Reports a wrong flag in one line, and shows every flag's default in --help."""
 
     def __init__(self, description: str):
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
 
     def error(self, message: str):
         # argparse would print the whole usage first.
@@ -52,14 +58,15 @@ def number(kind=float, low=-math.inf, high=math.inf):
             if low <= value <= high and math.isfinite(value):
                 return value
         name = "a whole number" if kind is int else "a number"
-        limits = []
-        if low > -math.inf:
-            limits.append(f" of at least {low:g}")
-        if high < math.inf:
-            limits.append(f" of at most {high:g}")
+        limits = [f" of at least {low:g}"] if low > -math.inf else []
+        limits += [f" of at most {high:g}"] if high < math.inf else []
         raise argparse.ArgumentTypeError(f"{name}{' and'.join(limits)} is needed, not {text!r}")
 
     return parse
+
+
+positive_int, count = number(int, 1), number(int, 0)
+share, non_negative = number(float, 0, 1), number(float, 0)
 
 
 def check_device(device: str) -> None:

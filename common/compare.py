@@ -4,13 +4,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.plots import Axes, Figure
+from common.plots import INK, Axes, Figure
 from tdd import equidistant, nonequidistant, tuned
 
 # ---------------------------------------------------------------------------- methods and budgets
 #
-# A method keeps its name and colour through all tables and pictures. Budgets are counted in network
-# passes, so a method with expensive training steps takes fewer of them.
+# A method keeps its name and colour through all tables and pictures; one that has none here yet is
+# drawn under its key, in ink. Budgets are counted in network passes, so a method with expensive
+# training steps takes fewer of them.
 
 NAMES = {
     "teacher": "teacher", "cm": "CM / LCM", "pcm4": "PCM-4", "pcm8": "PCM-8", "tcd": "TCD / CTM",
@@ -109,19 +110,16 @@ def curve_panel(
     axes = Axes(figure, box, (ks[0] - 0.3, ks[-1] + 0.3), ylim, log_y=True)
     axes.frame(title, "steps k", ylabel, ks, ticks, size)
     for method, (k, value, error) in curves.items():
-        axes.band(k, np.maximum(value - error, ylim[0]), value + error, COLOURS[method])
-        dash = 7 if method == "teacher" else None
-        axes.line(k, value, COLOURS[method], 2.5, dash, dots=4)
+        colour, dash = COLOURS.get(method, INK), 7 if method == "teacher" else None
+        axes.band(k, np.maximum(value - error, ylim[0]), value + error, colour)
+        axes.line(k, value, colour, 2.5, dash, dots=4)
     return axes
 
 
 def legend(figure: Figure, methods: list[str], line: tuple[float, float], x: float, size: int):
-    """A line and a name for each method, below each other from y = 130 on.
-
-    line: x of its two ends. x: where the names begin.
-    """
+    """A line from x = line[0] to line[1] and, at x, a name for each method, from y = 130 on."""
     for i, method in enumerate(methods):
+        colour, dash = COLOURS.get(method, INK), 7 if method == "teacher" else None
         y = 130 + 34 * i
-        dash = 7 if method == "teacher" else None
-        figure.line([(line[0], y), (line[1], y)], COLOURS[method], 3, dash)
-        figure.text(x, y, NAMES[method], size, COLOURS[method])
+        figure.line([(line[0], y), (line[1], y)], colour, 3, dash)
+        figure.text(x, y, NAMES.get(method, method), size, colour)

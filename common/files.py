@@ -54,10 +54,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def first_difference(recorded: dict, requested: dict, may_change=()) -> str:
-    """The first setting that differs, as "NAME RECORDED, not REQUESTED"; "" if none does.
-
-    may_change: names of settings that may differ.
-    """
+    """The first setting that differs, as "NAME RECORDED, not REQUESTED"; "" if none does."""
     for name in {**requested, **recorded}:
         if name not in may_change and recorded.get(name) != requested.get(name):
             return f"{name.replace('_', '-')} {recorded.get(name)}, not {requested.get(name)}"
@@ -70,9 +67,8 @@ def first_difference(recorded: dict, requested: dict, may_change=()) -> str:
 # content or the new, never a part.
 
 
-def output_folder(path: str | Path) -> Path:
+def output_folder(folder: Path) -> Path:
     """The folder, created if need be; ValueError at once if nothing can be written there."""
-    folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Permissions do not show everything (read-only mounts, full disks): try it.
@@ -96,8 +92,7 @@ def atomic_write(path: Path):
 def write_json(path: Path, content) -> None:
     """Content as indented JSON; ValueError for NaN and infinity, which JSON does not have."""
     with atomic_write(path) as part:
-        text = json.dumps(content, indent=1, allow_nan=False)
-        part.write_text(text + "\n", encoding="utf-8")
+        part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:

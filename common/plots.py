@@ -33,8 +33,7 @@ class Figure:
         x, y = x * self.SCALE, y * self.SCALE
         if rotated:
             # Pillow has no anchor for rotated text, which starts at its upper left corner.
-            font = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
-            anchor = None
+            font, anchor = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90), None
             _, _, width, height = font.getbbox(text)
             x, y = x - width / 2, y - height / 2
         self.pen.text((x, y), text, colour, font, anchor)
@@ -48,11 +47,8 @@ class Figure:
 
     def dot(self, x, y, colour=INK, radius=3.0, hollow=False) -> None:
         x, y, r = x * self.SCALE, y * self.SCALE, radius * self.SCALE
-        corners = x - r, y - r, x + r, y + r
-        if hollow:
-            self.pen.ellipse(corners, "white", colour, round(1.6 * self.SCALE))
-        else:
-            self.pen.ellipse(corners, colour, colour, 0)
+        fill, width = ("white", round(1.6 * self.SCALE)) if hollow else (colour, 0)
+        self.pen.ellipse((x - r, y - r, x + r, y + r), fill, colour, width)
 
     def polygon(self, points, colour) -> None:
         self.pen.polygon(self._scaled(points), colour)
@@ -92,10 +88,8 @@ class Axes:
     """A box (x, y, width, height) of a figure with data coordinates, y upwards."""
 
     def __init__(self, figure: Figure, box, xlim, ylim, log_y=False):
-        self.figure = figure
-        self.box = box
-        self.xlim, self.ylim = xlim, ylim
-        self.log_y = log_y
+        self.figure, self.box = figure, box
+        self.xlim, self.ylim, self.log_y = xlim, ylim, log_y
 
     def place(self, x, y):
         """Data coordinates to the figure's."""

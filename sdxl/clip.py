@@ -12,7 +12,7 @@ import json
 import re
 import unicodedata
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 
 import torch
@@ -44,13 +44,9 @@ def _character_class(character: str) -> str:
 def _byte_symbols() -> list[str]:
     """One printable character for each of the 256 bytes, the way GPT-2 chose them."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    symbols, substitute = [], 256
+    symbols, substitutes = [], map(chr, count(256))
     for byte in range(256):
-        if byte in printable:
-            symbols.append(chr(byte))
-        else:
-            symbols.append(chr(substitute))
-            substitute += 1
+        symbols.append(chr(byte) if byte in printable else next(substitutes))
     return symbols
 
 
@@ -118,11 +114,8 @@ class Tokenizer:
 
     def __call__(self, texts: list[str], pad: int, length: int = 77) -> Tensor:
         """start, ids, end, then pad, and no more than length ids: n texts -> (n, length)."""
-        rows = []
-        for text in texts:
-            ids = [self.start, *self.encode(text, pad)[: length - 2], self.end]
-            rows.append(ids + [pad] * (length - len(ids)))
-        return torch.tensor(rows)
+        rows = [[self.start, *self.encode(text, pad)[: length - 2], self.end] for text in texts]
+        return torch.tensor([ids + [pad] * (length - len(ids)) for ids in rows])
 
     def _word_ids(self, word: str) -> list[int]:
         # Captions share most of their words, and merging takes most of the time.
@@ -150,16 +143,10 @@ class Tokenizer:
 
 def _parse_merges(merges: list) -> list[tuple[str, str]]:
     """Merges as pairs from lines "a b" or lists [a, b]; ValueError for anything else."""
-    pairs = []
-    for merge in merges:
-        if not merge:
-            continue
-        pair = tuple(merge.split(" ") if isinstance(merge, str) else merge)
-        if pair[0].startswith("#version"):
-            continue
-        if len(pair) != 2:
-            raise ValueError("a merge does not have two symbols")
-        pairs.append(pair)
+    pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges if m]
+    pairs = [pair for pair in pairs if not pair[0].startswith("#version")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError("a merge does not have two symbols")
     return pairs
 
 
@@ -215,15 +202,12 @@ class SelfAttention(nn.Module):
     def __init__(self, c: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q_proj = nn.Linear(c, c)
-        self.k_proj = nn.Linear(c, c)
-        self.v_proj = nn.Linear(c, c)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(c, c) for _ in range(3))
         self.out_proj = nn.Linear(c, c)
 
     def forward(self, x: Tensor) -> Tensor:
-        q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", h=self.heads)
-        k = rearrange(self.k_proj(x), "b n (h d) -> b h n d", h=self.heads)
-        v = rearrange(self.v_proj(x), "b n (h d) -> b h n d", h=self.heads)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (rearrange(a, "b n (h d) -> b h n d", h=self.heads) for a in (q, k, v))
         # No mask over the padding: in training the encoder, and the UNet too, attended to it.
         h = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (b, h, n, d)
         return self.out_proj(rearrange(h, "b h n d -> b n (h d)"))

@@ -22,10 +22,8 @@ class ControlNetConfig(UNetConfig):
     @classmethod
     def from_json(cls, config: dict) -> "ControlNetConfig":
         """From a diffusers config.json; ValueError if it describes another family of models."""
-        required = {
-            "controlnet_conditioning_channel_order": "rgb",
-            "addition_embed_type": "text_time",
-        }
+        required = {"controlnet_conditioning_channel_order": "rgb",
+                    "addition_embed_type": "text_time"}  # fmt: skip
         check_config(config, "an SDXL ControlNet", required, {"global_pool_conditions": False})
         # The rest are the UNet's fields, except that a ControlNet has no out_channels.
         sizes = super().from_json({**config, "out_channels": config["in_channels"]})
@@ -62,10 +60,9 @@ class ControlNet(Encoder):
 
     def __init__(self, config: ControlNetConfig):
         super().__init__(config)
-        last = config.channels[-1]
         self.controlnet_cond_embedding = ImageEmbedding(config.embedding, config.channels[0])
         self.controlnet_down_blocks = nn.ModuleList(nn.Conv2d(c, c, 1) for c in self.skip_widths)
-        self.controlnet_mid_block = nn.Conv2d(last, last, 1)
+        self.controlnet_mid_block = nn.Conv2d(config.channels[-1], config.channels[-1], 1)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict, image: Tensor, scale: float = 1.0):
         """image in [0, 1] -> scale times each skip connection's residual, and last the middle's."""

@@ -70,9 +70,8 @@ def _add_block(table: dict[str, str], level: str, j: int, block: str) -> None:
 def vae_modules(config: VAEConfig) -> dict[str, str]:
     """The same table for the autoencoder, whose up blocks the original counts from the finest."""
     table = {}
-    attention = {
-        "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"
-    }  # fmt: skip
+    attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
+                 "to_out.0": "proj_out"}  # fmt: skip
     levels, blocks = len(config.channels), config.layers_per_block
     for half, path, count in (("encoder", "down", blocks), ("decoder", "up", blocks + 1)):
         for i in range(levels):
@@ -82,8 +81,8 @@ def vae_modules(config: VAEConfig) -> dict[str, str]:
                 table[f"{level}.resnets.{j}"] = f"{theirs}.block.{j}"
                 table[f"{level}.resnets.{j}.conv_shortcut"] = f"{theirs}.block.{j}.nin_shortcut"
             table[f"{level}.{path}samplers.0"] = f"{theirs}.{path}sample"
-        table[f"{half}.mid_block.resnets.0"] = f"{half}.mid.block_1"
-        table[f"{half}.mid_block.resnets.1"] = f"{half}.mid.block_2"
+        for j in range(2):
+            table[f"{half}.mid_block.resnets.{j}"] = f"{half}.mid.block_{j + 1}"
         for ours, theirs in attention.items():
             table[f"{half}.mid_block.attentions.0.{ours}"] = f"{half}.mid.attn_1.{theirs}"
         table[f"{half}.conv_norm_out"] = f"{half}.norm_out"
@@ -96,9 +95,8 @@ def text_modules(config: TextConfig) -> dict[str, str]:
         "text_model.embeddings.token_embedding": "token_embedding",
         "text_model.embeddings.position_embedding.weight": "positional_embedding",
         "text_model.encoder.layers": "transformer.resblocks",
-        "text_model.final_layer_norm": "ln_final",
-        "text_projection.weight": "text_projection",
-    }
+        "text_model.final_layer_norm": "ln_final", "text_projection.weight": "text_projection",
+    }  # fmt: skip
     layer = {
         "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc",
         "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj",
@@ -143,19 +141,15 @@ def convert_tensor(tensors: dict[str, Tensor], name: str, source: str) -> Tensor
     return tensor
 
 
-def infer_configs(
-    tensors: dict[str, Tensor],
-) -> tuple[UNetConfig, VAEConfig, TextConfig, TextConfig]:
-    """The sizes of a single file's four networks; KeyError names a missing tensor."""
+def infer_configs(tensors: dict[str, Tensor]) -> tuple:
+    """The UNet's, VAE's and both text encoders' sizes; KeyError names a missing tensor."""
     text_1 = _text_config(tensors, TEXT_1, {}, "quick_gelu", None)
     projection = tensors[TEXT_2 + "text_projection"].shape[1]
     text_2 = _text_config(tensors, TEXT_2, text_modules(TextConfig()), "gelu", projection)
     return _unet_config(tensors, projection), _vae_config(tensors), text_1, text_2
 
 
-def _text_config(
-    tensors, prefix: str, table: dict[str, str], activation: str, projection: int | None
-) -> TextConfig:
+def _text_config(tensors, prefix: str, table: dict, activation: str, projection) -> TextConfig:
     def original(name: str) -> str:
         return prefix + to_original_key(f"text_model.{name}", table)
 
@@ -174,10 +168,9 @@ def _unet_config(tensors: dict[str, Tensor], pooled: int) -> UNetConfig:
     total, step = _count(shape, "input_blocks"), 1
     while step < total and f"input_blocks.{step}.0.op.weight" not in shape:
         step += 1
-    channels, depth = [], []
-    for n in range(step - 1, total, step):
-        channels.append(shape[f"input_blocks.{n}.0.in_layers.2.weight"][0])
-        depth.append(_count(shape, f"input_blocks.{n}.1.transformer_blocks"))
+    blocks = [f"input_blocks.{n}" for n in range(step - 1, total, step)]
+    channels = [shape[f"{block}.0.in_layers.2.weight"][0] for block in blocks]
+    depth = [_count(shape, f"{block}.1.transformer_blocks") for block in blocks]
     middle = "middle_block.1.transformer_blocks"
     # The embedding that is added to the time's takes the pooled prompt and six sizes as sinusoids.
     add_embedding_dim = shape["label_emb.0.0.weight"][1]
@@ -191,9 +184,9 @@ def _unet_config(tensors: dict[str, Tensor], pooled: int) -> UNetConfig:
 
 
 def _vae_config(tensors: dict[str, Tensor]) -> VAEConfig:
-    shape, channels = _shapes(tensors, VAE), []
-    for i in range(_count(shape, "encoder.down")):
-        channels.append(shape[f"encoder.down.{i}.block.0.conv1.weight"][0])
+    shape = _shapes(tensors, VAE)
+    levels = [f"encoder.down.{i}" for i in range(_count(shape, "encoder.down"))]
+    channels = [shape[f"{level}.block.0.conv1.weight"][0] for level in levels]
     return VAEConfig(
         channels=tuple(channels), layers_per_block=_count(shape, "encoder.down.0.block"),
         latent_channels=shape["post_quant_conv.weight"][0],
@@ -202,15 +195,11 @@ def _vae_config(tensors: dict[str, Tensor]) -> VAEConfig:
 
 def _shapes(tensors: dict[str, Tensor], prefix: str) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors below a prefix, by the rest of their names."""
-    return {
-        name.removeprefix(prefix): tuple(tensor.shape)
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
+    below = [name for name in tensors if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tuple(tensors[name].shape) for name in below}
 
 
 def _count(names, prefix: str) -> int:
     """The number of numbered modules below a prefix."""
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    matches = map(pattern.match, names)
+    matches = map(re.compile(re.escape(prefix) + r"\.(\d+)\.").match, names)
     return len({match[1] for match in matches if match})

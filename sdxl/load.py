@@ -15,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 from common.files import read_json, read_tensors
 from sdxl import keys
 from sdxl.clip import TextConfig, TextEncoder, Tokenizer
-from sdxl.controlnet import ControlNet, ControlNetConfig
 from sdxl.vae import VAE, VAEConfig
 from unet import UNet, UNetConfig
 
@@ -23,10 +22,7 @@ HALF = torch.float16, torch.bfloat16
 
 
 def find_weights(folder: Path, half: bool = False) -> list[Path]:
-    """A component's weight files, one or the shards of an index: .fp16 last, or first if half.
-
-    Raises ValueError if there are none.
-    """
+    """A component's weights, a file or shards: .fp16 last, or first if half; ValueError if none."""
     # Diffusers names the files of its networks one way, transformers the other.
     for stem in ("diffusion_pytorch_model", "model"):
         for variant in (".fp16", "") if half else ("", ".fp16"):
@@ -35,10 +31,9 @@ def find_weights(folder: Path, half: bool = False) -> list[Path]:
             if single.exists():
                 return [single]
             if index.exists():
-                shards = set(read_json(index).get("weight_map", {}).values())
-                if not shards:
-                    raise ValueError(f"{index} names no shards; download the folder again")
-                return [folder / name for name in sorted(shards)]
+                if shards := set(read_json(index).get("weight_map", {}).values()):
+                    return [folder / name for name in sorted(shards)]
+                raise ValueError(f"{index} names no shards; download the folder again")
     raise ValueError(f"{folder} holds no diffusion_pytorch_model or model .safetensors")
 
 
@@ -89,27 +84,21 @@ def load_strict(module: nn.Module, tensors: dict[str, Tensor], source, dtype=Non
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    wrong_shapes = []
-    for name in sorted(shapes.keys() & expected.keys()):
-        if shapes[name] != expected[name]:
-            wrong_shapes.append(f"{name} {shapes[name]} instead of {expected[name]}")
-    problems = [
-        _problem("missing", sorted(expected.keys() - shapes.keys())),
-        _problem("unexpected", sorted(shapes.keys() - expected.keys())),
-        _problem("of another shape", wrong_shapes),
-    ]
-    if any(problems):
-        message = "; ".join(filter(None, problems))
+    both = sorted(shapes.keys() & expected.keys())
+    wrong = [f"{k} {shapes[k]} instead of {expected[k]}" for k in both if shapes[k] != expected[k]]
+    problems = {"missing": sorted(expected.keys() - shapes.keys()),
+                "unexpected": sorted(shapes.keys() - expected.keys()),
+                "of another shape": wrong}  # fmt: skip
+    message = "; ".join(summary(kind, names) for kind, names in problems.items() if names)
+    if message:
         raise ValueError(f"{source} does not fit {type(module).__name__}: {message}")
     module.load_state_dict(tensors, assign=True)
     cast(module, dtype)
     return module.eval().requires_grad_(False)
 
 
-def _problem(kind: str, entries: list[str]) -> str:
-    """The number of entries and the first three of them; "" for none."""
-    if not entries:
-        return ""
+def summary(kind: str, entries: list[str]) -> str:
+    """The number of entries and the first three of them."""
     more = " .." if len(entries) > 3 else ""
     return f"{len(entries)} {kind}: {', '.join(entries[:3])}{more}"
 
@@ -117,8 +106,9 @@ def _problem(kind: str, entries: list[str]) -> str:
 def load_component(folder: Path, cls, config_cls, dtype=None) -> nn.Module:
     """One component of a published folder, a `cls` of the sizes in its config.json."""
     config_file = folder / "config.json"
+    content = read_json(config_file)
     try:
-        config = config_cls.from_json(read_json(config_file))
+        config = config_cls.from_json(content)
     except KeyError as problem:
         raise ValueError(f"{config_file} has no {problem}: another family") from None
     except ValueError as problem:
@@ -220,10 +210,5 @@ def _load_file(path: Path, tokenizer: Path | None, dtype) -> SDXL:
     )
     # An unknown tensor may be what makes the file another kind of model.
     if unused:
-        first = ", ".join(sorted(unused)[:3])
-        raise ValueError(f"{path} holds {len(unused)} tensors that SDXL does not have: {first} ..")
+        raise ValueError(f"{path} holds {summary('tensors unknown to SDXL', sorted(unused))}")
     return model
-
-
-def load_controlnet(folder: Path, dtype=None) -> ControlNet:
-    return load_component(folder, ControlNet, ControlNetConfig, dtype)

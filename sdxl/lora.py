@@ -23,8 +23,7 @@ TARGET_MODULES = re.compile(
 
 def named_layers(base: nn.Module) -> dict[str, nn.Module]:
     """All layers that can have an adapter: linear layers and convolutions, by dotted name."""
-    modules = base.named_modules()
-    return {name: module for name, module in modules if isinstance(module, (nn.Linear, nn.Conv2d))}
+    return {k: m for k, m in base.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
 
 
 # ----------------------------------------------------------------------------------------- adapters
@@ -74,20 +73,13 @@ class Adapter(nn.Module):
 class LoRA(nn.Module):
     """Adapters by the dotted name of their layer, and for some students a scalar embedding."""
 
-    def __init__(
-        self, adapters: dict[str, Adapter], scalar_embedding: ScalarEmbedding | None = None
-    ):
+    def __init__(self, adapters: dict[str, Adapter], embedding: ScalarEmbedding | None = None):
         super().__init__()
         self.adapters = adapters
         # A dict registers nothing, and a module's name cannot have dots: checkpoints have slashes.
         for name, adapter in adapters.items():
             self.add_module(name.replace(".", "/"), adapter)
-        # This too is the name in checkpoints.
-        self.number = scalar_embedding
-
-    @property
-    def scalar_embedding(self) -> ScalarEmbedding | None:
-        return self.number
+        self.scalar_embedding = embedding
 
     @classmethod
     def init(cls, base: nn.Module, rank: int, alpha: float, generator, kind: str = "") -> "LoRA":
@@ -95,12 +87,9 @@ class LoRA(nn.Module):
 
         kind: of a `ScalarEmbedding`, which has no effect yet either; "" for none.
         """
-        adapters = {}
-        for name, layer in named_layers(base).items():
-            if TARGET_MODULES.search(name):
-                adapters[name] = Adapter.init(layer, rank, alpha, generator)
-        embedding = init_scalar_embedding(base, kind, generator) if kind else None
-        return cls(adapters, embedding)
+        layers = {k: layer for k, layer in named_layers(base).items() if TARGET_MODULES.search(k)}
+        adapters = {k: Adapter.init(layer, rank, alpha, generator) for k, layer in layers.items()}
+        return cls(adapters, init_scalar_embedding(base, kind, generator) if kind else None)
 
 
 def init_scalar_embedding(base: UNet, kind: str, generator: torch.Generator) -> ScalarEmbedding:
@@ -122,18 +111,15 @@ class _LoRALayer:
     """The forward pass of a layer with .adapters and the .active weights, each by LoRA's name."""
 
     def forward(self, x: Tensor) -> Tensor:
-        active = []
-        for name, weight in self.active.items():
-            if weight and name in self.adapters:
-                active.append((self.adapters[name], weight))
+        names = [name for name, weight in self.active.items() if weight and name in self.adapters]
         # With none active the output is the base's, bit for bit.
-        if not active:
+        if not names:
             return super().forward(x)
         # Rows of channels: adding in place to a view would cost the backward pass a copy.
         rows = x if isinstance(self, nn.Conv2d) else x.flatten(0, -2)
         y = super().forward(rows)
-        for adapter, weight in active:
-            y = adapter.add(y, rows, self, weight)
+        for name in names:
+            y = self.adapters[name].add(y, rows, self, self.active[name])
         return y.view(*x.shape[:-1], -1) if x.ndim == 3 else y
 
 

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from common import files
-from common.files import read_json, read_tensors
-from sdxl import keys
-from sdxl.load import load_strict
+from sdxl import keys, load
 from sdxl.lora import Adapter, LoRA, named_layers
 from unet import ScalarEmbedding, UNet
 
@@ -46,14 +44,15 @@ def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module
     PEFT/diffusers, older diffusers and kohya naming, with our module names or the original ones.
     Raises ValueError naming keys that fit no layer, halves without the other, and wrong shapes.
     """
-    tensors, metadata = read_tensors(path)
-    embedding = _pop_scalar_embedding(path, tensors, metadata.get("told"), unet)
+    tensors, metadata = files.read_tensors(path)
+    embedding = _build_scalar_embedding(path, tensors, metadata.get("told"), unet)
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(SCALAR)}
     bases = {"unet": unet, "text_encoder": encoder_1, "text_encoder_2": encoder_2}
     groups = _group_by_layer(path, tensors, bases)
     settings = _peft_settings(path, metadata)
     # Raw PEFT files have their settings in a file beside them, and only there.
     if any(key.startswith(RAW_PEFT) for key in tensors):
-        config = read_json(Path(path).parent / "adapter_config.json")
+        config = files.read_json(Path(path).parent / "adapter_config.json")
         settings = {f"unet.{name}": value for name, value in config.items()}
     loras = []
     for component, base in bases.items():
@@ -66,25 +65,18 @@ def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module
     return loras
 
 
-def _pop_scalar_embedding(
-    path: Path, tensors: dict[str, Tensor], symbol: str | None, unet: UNet
-) -> ScalarEmbedding | None:
-    """The student's scalar embedding, whose tensors are removed; None if there is none."""
-    weights = {}
-    for key in list(tensors):
-        if key.startswith(SCALAR):
-            weights[key.removeprefix(SCALAR)] = tensors.pop(key)
+def _build_scalar_embedding(path: Path, tensors, symbol: str | None, unet: UNet):
+    """The student's ScalarEmbedding, None if the file has none."""
+    weights = {k.removeprefix(SCALAR): v for k, v in tensors.items() if k.startswith(SCALAR)}
     if not weights:
         return None
     if symbol not in SCALAR_KINDS:
         raise ValueError(f"{path} has a scalar embedding, but its header does not say of what")
     embedding = ScalarEmbedding(unet.config.channels[0], SCALAR_KINDS[symbol])
-    return load_strict(embedding, weights, path)
+    return load.load_strict(embedding, weights, path)
 
 
-def _group_by_layer(
-    path: Path, tensors: dict[str, Tensor], bases: dict[str, nn.Module]
-) -> dict[str, dict[str, dict[str, Tensor]]]:
+def _group_by_layer(path: Path, tensors: dict[str, Tensor], bases: dict[str, nn.Module]) -> dict:
     """component -> layer -> its "down", "up" and "alpha", as far as the file has them."""
     spellings = _layer_spellings(bases)
     groups, unexpected_keys = {component: {} for component in bases}, []
@@ -98,9 +90,8 @@ def _group_by_layer(
         else:
             unexpected_keys.append(key)
     if unexpected_keys:
-        first = ", ".join(unexpected_keys[:3])
-        count = f"{len(unexpected_keys)} keys fit nothing"
-        raise ValueError(f"{path} is no LoRA for this model: {count}: {first}")
+        message = load.summary("keys that fit nothing", unexpected_keys)
+        raise ValueError(f"{path} is no LoRA for this model: {message}")
     if not any(groups.values()):
         raise ValueError(f"{path} is no LoRA for this model: it has no LoRA keys")
     return groups
@@ -113,17 +104,17 @@ def _layer_spellings(bases: dict[str, nn.Module]) -> dict[str, tuple[str, str]]:
     original = keys.unet_modules(bases["unet"].config)
     for component, base in bases.items():
         for name in named_layers(base):
-            # Transformers 5 leaves out text_model.
+            # Transformers 5 leaves out text_model; kohya's may be the UNet's original names.
             short_name = name.removeprefix("text_model.")
-            kohya_names = [name, short_name]
+            kohya_name = short_name
             if component == "unet":
-                kohya_names = [name, keys.to_original_key(name, original)]
+                kohya_name = keys.to_original_key(name, original)
                 # Raw PEFT files name no component.
                 spellings[name] = component, name
-            for kohya_name in kohya_names:
-                spellings[f"{KOHYA[component]}_{kohya_name.replace('.', '_')}"] = component, name
-            spellings[f"{component}.{name}"] = component, name
-            spellings[f"{component}.{short_name}"] = component, name
+            for each in (name, kohya_name):
+                spellings[f"{KOHYA[component]}_{each.replace('.', '_')}"] = component, name
+            for each in (name, short_name):
+                spellings[f"{component}.{each}"] = component, name
     return spellings
 
 
@@ -140,10 +131,8 @@ def _build_adapter(source: str, layer: nn.Module, parts: dict) -> Adapter:
         down, up = down.flatten(1), up.flatten(1)
     out, *fan_in = layer.weight.shape
     if list(down.shape[1:]) != fan_in or len(up) != out or up.shape[1] != len(down):
-        raise ValueError(
-            f"{source} is {tuple(up.shape)} x {tuple(down.shape)}, its layer "
-            f"{tuple(layer.weight.shape)}: a LoRA for another model"
-        )
+        sizes = f"{tuple(up.shape)} x {tuple(down.shape)}, its layer {tuple(layer.weight.shape)}"
+        raise ValueError(f"{source} is {sizes}: a LoRA for another model")
     if not (down.is_floating_point() and up.is_floating_point()):
         raise ValueError(f"{source} is {down.dtype}: quantised LoRAs are not read")
     alpha = len(down) if alpha is None else torch.as_tensor(alpha).flatten()[0]
@@ -163,12 +152,10 @@ def _peft_settings(path: Path, metadata: dict[str, str]) -> dict:
 
 def _peft_alpha(settings: dict, component: str, name: str, rank: int) -> float | None:
     """A layer's alpha by PEFT's rules, None if the settings have none."""
-    alpha = settings.get(f"{component}.lora_alpha")
+    patterns = settings.get(f"{component}.alpha_pattern") or {}
     # A pattern names layers by the end of their name, as a regular expression; the first counts.
-    for pattern, value in (settings.get(f"{component}.alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            alpha = value
-            break
+    values = [value for end, value in patterns.items() if re.match(rf"(.*\.)?({end})$", name)]
+    alpha = values[0] if values else settings.get(f"{component}.lora_alpha")
     # Rank-stabilised LoRA: alpha / sqrt(rank) instead of alpha / rank.
     if alpha is not None and settings.get(f"{component}.use_rslora"):
         return alpha * rank**0.5

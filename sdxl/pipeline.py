@@ -7,25 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import tdd
 from sdxl.clip import encode_prompts
 from sdxl.load import SDXL
 from sdxl.lora import merge
 from sdxl.lora_files import read_lora
 from solvers import CLEAN, SOLVERS, sdxl_schedule, solve
 from tcd import TCF
-from tdd import (
-    clip_x0,
-    equidistant,
-    gamma_sample,
-    guided,
-    noise_stream,
-    nonequidistant,
-    tuned,
-    with_scalar,
-)
 from unet import Block, ScalarEmbedding, UNet
 
-SCHEDULES = {"equidistant": equidistant, "nonequidistant": nonequidistant}
+SCHEDULES = {"equidistant": tdd.equidistant, "nonequidistant": tdd.nonequidistant}
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # -------------------------------------------------------------------------------------- conditions
@@ -76,7 +67,7 @@ def scalar_network(unet: nn.Module, embedding: ScalarEmbedding | None, k: int | 
         return unet(x_t, t, {**cond, "scalar": embedding(value)}, *control)
 
     if k is not None and embedding.kind == "num_steps":
-        return with_scalar(network, k)
+        return tdd.with_scalar(network, k)
     return network
 
 
@@ -86,25 +77,25 @@ def merge_loras(model: SDXL, loras: list[tuple[Path, float]], tcf: str, k: int):
     Merged, a LoRA costs nothing when sampling. Raises ValueError if files and --tcf do not agree.
     """
     network = scalar_network(model.unet, getattr(model.unet, "scalar_embedding", None))
+    bases = model.unet, model.encoder_1, model.encoder_2
     for path, scale in loras:
-        parts = read_lora(path, model.unet, model.encoder_1, model.encoder_2)
-        for base, lora in zip((model.unet, model.encoder_1, model.encoder_2), parts, strict=True):
+        parts = read_lora(path, *bases)
+        for base, lora in zip(bases, parts, strict=True):
             merge(base, lora, scale)
         embedding = parts[0].scalar_embedding
-        if embedding is not None:
-            is_tcf_s = embedding.kind == "target_time"
-            if network is not model.unet or is_tcf_s != (tcf == "s"):
-                hint = "give --tcf s, and only then" if is_tcf_s else "leave --tcf s away"
-                scalar = "target time" if is_tcf_s else "number of steps"
-                raise ValueError(
-                    f"--lora {path} takes the {scalar} as an input: {hint}, and give no second "
-                    "LoRA of its kind"
-                )
-            embedding.to(model.unet.conv_in.weight.device)
-            # The last layer is linear: scaling it scales the whole embedding.
-            for parameter in embedding.linear_2.parameters():
-                parameter.mul_(scale)
-            network = scalar_network(model.unet, embedding, k)
+        if embedding is None:
+            continue
+        is_tcf_s = embedding.kind == "target_time"
+        if network is not model.unet or is_tcf_s != (tcf == "s"):
+            scalar = "target time" if is_tcf_s else "number of steps"
+            hint = "give --tcf s, and only then" if is_tcf_s else "leave --tcf s away"
+            message = f"--lora {path} takes the {scalar} as an input: {hint}"
+            raise ValueError(f"{message}, and give no second LoRA of its kind")
+        embedding.to(model.unet.conv_in.weight.device)
+        # The last layer is linear: scaling it scales the whole embedding.
+        for parameter in embedding.linear_2.parameters():
+            parameter.mul_(scale)
+        network = scalar_network(model.unet, embedding, k)
     if tcf == "s" and network is model.unet:
         raise ValueError("--tcf s: neither a --lora nor a --unet was trained with it")
     return network
@@ -114,8 +105,7 @@ def with_controlnet(network, controlnet, image: Tensor, scale: float):
     """The network with a ControlNet's residuals of an image (1, 3, H, W) in [0, 1]."""
 
     def model(x_t: Tensor, t: Tensor, cond: dict, *scalar: Tensor) -> Tensor:
-        images = image.expand(len(x_t), -1, -1, -1)
-        control = controlnet(x_t, t, cond, images, scale)
+        control = controlnet(x_t, t, cond, image.expand(len(x_t), -1, -1, -1), scale)
         return network(x_t, t, cond, *scalar, control)
 
     return model
@@ -163,20 +153,18 @@ class SamplerConfig:
     @property
     def w_tuned(self) -> float:
         """w, or Eq. 13's if the student's w' is known."""
-        return self.w if self.w_distilled is None else tuned(self.w, self.w_distilled)
+        return self.w if self.w_distilled is None else tdd.tuned(self.w, self.w_distilled)
 
 
 def sample_latents(config: SamplerConfig, network, cond, null, shape, seeds, device) -> Tensor:
     """Final latents (b, *shape), float32; each depends on its own prompt and seed alone."""
-    eps = guided(network, cond, null, config.w_tuned)
+    eps = tdd.guided(network, cond, null, config.w_tuned)
     # Image i has its own CPU generator, so it is the same alone, in a batch or on a GPU.
-    noise = noise_stream(seeds, shape, device)
+    noise = tdd.noise_stream(seeds, shape, device)
     x_T = next(noise)
     if config.sampler != "tdd":
         stops = [*config.timesteps, CLEAN]
         return solve(eps, x_T, stops, sdxl_schedule(), SOLVERS[config.sampler]())
-    clip = partial(clip_x0, percentile=config.clip_percentile, max_value=config.clip_max)
-    return gamma_sample(
-        eps, x_T, config.timesteps, sdxl_schedule(), config.gamma, noise, clip, config.clip_steps,
-        TCF[config.tcf],
-    )  # fmt: skip
+    clip = partial(tdd.clip_x0, percentile=config.clip_percentile, max_value=config.clip_max)
+    return tdd.gamma_sample(eps, x_T, config.timesteps, sdxl_schedule(), config.gamma, noise,
+                            clip, config.clip_steps, TCF[config.tcf])  # fmt: skip

@@ -31,15 +31,11 @@ class VAEConfig:
             "mid_block_add_attention": True, "shift_factor": None, "latents_mean": None,
         }  # fmt: skip
         check_config(config, "SDXL's AutoencoderKL", {}, default)
-        try:
-            return cls(
-                channels=tuple(config["block_out_channels"]),
-                layers_per_block=config["layers_per_block"], groups=config["norm_num_groups"],
-                latent_channels=config["latent_channels"], scaling_factor=config["scaling_factor"],
-            )  # fmt: skip
-        except KeyError as missing:
-            message = f"not the config of an AutoencoderKL: it has no {missing.args[0]}"
-            raise ValueError(message) from None
+        return cls(
+            channels=tuple(config["block_out_channels"]),
+            layers_per_block=config["layers_per_block"], groups=config["norm_num_groups"],
+            latent_channels=config["latent_channels"], scaling_factor=config["scaling_factor"],
+        )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------- encoder, decoder
@@ -54,9 +50,7 @@ class Attention(nn.Module):
     def __init__(self, c: int, groups: int):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, c, eps=1e-6)
-        self.to_q = nn.Linear(c, c)
-        self.to_k = nn.Linear(c, c)
-        self.to_v = nn.Linear(c, c)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(c, c) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(c, c)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,20 +76,14 @@ def _resnets(c_in: int, c: int, blocks: int, groups: int) -> nn.Sequential:
     return nn.Sequential(*(ResnetBlock(a, b, 0, groups, eps=1e-6) for a, b in pairwise(widths)))
 
 
-def _levels(
-    widths, blocks: int, groups: int, name: str, resize: Callable[[int], nn.Module]
-) -> nn.Sequential:
-    """One level for each width: residual blocks, then a change of size, except after the last.
-
-    name: the change of size's; resize(c) makes it for c channels.
-    """
-    levels, c_in = nn.Sequential(), widths[0]
-    for i, c in enumerate(widths):
+def _levels(widths, blocks: int, groups: int, name: str, resize: Callable) -> nn.Sequential:
+    """A level a width: residual blocks, then resize(c) under that name, except after the last."""
+    levels = nn.Sequential()
+    for c_in, c in pairwise([widths[0], *widths]):
         level = nn.Sequential(OrderedDict(resnets=_resnets(c_in, c, blocks, groups)))
-        if i < len(widths) - 1:
+        if len(levels) < len(widths) - 1:
             level.add_module(name, resize(c))
         levels.append(level)
-        c_in = c
     return levels
 
 
@@ -127,13 +115,11 @@ class VAE(nn.Module):
         self.factor = 2 ** (len(config.channels) - 1)  # pixels a latent, in height and width
         fine, coarse = config.channels[0], config.channels[-1]
         c, groups, blocks = config.latent_channels, config.groups, config.layers_per_block
-        upwards = config.channels[::-1]
         self.encoder = nn.Sequential(OrderedDict(
             conv_in=nn.Conv2d(3, fine, 3, padding=1),
             down_blocks=_levels(config.channels, blocks, groups, "downsamplers", _downsampler),
             mid_block=Middle(coarse, groups),
-            conv_norm_out=nn.GroupNorm(groups, coarse, eps=1e-6),
-            conv_act=nn.SiLU(),
+            conv_norm_out=nn.GroupNorm(groups, coarse, eps=1e-6), conv_act=nn.SiLU(),
             conv_out=nn.Conv2d(coarse, 2 * c, 3, padding=1),
         ))  # fmt: skip
         self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
@@ -141,9 +127,8 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(OrderedDict(
             conv_in=nn.Conv2d(c, coarse, 3, padding=1),
             mid_block=Middle(coarse, groups),
-            up_blocks=_levels(upwards, blocks + 1, groups, "upsamplers", _upsampler),
-            conv_norm_out=nn.GroupNorm(groups, fine, eps=1e-6),
-            conv_act=nn.SiLU(),
+            up_blocks=_levels(config.channels[::-1], blocks + 1, groups, "upsamplers", _upsampler),
+            conv_norm_out=nn.GroupNorm(groups, fine, eps=1e-6), conv_act=nn.SiLU(),
             conv_out=nn.Conv2d(fine, 3, 3, padding=1),
         ))  # fmt: skip
 
@@ -183,14 +168,13 @@ class VAE(nn.Module):
         f, size = self.factor, self.tile
         starts = [*range(0, n - size, size - self.overlap), max(n - size, 0)]
         pixel = torch.arange(f * n, dtype=torch.float64) / f
-        # The next tile fades in over the overlap and this one loses what it takes, so that the
-        # weights add up to one everywhere.
-        windows, fade_in = [], torch.ones_like(pixel)
-        for start, following in zip(starts, [*starts[1:], None]):
-            next_fade_in = torch.zeros_like(pixel)
-            if following is not None:
-                next_fade_in = ((pixel - following) / (start + size - following)).clamp(0, 1)
-            weights = fade_in - next_fade_in
-            windows.append((start, weights[f * start : f * (start + size)]))
-            fade_in = next_fade_in
+        # Each tile fades in over its overlap with the one before, and that one loses what it takes,
+        # so that the weights add up to one everywhere.
+        fade_in = [torch.ones_like(pixel)]
+        for start, following in pairwise(starts):
+            fade_in.append(((pixel - following) / (start + size - following)).clamp(0, 1))
+        fade_in.append(torch.zeros_like(pixel))
+        windows = []
+        for start, (fade, next_fade) in zip(starts, pairwise(fade_in), strict=True):
+            windows.append((start, (fade - next_fade)[f * start : f * (start + size)]))
         return windows

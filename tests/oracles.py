@@ -367,7 +367,7 @@ def tiny_tdd(
     unet = load.load_sdxl(folder).unet.to(dtype)
     lora = busy(unet, rank, alpha, seed, scalar)
     config = TDDConfig(**{"targets": targets_of("tdd", 50), "schedule": SCHEDULE, **settings})
-    heads = Discriminator.init(unet, 250, 0) if discriminator else None
+    heads = Discriminator(unet, 250, 0) if discriminator else None
     return TDDStep(unet, lora.to(dtype), config, heads)
 
 

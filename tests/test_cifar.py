@@ -199,15 +199,9 @@ def test_saved_teacher_is_a_diffusers_unet(runs):
 
 def stage_of(config, data, name):
     """A stage and what trains it."""
-    first = {
-        "classifier": (cifar_train.classifier_stage, cifar_train.train_classifier),
-        "teacher": (cifar_train.teacher_stage, cifar_train.train_teacher),
-    }
-    split = cifar_data.read_split(data, train=True)
-    if name in first:
-        make, train = first[name]
-        return make(config, split), train
-    return cifar_train.student_stage(config, name, split), cifar_train.train_student
+    stage = cifar_train.build_stage(config, name, cifar_data.read_split(data, train=True))
+    train = {"classifier": cifar_train.train_classifier, "teacher": cifar_train.train_teacher}
+    return stage, train.get(name, cifar_train.train_student)
 
 
 def trained(output, data, name, **more):
@@ -249,7 +243,7 @@ def test_an_interrupted_stage_goes_on_bit_by_bit(
     assert f"stopped after step {cut}; the same command goes on" in capsys.readouterr().err
     assert loop.checkpoints(tmp_path / "cut" / name)[0].name == f"checkpoint-{cut}"
     # Not even half of it is used under other settings.
-    with pytest.raises(ValueError, match="was made with --seed 0, not 1"):
+    with pytest.raises(ValueError, match="was made with seed 0, not 1"):
         trained(tmp_path / "cut", data, name, steps=6, seed=1)
     log, resumed = trained(tmp_path / "cut", data, name, steps=6)
     # The steps before were not done again.
@@ -393,7 +387,7 @@ def test_a_stage_of_another_version_is_refused(runs, data, tmp_path, monkeypatch
     ):
         code, _, err = run(script, monkeypatch, capsys, *words)
         assert code == 2 and err.count("\n") == 1
-        assert "teacher/stage.json has settings of version 1, not 2" in err
+        assert "teacher was made with version 1, not 2" in err
 
 
 def test_students_of_another_teacher_are_refused(runs, data, tmp_path):
@@ -403,7 +397,7 @@ def test_students_of_another_teacher_are_refused(runs, data, tmp_path):
     stage = json.loads((runs[0] / "tdd/stage.json").read_text())
     stage["settings"]["teacher"] = "0123456789ab"
     (tmp_path / "tdd/stage.json").write_text(json.dumps(stage))
-    stage = cifar_train.student_stage(config, "tdd", cifar_data.read_split(data, train=True))
+    stage = cifar_train.build_stage(config, "tdd", cifar_data.read_split(data, train=True))
     with pytest.raises(ValueError, match="tdd was made with teacher 0123456789ab, not"):
         stage.finished()
 

@@ -496,6 +496,14 @@ def test_other_families_of_networks_are_refused(config, model, base):
         config.from_json(written)
 
 
+def test_a_config_of_an_older_version_is_refused():
+    with torch.device("meta"):
+        written = json.loads(UNet2DConditionModel(**SDXL | UP).to_json_string())
+    for told in ("", "s"):
+        with pytest.raises(ValueError, match="written by an older version"):
+            UNetConfig.from_json(written | {"told": told})
+
+
 def test_other_controlnets_are_refused():
     with torch.device("meta"):
         written = json.loads(ControlNetModel(**SDXL).to_json_string())
@@ -527,7 +535,7 @@ def test_other_autoencoders_are_refused():
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=f"not SDXL's AutoencoderKL: {name} is"):
             VAEConfig.from_json(written | {name: value})
-    with pytest.raises(ValueError, match="it has no scaling_factor"):
+    with pytest.raises(KeyError, match="scaling_factor"):
         VAEConfig.from_json({k: v for k, v in written.items() if k != "scaling_factor"})
-    with pytest.raises(ValueError, match="it has no block_out_channels"):
+    with pytest.raises(KeyError, match="block_out_channels"):
         VAEConfig.from_json({"hidden_size": 768})

@@ -218,7 +218,7 @@ def test_tdm_takes_the_fake_scores_step_first(together):
     for p in teacher.parameters():
         p.data = 0.3 * randn(*p.shape, seed=p.numel(), dtype=torch.float32)
     m = replace(toy_tdm.TDM_STUDENTS["tdm4"], together=together, w=2.0)
-    result = toy_tdm.train_tdm(config, m, teacher, SCHEDULE, steps=1)
+    result = toy_tdm.train_tdm(config, m, teacher, steps=1)
     student, fake = teacher.select([0]), teacher.select([0])
     generator = torch.Generator().manual_seed(config.seed + 2)
     cond = toy_data.one_hot(torch.randint(toy_data.CLASSES, (64,), generator=generator))

@@ -162,8 +162,8 @@ def test_ema_and_what_is_exported(folder):
     nets.after_step()
     for old, new, now in zip(before, nets.student.parameters(), nets.target_net.parameters()):
         assert torch.allclose(now, 0.9 * old + 0.1 * new)
-    assert nets.result is nets.target_net is not nets.student
-    assert tiny_tdd(folder).result.lora is not None and not tiny_tdd(folder).config.mu
+    assert nets.output_network is nets.target_net is not nets.student
+    assert tiny_tdd(folder).output_network.lora is not None and not tiny_tdd(folder).config.mu
 
 
 def test_training_leaves_the_teacher_alone(folder):
@@ -185,6 +185,7 @@ def test_training_leaves_the_teacher_alone(folder):
     assert all(p.grad is None and not p.requires_grad for p in nets.base.parameters())
 
 
+@pytest.mark.slow
 def test_compiled_blocks_are_the_same_and_stay_compiled(folder):
     """Loss and gradients of compiled blocks; another number of guided examples compiles nothing."""
     nets, (x_0, cond) = tiny_tdd(folder, torch.float32), example(4, torch.float32)
@@ -264,7 +265,7 @@ def test_adversarial_losses_are_hinge_on_diffusers_features(folder):
 
     def logits(x_tau, z):
         t = [min(tau + int(u * (min(tau + 250, 999) - tau + 1)), 999)
-             for tau, u in zip(d.step.tau.tolist(), d.u.tolist())]  # fmt: skip
+             for tau, u in zip(d.step.tau.tolist(), d.adv_u.tolist())]  # fmt: skip
         ratio = torch.tensor([ALPHA[a + 1] / ALPHA[b + 1] for a, b in zip(t, d.step.tau)])
         ratio = ratio[:, None, None, None]
         added = {"text_embeds": c["pooled"], "time_ids": c["time_ids"]}
@@ -273,7 +274,7 @@ def test_adversarial_losses_are_hinge_on_diffusers_features(folder):
         unet(x_t, torch.tensor(t), c["prompt_embeds"], added_cond_kwargs=added)
         return heads(seen)
 
-    z_fake, z_real = d.noise.chunk(2)
+    z_fake, z_real = d.adv_noise.chunk(2)
     fool = -sum(each.mean() for each in logits(pred, z_fake)) / 4
     (((pred - aim) ** 2).mean() + 0.1 * fool).backward()
     fake, real = logits(pred.detach(), z_fake), logits(aim.clone(), z_real)
@@ -453,7 +454,9 @@ def test_checkpoints_are_rotated_passed_over_and_refused(tmp_path):
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(ValueError, match=r"add --resume"):
         stub_state(tmp_path)
-    with pytest.raises(ValueError, match=r"--lr 0.1, not 0.2"):
+    with pytest.raises(
+        ValueError, match=r"made with lr 0.1, not 0.2: resume it with the same, or name"
+    ):
         stub_state(tmp_path, resume=True, lr="0.2")
     # One that was cut off, one that never got its name, a line that was being written.
     state = tmp_path / "checkpoint-8" / "state.safetensors"
@@ -503,10 +506,10 @@ def test_checkpoints_of_another_version_are_refused(version, tmp_path):
     loop.fit(state, config(1), losses)
     path = tmp_path / "checkpoint-1" / "config.json"
     content = json.loads(path.read_text())
-    assert content.pop("version") == 2
+    assert content["settings"].pop("checkpoint_version") == 2
     if version is not None:
-        content["version"] = version
+        content["settings"]["checkpoint_version"] = version
     path.write_text(json.dumps(content))
-    message = rf"a checkpoint of version {version or 1}, not 2: finish it .* another --output$"
+    message = rf"checkpoint-version {version or 1}, not 2: resume it .* another --output$"
     with pytest.raises(ValueError, match=message):
         stub_state(tmp_path, resume=True)

@@ -17,8 +17,8 @@ SECTIONS = re.split(r"^##+ ", WALKTHROUGH, flags=re.M)
 
 
 def quote(root, *words):
-    """docs/quote.py below this folder: exit code and the lines on stderr."""
-    call = [sys.executable, root / "docs/quote.py", *words]
+    """tests/quote.py below this folder: exit code and the lines on stderr."""
+    call = [sys.executable, root / "tests/quote.py", *words]
     done = subprocess.run(call, capture_output=True, text=True)
     return done.returncode, done.stderr.splitlines()
 
@@ -58,11 +58,12 @@ class C:
         pass
 '''
     (tmp_path / "docs").mkdir()
-    shutil.copy(ROOT / "docs/quote.py", tmp_path / "docs")
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests/quote.py", tmp_path / "tests")
     (tmp_path / "a.py").write_text(source)
     page = tmp_path / "README.md"
     page.write_text(f"Text.\n<!-- {marker} -->\n```python\nold\n```\nMore.\n")
-    stale = [f"README.md: {marker}: stale; run python docs/quote.py"]
+    stale = [f"README.md: {marker}: stale; run python tests/quote.py"]
     assert quote(tmp_path, "--check") == (1, stale)
     assert quote(tmp_path) == (0, [])
     assert page.read_text() == f"Text.\n<!-- {marker} -->\n```python\n{code}\n```\nMore.\n"
@@ -80,7 +81,8 @@ class C:
 )
 def test_a_marker_of_nothing_is_one_line(marker, message, tmp_path):
     (tmp_path / "docs").mkdir()
-    shutil.copy(ROOT / "docs/quote.py", tmp_path / "docs")
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests/quote.py", tmp_path / "tests")
     (tmp_path / "a.py").write_text("def f():\n    pass\n")
     (tmp_path / "README.md").write_text(f"<!-- {marker} -->\n```python\n```\n")
     code, lines = quote(tmp_path)

@@ -5,9 +5,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from common.compare import Case, format_table
-from solvers import CLEAN, SOLVERS, Schedule, ddim, solve
+from solvers import CLEAN, SOLVERS, ddim, solve
 from tdd import equidistant
-from toy.config import ToyConfig
 from toy.evaluate import Evaluation, seed_statistics
 from toy.model import BatchedMLP
 from toy.students import Group
@@ -33,35 +32,30 @@ ABLATIONS = {
 }
 
 
-def ablate(
-    config: ToyConfig, teacher: BatchedMLP, groups: list[Group], schedule: Schedule, ev: Evaluation,
-    rows: list[dict],
-) -> None:  # fmt: skip
+def ablate(groups: list[Group], ev: Evaluation, rows: list[dict]) -> None:
     """Add the rows of TDM's Tables 5 to 8 and Fig. 8 to `rows`, one as soon as it is there."""
-    networks = {}  # a variant that several rows need, or that the tables had, is trained once
-    for group in groups:
-        if isinstance(group.students[0], TDMStudent):
-            networks[group.students[0]] = group.network
+    config = ev.config
+    # A variant that several rows need, or that the tables had, is trained once.
+    networks = {g.students[0]: g.network for g in groups if isinstance(g.students[0], TDMStudent)}
 
-    def network_of(m: TDMStudent) -> BatchedMLP:
+    def get_network(m: TDMStudent) -> BatchedMLP:
         if m not in networks:
-            networks[m] = train_tdm(config, m, teacher, schedule)
+            networks[m] = train_tdm(config, m, ev.teacher)
         return networks[m]
 
     def add_rows(name: str, network: BatchedMLP, w: float, ks=(4,), solver="ddim") -> None:
         for k in ks:
-            per_seed = distance(ev, network, k, w, solver)
-            rows.append({"name": name, "k": k, **seed_statistics(per_seed)})
+            statistics = seed_statistics(distance(ev, network, k, w, solver))
+            rows.append({"name": name, "k": k, **statistics})
 
     for name, (variant, ks) in ABLATIONS.items():
-        add_rows(name, network_of(replace(variant, w=config.w)), config.w, ks)
+        add_rows(name, get_network(replace(variant, w=config.w)), config.w, ks)
     # Without guidance the teacher's prediction is the score of a distribution, and of one alone.
     for weight in ("exact", "none", "density"):
-        network = network_of(replace(TDM4, weight=weight))
-        add_rows(f"unguided, weight {weight}", network, 0.0)
+        add_rows(f"unguided, weight {weight}", get_network(replace(TDM4, weight=weight)), 0.0)
     tdm4 = replace(TDM4, w=config.w)
     for solver in ("ddim", "dpm++2m"):
-        network = network_of(replace(tdm4, solver=solver))
+        network = get_network(replace(tdm4, solver=solver))
         for sampler in ("ddim", "dpm++2m"):
             name = f"trained with {solver}, sampled with {sampler}"
             add_rows(name, network, config.w, solver=sampler)
@@ -70,23 +64,21 @@ def ablate(
         lcm = groups[0].select([groups[0].names.index("cm")])
         add_rows("LCM", lcm, config.w)
         for steps in (100, 400):
-            network = train_tdm(config, tdm4, teacher, schedule, start=lcm, steps=steps)
+            network = train_tdm(config, tdm4, ev.teacher, start=lcm, steps=steps)
             add_rows(f"LCM and {steps} steps of TDM", network, config.w)
 
 
 def distance(ev: Evaluation, network: BatchedMLP, k: int, w: float, solver: str) -> Tensor:
     """Sliced Wasserstein distance of k deterministic steps to the teacher guided by w; (s,)."""
-    timesteps = equidistant(k, ev.config.N)
 
     def solution(model, x_t, t, s, schedule):
-        return solve(model, x_t, [*timesteps, CLEAN], schedule, SOLVERS[solver]())
+        timesteps = [*equidistant(k, ev.config.N), CLEAN]
+        return solve(model, x_t, timesteps, schedule, SOLVERS[solver]())
 
-    if solver == "ddim":
-        x = ev.sample(network, 1, Case(k), 0.0, jump=ddim)[0]
-    else:
-        # The gamma-sampler is for one-step solvers: the whole solution is one jump to it.
-        x = ev.sample(network, 1, Case(1), 0.0, jump=solution)[0]
-    return ev.sw(x, ev.reference(Case(k), 0.0, w))
+    # The gamma-sampler is for one-step solvers: another's whole solution is one jump to it.
+    case, jump = (Case(k), ddim) if solver == "ddim" else (Case(1), solution)
+    x = ev.sample(network, case, 0.0, jump=jump)[0]
+    return ev.sw(x, ev.reference(case, 0.0, w))
 
 
 def table(rows: list[dict]) -> str:

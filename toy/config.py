@@ -5,11 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ToyConfig:
-    """Settings of teacher, students and evaluation; train_toy.py --help describes each flag.
-
-    w: the guidance w' to distil, g - 1. N: steps of the teacher's solver in training.
-    reference_steps: steps of the teacher's solution that samples are compared with.
-    """
+    """Settings of teacher, students and evaluation; train_toy.py --help describes each flag."""
 
     data: str
     methods: tuple[str, ...]
@@ -24,8 +20,8 @@ class ToyConfig:
     kmax: int
     eta: float
     rho: float
-    w: float
-    N: int
+    w: float  # the guidance w' to distil, g - 1
+    N: int  # steps of the teacher's solver in training
     solver: str
     samples: int
-    reference_steps: int
+    reference_steps: int  # steps of the teacher's solution that samples are compared with

@@ -37,10 +37,7 @@ DATA = {"spirals": spirals, "gaussians": gaussians, "checkerboard": checkerboard
 
 
 class Data:
-    """One of DATA with each coordinate standardised to mean 0 and deviation 1.
-
-    bound: the largest coordinate; the data lies in the square [-bound, bound].
-    """
+    """One of DATA with each coordinate standardised to mean 0 and deviation 1."""
 
     def __init__(self, name: str):
         self.points = DATA[name]
@@ -48,13 +45,13 @@ class Data:
         # A sample is as good as the closed form here: 200,000 points fix both to 0.2 %.
         x, _ = self.sample(200_000, torch.Generator().manual_seed(0))
         self.mean, self.std = x.mean(0), x.std(0)
+        # The data lies in the square [-bound, bound].
         self.bound = ((x - self.mean) / self.std).abs().max().item()
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """n points (n, 2) and their labels (n,)."""
         label = torch.randint(CLASSES, (n,), generator=generator)
-        u = torch.rand((n, 2), generator=generator)
-        z = torch.randn((n, 2), generator=generator)
+        u, z = torch.rand((n, 2), generator=generator), torch.randn((n, 2), generator=generator)
         return (self.points(label, u, z) - self.mean) / self.std, label
 
 
@@ -75,15 +72,12 @@ def rmse(x: Tensor, reference: Tensor) -> Tensor:
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, label: Tensor, directions: int = 32) -> Tensor:
-    """Mean over classes of the sliced 2-Wasserstein distance; x, y (.., n, 2), label (n,) -> (..).
-
-    The directions are equally spaced over the half circle, so that the distance is repeatable.
-    """
+    """Mean over classes of the sliced 2-Wasserstein distance; x, y (.., n, 2), label (n,); (..)."""
+    # Directions equally spaced over the half circle, and not random, make the distance repeatable.
     angle = torch.arange(directions) * (math.pi / directions)
     sides = torch.stack([angle.cos(), angle.sin()]).to(x)  # (2, d)
     distances = []
     for c in range(CLASSES):
-        x_c = (x[..., label == c, :] @ sides).sort(-2).values  # (.., n / 4, d)
-        y_c = (y[..., label == c, :] @ sides).sort(-2).values
-        distances.append((x_c - y_c).square().mean((-2, -1)).sqrt())
+        x_c, y_c = ((a[..., label == c, :] @ sides).sort(-2).values for a in (x, y))
+        distances.append((x_c - y_c).square().mean((-2, -1)).sqrt())  # over (n / 4, d)
     return torch.stack(distances).mean(0)

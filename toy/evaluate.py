@@ -1,22 +1,16 @@
 """How near few-step samples come to what the teacher's PF-ODE would give: rmse and Wasserstein."""
 
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 from tqdm import tqdm
 
-from common.compare import (
-    GAMMAS,
-    W_ADDED,
-    W_HIGH,
-    Case,
-    case_timesteps,
-    compared_steps,
-    format_table,
-)
-from solvers import Schedule, ddim, dpmpp_2m, solve
+from common import compare
+from common.compare import GAMMAS, W_ADDED, W_HIGH, Case
+from solvers import ddim, dpmpp_2m, solve
 from tdd import clip_x0, conditioned, gamma_sample, guided
 from tdm import with_num_steps
 from toy.config import ToyConfig
@@ -41,8 +35,9 @@ class Evaluation:
     Rows of a batch are laid out "(n m s)": samples, methods, seeds.
     """
 
-    def __init__(self, config: ToyConfig, teacher: BatchedMLP, schedule: Schedule, data: Data):
-        self.config, self.teacher, self.schedule, self.data = config, teacher, schedule, data
+    def __init__(self, config: ToyConfig, teacher: BatchedMLP, data: Data):
+        self.config, self.teacher, self.data = config, teacher, data
+        self.schedule = schedule = teacher.schedule
         # Both halves, every second sample, hold each class equally often.
         self.label = torch.arange(config.samples // 8 * 8) // 2 % CLASSES
         # Equal steps in lam, on whole timesteps: 75 evaluations come as close (rmse 0.007 to 1,000
@@ -50,8 +45,7 @@ class Evaluation:
         ends = schedule.lam(torch.tensor([schedule.T - 1, 0]))
         lam = torch.linspace(*ends.tolist(), config.reference_steps, dtype=torch.float64)
         self.fine = schedule.t_of_lam(lam).round().int().unique().flip(0).tolist()
-        self.rows = []  # of metrics.json
-        self.row_index = {}  # (method, variant, case, metric) -> row
+        self.rows = {}  # (method, variant, case, metric) -> row of metrics.json
         self.samples = {}  # (method, variant, case) -> (s, n, 2), for the pictures
         self.references = {}  # (case, w, w_distilled) -> (s, n, 2)
 
@@ -68,17 +62,14 @@ class Evaluation:
 
     # -------------------------------------------------------------------------------- sampling
 
-    def sample(
-        self, network: BatchedMLP, members: int, case: Case, w: float, jump=ddim, callback=None
-    ) -> Tensor:
+    def sample(self, network: BatchedMLP, case: Case, w: float, jump=ddim, callback=None) -> Tensor:
         """The gamma-sampler's x_0 of networks "(m s)", guided by w at inference; (m, s, n, 2)."""
-        config = self.config
-        K = case.k if network.scalar == "num_steps" else None
-        null = torch.zeros(1, CLASSES)
-        eps = guided(with_num_steps(network, K), self.cond(members), null, w)
+        config, members = self.config, network.members // self.config.seeds
         noise = self.noise(members)
+        K = case.k if network.scalar == "num_steps" else None
+        eps = guided(with_num_steps(network, K), self.cond(members), torch.zeros(1, CLASSES), w)
         x = gamma_sample(
-            eps, next(noise), case_timesteps(case, config.N, config.kmin, config.kmax),
+            eps, next(noise), compare.case_timesteps(case, config.N, config.kmin, config.kmax),
             self.schedule, case.gamma, noise, self.clip, case.clip_steps, jump, callback,
         )  # fmt: skip
         return rearrange(x, "(n m s) d -> m s n d", m=members, s=config.seeds)
@@ -99,11 +90,9 @@ class Evaluation:
 
             def exact_jump(model, x_t, t, s, schedule):
                 x_s = self.follow(conditional, x_t, t, s)
-                if w == 0:
-                    return x_s
-                return (1 + w) * x_s - w * self.follow(unconditional, x_t, t, s)
+                return x_s if w == 0 else (1 + w) * x_s - w * self.follow(unconditional, x_t, t, s)
 
-            self.references[key] = self.sample(self.teacher, 1, case, 0.0, jump=exact_jump)[0]
+            self.references[key] = self.sample(self.teacher, case, 0.0, jump=exact_jump)[0]
         return self.references[key]
 
     def follow(self, eps, x_t: Tensor, t: int, s: int, callback=None) -> Tensor:
@@ -116,28 +105,23 @@ class Evaluation:
     def teacher_row(self, case: Case) -> None:
         """The teacher itself with k guided steps of DDIM."""
         w = self.config.w
-        x = self.sample(self.teacher, 1, case, w)[0]
+        x = self.sample(self.teacher, case, w)[0]
         self._add_rows("teacher", "", case, w, x, self.reference(case, 0.0, w))
 
     def student_rows(self, group: Group, indices: list[int], case: Case) -> None:
         """The group's students of these indices, all seeds of each."""
         w = case.w_inference
-        samples = self.sample(group.select(indices), len(indices), case, w, jump=group.jump)
+        samples = self.sample(group.select(indices), case, w, jump=group.jump)
         for i, x in zip(indices, samples, strict=True):
             student = group.students[i]
             reference = self.reference(case, w, student.w)
-            endpoint = None
-            if w != 0:
-                # How far is a guided student from the teacher it stands for? Eq. 13 is judged by
-                # this. Eq. 22: guidance on distilled guidance multiplies, in terms of g = 1 + w.
-                endpoint = self.reference(Case(1), 0.0, (1 + w) * (1 + student.w) - 1)
-            method, variant = student.method, student.variant
-            self._add_rows(method, variant, case, case.w, x, reference, endpoint)
+            # How far is a guided student from the teacher it stands for? Eq. 13 is judged by this.
+            # Eq. 22: guidance on distilled guidance multiplies, in terms of g = 1 + w.
+            w_teacher = (1 + w) * (1 + student.w) - 1
+            endpoint = None if w == 0 else self.reference(Case(1), 0.0, w_teacher)
+            self._add_rows(student.method, student.variant, case, case.w, x, reference, endpoint)
 
-    def _add_rows(
-        self, method: str, variant: str, case: Case, w: float, x: Tensor, reference: Tensor,
-        endpoint: Tensor | None = None,
-    ) -> None:  # fmt: skip
+    def _add_rows(self, method, variant, case, w: float, x, reference, endpoint=None) -> None:
         """Rows of a case: rmse, sw, and with an endpoint the rmse to the teacher's guided ODE."""
         values = {"rmse": rmse(x, reference), "sw": self.sw(x, reference)}
         if endpoint is not None:
@@ -147,9 +131,7 @@ class Evaluation:
             if not per_seed.isfinite().all():
                 raise ValueError(f"{method} {variant} sampled no numbers: {case}; lower --guidance")
             row = {"method": method, "variant": variant, **asdict(case), "w": w, "metric": metric}
-            row |= seed_statistics(per_seed)
-            self.rows.append(row)
-            self.row_index[method, variant, case, metric] = row
+            self.rows[method, variant, case, metric] = row | seed_statistics(per_seed)
 
     def sw(self, x: Tensor, y: Tensor) -> Tensor:
         """sliced_wasserstein of independent halves: x and y may come from the same noise; (s,)."""
@@ -159,23 +141,23 @@ class Evaluation:
 
     def find(self, method: str, case: Case, metric="rmse", variant="") -> dict | None:
         """The row of a case; the teacher's needs no w, which is the one that students distil."""
-        return self.row_index.get((method, variant, case, metric))
+        return self.rows.get((method, variant, case, metric))
 
     @property
     def methods(self) -> list[str]:
         """The teacher, then every student at the main guidance."""
-        return list(dict.fromkeys(row["method"] for row in self.rows if not row["variant"]))
+        return list(dict.fromkeys(method for method, variant, *_ in self.rows if not variant))
 
     def table(self, metric: str, gamma: float) -> str:
         """A metric's mean for every method over k, with * on the non-equidistant schedule."""
-        ks, lines = sorted({row["k"] for row in self.rows}), []
+        ks, lines = sorted({case.k for _, _, case, _ in self.rows}), []
         for schedule, mark in (("equidistant", ""), ("nonequidistant", " *")):
             for method in self.methods:
                 rows = [self.find(method, Case(k, gamma, schedule), metric) for k in ks]
                 if any(rows):
                     cells = [f"{row['mean']:.3f}" if row else "" for row in rows]
                     lines.append((method + mark, cells))
-        return format_table(f"{metric} at gamma = {gamma:g}", ks, lines, 21, 9)
+        return compare.format_table(f"{metric} at gamma = {gamma:g}", ks, lines, 21, 9)
 
     def noise_floor(self) -> dict:
         """sw between independent halves of the main references: no method can come below it."""
@@ -207,59 +189,40 @@ def main_cases(config: ToyConfig) -> list[Case]:
     """Every k and gamma on the equidistant schedule; between kmin and kmax on the other as well."""
     cases = []
     for gamma in GAMMAS:
-        cases += [Case(k, gamma) for k in compared_steps(config.kmin, config.kmax)]
+        cases += [Case(k, gamma) for k in compare.compared_steps(config.kmin, config.kmax)]
         between = range(config.kmin + 1, config.kmax)
         cases += [Case(k, gamma, "nonequidistant") for k in between]
     return cases
 
 
-def guidance_cases(config: ToyConfig, students: list[Student]) -> list[tuple[list[int], Case]]:
-    """Guided students: rho 0 against rho (Fig. 6a), Eq. 13 (Fig. 6b), x_0 clipping (Fig. 7).
-
-    Each case comes with the indices of the students that it is for.
-    """
-    low = [i for i, student in enumerate(students) if student.variant == "w'=1"]
-    high = [i for i, student in enumerate(students) if student.variant == "w'=5"]
-    tdd = [i for i, s in enumerate(students) if s.method == "tdd" and not s.variant]
-    ends, jobs = sorted({config.kmin, config.kmax}), []
-    if low:
+def group_cases(config: ToyConfig, group: Group) -> list[tuple[list[int], Case]]:
+    """All cases of a group, each with the indices of its students."""
+    indices = {"": [], "w'=1": [], "w'=5": []}  # of the students of each variant
+    for i, student in enumerate(group.students):
+        indices[student.variant].append(i)
+    plain, low, high = indices.values()
+    jobs = [(plain, case) for case in main_cases(config)]
+    if isinstance(group.students[0], Student) and group.jump is ddim:
+        ends, clips = sorted({config.kmin, config.kmax}), sorted({0, 1, config.kmin})
+        # Fig. 6a compares rho 0 with rho, Fig. 6b is about Eq. 13, Fig. 7 about x_0 clipping.
         for k in ends:
             jobs += [(low, Case(k, w=w)) for w in (0.0, *W_ADDED)]
-    if high:
         jobs += [(high, Case(k)) for k in ends]
         for k in ends:
             jobs += [(high, Case(k, w=w, tune=W_HIGH)) for w in W_ADDED]
-    if tdd:
+        tdd = [i for i in plain if group.students[i].method == "tdd"]
         for w in W_ADDED[:2]:
-            clips = sorted({0, 1, config.kmin})
             jobs += [(tdd, Case(config.kmin, w=w, clip_steps=n)) for n in clips]
-    return jobs
-
-
-def group_cases(config: ToyConfig, group: Group) -> list[tuple[list[int], Case]]:
-    """All cases of a group, each with the indices of its students."""
-    plain = [i for i, student in enumerate(group.students) if not student.variant]
-    main_group = isinstance(group.students[0], Student) and group.jump is ddim
-    jobs = []
-    for case in main_cases(config) if plain else ():
+    else:
         # Between kmin and kmax the other schedule is TDD's own question.
-        if main_group or case.schedule == "equidistant":
-            jobs.append((plain, case))
-    if main_group:
-        jobs += guidance_cases(config, group.students)
-    return jobs
+        jobs = [job for job in jobs if job[1].schedule == "equidistant"]
+    return [job for job in jobs if job[0]]  # of students that this run has
 
 
 def evaluate(groups: list[Group], ev: Evaluation) -> None:
     """Every row of metrics.json: the main cases for teacher and students, then guided students."""
-    cases, student_jobs = main_cases(ev.config), []
+    jobs = [partial(ev.teacher_row, case) for case in main_cases(ev.config)]
     for group in groups:
-        student_jobs += [(group, *job) for job in group_cases(ev.config, group)]
-    total = len(cases) + len(student_jobs)
-    with tqdm(total=total, desc="evaluate", mininterval=0.5, dynamic_ncols=True) as bar:
-        for case in cases:
-            ev.teacher_row(case)
-            bar.update()
-        for group, indices, case in student_jobs:
-            ev.student_rows(group, indices, case)
-            bar.update()
+        jobs += [partial(ev.student_rows, group, *job) for job in group_cases(ev.config, group)]
+    for job in tqdm(jobs, desc="evaluate", mininterval=0.5, dynamic_ncols=True):
+        job()

@@ -1,6 +1,5 @@
 """The pictures of the 2-D experiment, named after the paper's figures that they mirror."""
 
-import math
 from collections import Counter
 from copy import copy
 from pathlib import Path
@@ -11,19 +10,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from common import files
-from common.compare import (
-    COLOURS,
-    GAMMAS,
-    NAMES,
-    W_ADDED,
-    W_HIGH,
-    Case,
-    compared_steps,
-    curve_panel,
-    legend,
-    log_limits,
-)
+from common import compare, files
+from common.compare import COLOURS, GAMMAS, NAMES, W_ADDED, W_HIGH, Case
 from common.plots import CLASS_COLOURS, FAINT, GREY, INK, Axes, Figure
 from solvers import CLEAN
 from tdd import guided, sample_step
@@ -50,14 +38,13 @@ def draw_all(output: Path, ev: Evaluation, groups: list[Group]) -> None:
         curves(output / "family_curves.png", ev, family)
     main_group = next((g for g in groups if g.students[0].method in main), None)
     if main_group:
-        exact = teacher_paths(ev)
-        students = {}
+        exact, students = teacher_paths(ev), {}
         for i, student in enumerate(main_group.students):
             if not student.variant:
                 students[student.method] = student_paths(ev, main_group.select([i]))
         trajectories(output / "trajectories.png", ev, exact, students)
         moving_paths(output / "paths.gif", ev, exact, students)
-    if any(row["variant"] or row["clip_steps"] for row in ev.rows):
+    if any(variant or case.clip_steps for _, variant, case, _ in ev.rows):
         guidance(output / "guidance.png", ev)
 
 
@@ -97,20 +84,19 @@ def _cells(ev: Evaluation, method: str, cases, variant="", metric="rmse"):
 
 def samples(path: Path, ev: Evaluation, methods: list[str]) -> None:
     """Methods by number of steps at gamma = 0, all from the same noise, seed 0."""
-    kmin, kmax, w = ev.config.kmin, ev.config.kmax, ev.config.w
-    ks = sorted({1, 2, kmin, (kmin + kmax) // 2, kmax})
-    cases = [Case(k) for k in ks]
+    config = ev.config
+    ks = sorted({1, 2, config.kmin, (config.kmin + config.kmax) // 2, config.kmax})
     figure = Figure(LEFT + (SIDE + 8) * (len(ks) + 1) + 12, 100 + (SIDE + 30) * len(methods))
-    title = f"From the same noise: {ev.config.data}, gamma = 0, guidance g = {1 + w:g}"
-    figure.text(20, 28, title, 24)
+    setting = f"{config.data}, gamma = 0, guidance g = {1 + config.w:g}"
+    figure.text(20, 28, f"From the same noise: {setting}", 24)
     headers = [f"{k} step" if k == 1 else f"{k} steps" for k in ks] + ["teacher's ODE"]
-    exact = ev.reference(Case(1), 0.0, w)[0]
+    exact = ev.reference(Case(1), 0.0, config.w)[0], "many steps"
     # Guided, the teacher needs two passes a step; students need one.
     notes = {"teacher": "guided DDIM"} | dict.fromkeys(("tcd2", "tdd2"), "two passes a step")
     rows = []
     for method in methods:
-        cells = [*_cells(ev, method, cases), (exact, "many steps")]
-        rows.append((NAMES[method], notes.get(method, ""), method, cells))
+        cells = [*_cells(ev, method, map(Case, ks)), exact]
+        rows.append((NAMES.get(method, method), notes.get(method, ""), method, cells))
     _panels(figure, 60, headers, rows, ev.label)
     figure.save(path)
 
@@ -122,38 +108,32 @@ def samples(path: Path, ev: Evaluation, methods: list[str]) -> None:
 
 def curves(path: Path, ev: Evaluation, methods: list[str]) -> None:
     """Distance to the reference over the number of steps, for each gamma; bands are seeds."""
-    ks = compared_steps(ev.config.kmin, ev.config.kmax)
+    ks = compare.compared_steps(ev.config.kmin, ev.config.kmax)
     figure = Figure(1240, 640)
     figure.text(30, 30, "Distance to the teacher's exact sampler over the number of steps", 24)
-    means = []
-    for row in ev.rows:
-        if row["metric"] == "rmse" and not row["variant"] and row["method"] in methods:
-            means.append(row["mean"])
-    between = []  # TDD on the other schedule
+    rows = [row for row in ev.rows.values() if row["method"] in methods and not row["variant"]]
+    limits = compare.log_limits([row["mean"] for row in rows if row["metric"] == "rmse"])
     for i, gamma in enumerate(GAMMAS):
         panel = {}
         for method in methods:
             rows = [ev.find(method, Case(k, gamma)) for k in ks]
-            mean = np.array([row["mean"] for row in rows])
-            std = np.array([row["std"] for row in rows])
+            mean, std = (np.array([row[field] for row in rows]) for field in ("mean", "std"))
             panel[method] = ks, mean, std
         # The first panel alone names the y axis; both share it.
         box, ylabel = (100 + i * 500, 100, 440, 440), "" if i else "rmse (log scale)"
         title = f"gamma = {gamma:g}"
-        axes = curve_panel(figure, box, title, ylabel, ks, panel, log_limits(means), 16)
-        if "tdd" in methods:
-            rows = [ev.find("tdd", Case(k, gamma, "nonequidistant")) for k in ks]
-            between = [row for row in rows if row]
+        axes = compare.curve_panel(figure, box, title, ylabel, ks, panel, limits, 16)
+        rows = [ev.find("tdd", Case(k, gamma, "nonequidistant")) for k in ks]
+        between = [row for row in rows if row]  # TDD on the other schedule
         for row in between:
             figure.dot(*axes.place(row["k"], row["mean"]), COLOURS["tdd"], 5, hollow=True)
-    legend(figure, methods, (1075, 1105), 1115, 17)
+    compare.legend(figure, methods, (1075, 1105), 1115, 17)
     if between:
         y = 130 + 34 * len(methods)
         figure.dot(1090, y, COLOURS["tdd"], 5, hollow=True)
         figure.text(1115, y, "TDD, non-eq.", 17, COLOURS["tdd"])
-    data, seeds = ev.config.data, ev.config.seeds
-    note = f"{data}; mean and deviation over {seeds} teachers; same noise for all"
-    figure.text(30, 615, note, 15, GREY)
+    note = f"mean and deviation over {ev.config.seeds} teachers; same noise for all"
+    figure.text(30, 615, f"{ev.config.data}; {note}", 15, GREY)
     figure.save(path)
 
 
@@ -164,30 +144,26 @@ def curves(path: Path, ev: Evaluation, methods: list[str]) -> None:
 
 def targets(path: Path, students: list[Student]) -> None:
     """Which targets tau~ (up) each method trains from each start t (right): 20,000 samples."""
-    main = {}
-    for student in students:
-        if student.method not in ("tdd_rho0", *FAMILY):
-            # Of a method's variants the main one comes first.
-            main.setdefault(student.method, student)
+    # A method's variants all have its targets and its eta.
+    main = {s.method: s for s in students if s.method not in ("tdd_rho0", *FAMILY)}
     if not main:
         return
-    names = [name for name in NAMES if name in main]
-    side, columns = 300, min(3, len(names))
-    width, height = 20 + columns * (side + 100), 80 + (side + 95) * -(-len(names) // columns)
+    side, columns = 300, min(3, len(main))
+    width, height = 20 + columns * (side + 100), 80 + (side + 95) * -(-len(main) // columns)
     figure = Figure(max(800, width), height)
     figure.text(30, 30, "Targets tau that each method trains from each start t (Eqs. 4, 7, 8)", 24)
-    ticks = [0, 250, 500, 750, 1000]
-    for i, name in enumerate(names):
+    ticks = range(0, 1001, 250)
+    for i, (name, student) in enumerate(main.items()):
         box = 90 + (i % columns) * (side + 100), 100 + (i // columns) * (side + 95), side, side
         axes = Axes(figure, box, (0, 1000), (0, 1000))
-        axes.frame(NAMES[name], "start t", "target tau", ticks, ticks, 15)
+        axes.frame(NAMES.get(name, name), "start t", "target tau", ticks, ticks, 15)
         axes.line([0, 1000], [0, 1000], FAINT, 2)
         generator = torch.Generator().manual_seed(0)
-        sample = sample_step(main[name].targets, (20_000, 1), main[name].eta, 0.0, generator)
+        sample = sample_step(student.targets, (20_000, 1), student.eta, 0.0, generator)
         counts = Counter(zip(sample.t_next.tolist(), sample.tau.tolist(), strict=True))
         for (start, tau), count in counts.items():
             shade = 60 + 195 * count / max(counts.values())  # the likelier, the darker
-            figure.dot(*axes.place(start, tau), (*COLOURS[name], round(shade)), 2.2)
+            figure.dot(*axes.place(start, tau), (*COLOURS.get(name, INK), round(shade)), 2.2)
     figure.save(path)
 
 
@@ -198,18 +174,17 @@ def targets(path: Path, students: list[Student]) -> None:
 
 def teacher_paths(ev: Evaluation) -> Tensor:
     """The teacher's guided PF-ODE from noise to data in many stops; (n, stops, 2), seed 0."""
-    cond, x_T = ev.cond(1), next(ev.noise(1))
+    cond, stops = ev.cond(1), [next(ev.noise(1))]
     eps = guided(ev.teacher, cond, torch.zeros_like(cond), ev.config.w)
-    stops = [x_T]
     with torch.no_grad():
-        ev.follow(eps, x_T, ev.schedule.T - 1, CLEAN, callback=lambda s, x: stops.append(x))
+        ev.follow(eps, stops[0], ev.schedule.T - 1, CLEAN, callback=lambda s, x: stops.append(x))
     return rearrange(stops, "stop (n s) d -> s n stop d", s=ev.config.seeds)[0]
 
 
 def student_paths(ev: Evaluation, network, w: float = 0.0) -> Tensor:
     """kmin deterministic steps of a network from the same noise; (n, kmin + 1, 2), seed 0."""
     stops = [next(ev.noise(1))]
-    ev.sample(network, 1, Case(ev.config.kmin), w, callback=lambda s, x: stops.append(x))
+    ev.sample(network, Case(ev.config.kmin), w, callback=lambda s, x: stops.append(x))
     return rearrange(stops, "stop (n s) d -> s n stop d", s=ev.config.seeds)[0]
 
 
@@ -222,17 +197,16 @@ def trajectories(path: Path, ev: Evaluation, exact: Tensor, students: dict[str, 
     """Twelve samples of seed 0 on their way from noise to data, over the teacher's own paths."""
     side, columns = 380, 3
     figure = Figure(40 + columns * (side + 20), 80 + (side + 60) * -(-len(students) // columns))
-    k = ev.config.kmin
-    title = f"From noise (hollow) to data in {k} steps, over the teacher's paths (grey)"
-    figure.text(30, 30, title, 24)
+    title = "From noise (hollow) to data in {} steps, over the teacher's paths (grey)"
+    figure.text(30, 30, title.format(ev.config.kmin), 24)
     inside = _inside(exact, 12)
     for i, (method, paths) in enumerate(students.items()):
         box = 30 + (i % columns) * (side + 20), 100 + (i // columns) * (side + 60), side, side
         axes = Axes(figure, box, LIMITS, LIMITS)
-        axes.frame(NAMES[method])
+        axes.frame(NAMES.get(method, method))
         for j in inside:
             axes.line(*exact[j].T.tolist(), GREY, 1.2)
-            axes.line(*paths[j].T.tolist(), COLOURS[method], 2, dots=3)
+            axes.line(*paths[j].T.tolist(), COLOURS.get(method, INK), 2, dots=3)
             figure.dot(*axes.place(*paths[j, 0].tolist()), GREY, 4, hollow=True)
     figure.save(path)
 
@@ -250,55 +224,45 @@ PALE = (196, 200, 208)
 
 def moving_paths(path: Path, ev: Evaluation, exact: Tensor, students: dict[str, Tensor]) -> None:
     """Samples of teacher and students on their way from noise to data, as an animated GIF."""
-    paths = {m: students[m] for m in ("cm", "pcm4", "tcd", "tdd") if m in students}
-    if not paths:
+    paths = {"teacher": student_paths(ev, ev.teacher, ev.config.w)}
+    paths |= {m: students[m] for m in ("cm", "pcm4", "tcd", "tdd") if m in students}
+    if len(paths) == 1:
         return
-    paths = {"teacher": student_paths(ev, ev.teacher, ev.config.w), **paths}
-    background, panels = _moving_background(list(paths), exact[:SHOWN])
+    # Everything that stands still is drawn once.
+    side = 190
+    background, panels = Figure(10 + len(paths) * (side + 8), 274), {}
+    for i, method in enumerate(paths):
+        left = 9 + i * (side + 8)
+        name = "teacher, DDIM" if method == "teacher" else NAMES.get(method, method)
+        background.text(left + side / 2, 22, name, 20, COLOURS.get(method, INK), "mm")
+        axes = Axes(background, (left, 42, side, side), (-2.9, 2.9), (-2.9, 2.9))
+        for j in _inside(exact[:SHOWN], 40, axes.xlim[1]):
+            axes.line(*exact[j].T.tolist(), PALE, 1)
+        _dots(background, axes, exact[:SHOWN, -1], [PALE] * len(exact[:SHOWN]))
+        panels[method] = axes
+    background.text(left + side, 254, "grey: the teacher in many steps", 16, GREY, "rm")
     colours = [CLASS_COLOURS[c] for c in ev.label[:SHOWN].tolist()]
-    steps, frames, durations = ev.config.kmin, [], []
+    steps, frames = ev.config.kmin, []
     for i in range(steps * MOVES + 1):
         step, move = divmod(i, MOVES)
-        share = move / MOVES
-        place = step + share * share * (3 - 2 * share)  # slow at both ends
+        share = (move / MOVES) ** 2 * (3 - 2 * move / MOVES)  # slow at both ends
         frame = copy(background)
         frame.image = background.image.copy()
         frame.pen = ImageDraw.Draw(frame.image)
-        frame.text(9, 254, f"step {math.ceil(place)} of {steps}" if i else "noise", 20)
+        later = -(-i // MOVES)  # the stop that this frame moves to, or stands at
+        frame.text(9, 254, f"step {later} of {steps}" if i else "noise", 20)
         for method, axes in panels.items():
-            _dots(frame, axes, _interpolate(paths[method][:SHOWN], place), colours)
+            x = torch.lerp(paths[method][:SHOWN, step], paths[method][:SHOWN, later], share)
+            _dots(frame, axes, x, colours)
         frames.append(frame.image.reduce(frame.SCALE))
-        durations.append(MOVE_MS if move else STOP_MS)
-    durations[0], durations[-1] = NOISE_MS, DATA_MS
-    # One palette for all: frames then differ only where something moves.
-    palette = _palette([*(COLOURS[method] for method in paths), *CLASS_COLOURS, INK, GREY, PALE])
-    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    first, *others = frames
+    durations = ([STOP_MS] + [MOVE_MS] * (MOVES - 1)) * steps + [DATA_MS]
+    durations[0] = NOISE_MS
+    # One palette for all: frames then differ only where something moves. The last frame has every
+    # colour, and MAXCOVERAGE keeps its white white.
+    palette = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE)
+    first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     with files.atomic_write(path) as part:
         first.save(part, "GIF", save_all=True, append_images=others, duration=durations, loop=0)
-
-
-def _moving_background(methods: list[str], exact: Tensor) -> tuple[Figure, dict[str, Axes]]:
-    """Everything that stands still, and the axes of each method's panel."""
-    side = 190
-    background, panels = Figure(10 + len(methods) * (side + 8), 274), {}
-    for i, method in enumerate(methods):
-        left = 9 + i * (side + 8)
-        name = "teacher, DDIM" if method == "teacher" else NAMES[method]
-        background.text(left + side / 2, 22, name, 20, COLOURS[method], "mm")
-        axes = Axes(background, (left, 42, side, side), (-2.9, 2.9), (-2.9, 2.9))
-        for j in _inside(exact, 40, axes.xlim[1]):
-            axes.line(*exact[j].T.tolist(), PALE, 1)
-        _dots(background, axes, exact[:, -1], [PALE] * len(exact))
-        panels[method] = axes
-    background.text(left + side, 254, "grey: the teacher in many steps", 16, GREY, "rm")
-    return background, panels
-
-
-def _interpolate(paths: Tensor, place: float) -> Tensor:
-    """Where samples on paths (n, stops, 2) are between two stops; (n, 2)."""
-    before, after = paths[:, math.floor(place)], paths[:, math.ceil(place)]
-    return torch.lerp(before, after, place - math.floor(place))
 
 
 def _dots(figure: Figure, axes: Axes, x: Tensor, colours: list) -> None:
@@ -306,16 +270,6 @@ def _dots(figure: Figure, axes: Axes, x: Tensor, colours: list) -> None:
     for point, colour in zip(x.tolist(), colours, strict=True):
         if max(map(abs, point)) < axes.xlim[1]:
             figure.dot(*axes.place(*point), colour, 2.3)
-
-
-def _palette(colours) -> Image.Image:
-    """White and five shades of each colour, in an image that `quantize` takes them from."""
-    shares = np.arange(1, 6)[:, None] / 5
-    shades = [255 - shares * (255 - np.array(colour)) for colour in colours]
-    entries = np.concatenate([np.full((1, 3), 255), *shades]).round().astype(int)
-    palette = Image.new("P", (1, 1))
-    palette.putpalette(entries.flatten().tolist())
-    return palette
 
 
 # ----------------------------------------------------------- guidance.png, after Figs. 6 and 7
@@ -326,12 +280,7 @@ def _palette(colours) -> Image.Image:
 
 def guidance(path: Path, ev: Evaluation) -> None:
     """Guiding students at inference: with and without null conditions, tuned down, and clipped."""
-    k = ev.config.kmin
-    parts = []  # title, headers and rows of each part that has its students
-    if ev.find("tdd_rho0", Case(k), variant="w'=1"):
-        parts += [_added_guidance(ev, k), _tuned_guidance(ev, k)]
-    if "tdd" in ev.methods:
-        parts.append(_clipping(ev, k))
+    k, parts = ev.config.kmin, _guidance_parts(ev)
     height = sum(90 + (SIDE + 30) * len(rows) for _, _, rows in parts)
     figure, top = Figure(LEFT + (SIDE + 8) * 4 + 12, 60 + height), 60
     figure.text(20, 28, f"Guidance at inference: {ev.config.data}, {k} steps, gamma = 0", 24)
@@ -341,34 +290,32 @@ def guidance(path: Path, ev: Evaluation) -> None:
     figure.save(path)
 
 
-def _added_guidance(ev: Evaluation, k: int):
-    title = "Students distilled at w' = 1, sampled with w (Eq. 12; Fig. 6a)"
-    cases = [Case(k, w=w) for w in (0.0, *W_ADDED)]
-    exact = [(ev.reference(case, case.w, 1.0)[0], "") for case in cases]
-    rows = [
-        (f"rho {ev.config.rho:g}", "null conditions", "tdd", _cells(ev, "tdd", cases, "w'=1")),
-        ("rho 0", "none", "tdd_rho0", _cells(ev, "tdd_rho0", cases, "w'=1")),
-        ("exact jumps", "perfect student", "", exact),
-    ]
-    return title, [f"w = {case.w:g}" for case in cases], rows
-
-
-def _tuned_guidance(ev: Evaluation, k: int):
-    title = "A student distilled at w' = 5, tuned to the teacher's w (Eq. 13; Fig. 6b)"
-    cases = [Case(k, w=w, tune=W_HIGH) for w in W_ADDED]
-    cells = _cells(ev, "tdd", [Case(k)], "w'=5")
-    cells += _cells(ev, "tdd", cases, "w'=5", "rmse_teacher")
-    exact = [(ev.reference(Case(1), 0.0, w)[0], "") for w in (W_HIGH, *W_ADDED)]
-    rows = [("TDD, w' = 5", "Eq. 13", "tdd", cells), ("teacher's ODE", "at that w", "", exact)]
-    return title, ["as distilled", *(f"to w = {w:g}" for w in W_ADDED)], rows
-
-
-def _clipping(ev: Evaluation, k: int):
-    # C cuts at the box that holds the data; guided samples that overshoot are what it is for.
-    title = f"x_0 clipping, TDD distilled at w' = {ev.config.w:g} (Eq. 17; Fig. 7)"
-    headers = {0: "none", 1: "first step", k: "every step"}
-    rows = []
-    for w in W_ADDED[:2]:
-        cases = [Case(k, w=w, clip_steps=n) for n in headers]
-        rows.append((f"w = {w:g}", "", "tdd", _cells(ev, "tdd", cases)))
-    return title, list(headers.values()), rows
+def _guidance_parts(ev: Evaluation) -> list[tuple]:
+    """The title, headers and rows of each part that this run has the students for."""
+    config, k, parts = ev.config, ev.config.kmin, []
+    if ev.find("tdd_rho0", Case(k), variant="w'=1"):
+        title = "Students distilled at w' = 1, sampled with w (Eq. 12; Fig. 6a)"
+        cases = [Case(k, w=w) for w in (0.0, *W_ADDED)]
+        exact = [(ev.reference(case, case.w, 1.0)[0], "") for case in cases]
+        rows = [
+            (f"rho {config.rho:g}", "null conditions", "tdd", _cells(ev, "tdd", cases, "w'=1")),
+            ("rho 0", "none", "tdd_rho0", _cells(ev, "tdd_rho0", cases, "w'=1")),
+            ("exact jumps", "perfect student", "", exact),
+        ]
+        parts.append((title, [f"w = {case.w:g}" for case in cases], rows))
+        title = "A student distilled at w' = 5, tuned to the teacher's w (Eq. 13; Fig. 6b)"
+        cases = [Case(k, w=w, tune=W_HIGH) for w in W_ADDED]
+        cells = _cells(ev, "tdd", [Case(k)], "w'=5")
+        cells += _cells(ev, "tdd", cases, "w'=5", "rmse_teacher")
+        exact = [(ev.reference(Case(1), 0.0, w)[0], "") for w in (W_HIGH, *W_ADDED)]
+        rows = [("TDD, w' = 5", "Eq. 13", "tdd", cells), ("teacher's ODE", "at that w", "", exact)]
+        parts.append((title, ["as distilled", *(f"to w = {w:g}" for w in W_ADDED)], rows))
+    if "tdd" in ev.methods:
+        # C cuts at the box that holds the data; guided samples that overshoot are what it is for.
+        title = f"x_0 clipping, TDD distilled at w' = {config.w:g} (Eq. 17; Fig. 7)"
+        headers, rows = {0: "none", 1: "first step", k: "every step"}, []
+        for w in W_ADDED[:2]:
+            cases = [Case(k, w=w, clip_steps=n) for n in headers]
+            rows.append((f"w = {w:g}", "", "tdd", _cells(ev, "tdd", cases)))
+        parts.append((title, headers.values(), rows))
+    return parts

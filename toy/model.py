@@ -33,9 +33,7 @@ class BatchedMLP(nn.Module):
 
     def __init__(self, weight: list[Tensor], bias: list[Tensor], schedule: Schedule, scalar=""):
         super().__init__()
-        self.schedule = schedule
-        self.scalar = scalar
-        self.members = len(bias[0])
+        self.schedule, self.scalar, self.members = schedule, scalar, len(bias[0])
         self.weight = nn.ParameterList(weight)  # (m, in, out) a layer
         self.bias = nn.ParameterList(bias)  # (m, 1, out)
 
@@ -58,10 +56,10 @@ class BatchedMLP(nn.Module):
 
     def with_scalar(self, kind: str) -> "BatchedMLP":
         """A frozen copy with an input "target_time" or "num_steps", of no effect at first."""
-        first, *rest = (p.detach().clone() for p in self.weight)
+        first, *rest = (p.detach() for p in self.weight)
         first = torch.cat([first, first.new_zeros(self.members, T_WIDTH, first.shape[2])], 1)
-        bias = [p.detach().clone() for p in self.bias]
-        return BatchedMLP([first, *rest], bias, self.schedule, kind).requires_grad_(False)
+        wider = BatchedMLP([first, *rest], list(self.bias), self.schedule, kind)
+        return wider.select(range(self.members))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor, *scalar: Tensor) -> Tensor:
         inputs = [x_t, timestep_embedding(t, T_WIDTH), cond]
@@ -96,7 +94,7 @@ def train(
         optimizer.step()
         cosine.step()
         on_step_end()
-        # Now and then only: looking at the loss waits for it.
+        # Every 100 steps is enough to stop a diverging run.
         if step % 100 == 0 or step == steps - 1:
             if not loss.isfinite():
                 raise ValueError(f"{name}: loss {loss} at step {step}; lower --lr or --guidance")

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from einops import rearrange, repeat
@@ -14,7 +15,7 @@ from tdd import StepSample, TargetSet, ema_update, sample_step, targets_of, tdd_
 from toy.config import ToyConfig
 from toy.data import CLASSES, Data, one_hot
 from toy.model import BatchedMLP, train
-from toy.tdm import TDM_STUDENTS, TDMStudent, make_tdm_students, train_tdm
+from toy.tdm import TDM_STUDENTS, TDMStudent, train_tdm
 
 # -------------------------------------------------------------------------------------- students
 #
@@ -41,15 +42,12 @@ class Student:
 
 @dataclass(frozen=True)
 class Group:
-    """Students that were trained together, members "(student seed)", and the jump to sample with.
-
-    seconds: how long the training took.
-    """
+    """Students trained together, members "(student seed)", and the jump to sample with."""
 
     students: list[Student | TDMStudent]
     network: BatchedMLP
     jump: Callable = ddim
-    seconds: float = 0.0
+    seconds: float = 0.0  # how long the training took
 
     @property
     def names(self) -> list[str]:
@@ -57,11 +55,8 @@ class Group:
 
     def select(self, indices) -> BatchedMLP:
         """The networks of these students, by index, all seeds of each."""
-        seeds = self.network.members // len(self.students)
-        members = []
-        for i in indices:
-            members += range(i * seeds, (i + 1) * seeds)
-        return self.network.select(members)
+        members = torch.arange(self.network.members).view(len(self.students), -1)
+        return self.network.select(members[list(indices)].flatten().tolist())
 
 
 def make_students(config: ToyConfig) -> list[Student]:
@@ -70,7 +65,9 @@ def make_students(config: ToyConfig) -> list[Student]:
     for name in config.methods:
         if name in TDM_STUDENTS:
             continue
-        targets = _targets(name, config)
+        # The names "tdd_eta0" and "tdd_rho0" begin with their targets' method.
+        method = "pcm" if name in SEGMENTS else name.partition("_")[0]
+        targets = targets_of(method, config.N, SEGMENTS.get(name, config.kmin), config.kmax)
         if name == "tdd_rho0":
             # Fig. 6 asks for guidance left to add (w' = 1) and for guidance to take back (w' = 5).
             students += [
@@ -78,21 +75,12 @@ def make_students(config: ToyConfig) -> list[Student]:
                 Student("tdd_rho0", targets, config.eta, rho=0.0, w=1.0, variant="w'=1"),
                 Student("tdd", targets, config.eta, config.rho, w=W_HIGH, variant="w'=5"),
             ]
-        elif name in ("tcd", "tdd"):
-            eta = config.eta if name == "tdd" else 0.0
-            for tcf in config.tcf:
-                method = name if tcf == "1" else name + tcf
-                students.append(Student(method, targets, eta, config.rho, config.w, tcf=tcf))
-        else:
-            students.append(Student(name, targets, 0.0, config.rho, config.w))
+            continue
+        eta = config.eta if name == "tdd" else 0.0
+        for tcf in config.tcf if name in ("tcd", "tdd") else ("1",):
+            label = name if tcf == "1" else name + tcf
+            students.append(Student(label, targets, eta, config.rho, config.w, tcf=tcf))
     return students
-
-
-def _targets(name: str, config: ToyConfig) -> TargetSet:
-    if name in SEGMENTS:
-        return targets_of("pcm", config.N, SEGMENTS[name])
-    method = "tdd" if name.startswith("tdd") else name
-    return targets_of(method, config.N, config.kmin, config.kmax)
 
 
 # -------------------------------------------------------------------------------------- training
@@ -121,24 +109,18 @@ def train_teacher(config: ToyConfig, data: Data, schedule: Schedule, generator) 
 
 
 def train_students(
-    config: ToyConfig, students: list[Student], teacher: BatchedMLP, data: Data, schedule: Schedule,
-    generator,
-) -> Group:  # fmt: skip
-    """Every student of every seed by Algorithm 1, as one batched network, rows "(b student seed)".
-
-    The students share one trajectory consistency function.
-    """
+    config: ToyConfig, students: list[Student], teacher: BatchedMLP, data: Data, generator
+) -> Group:
+    """Every student of every seed by Algorithm 1, in one batched network, rows "(b m s)"."""
     b, m, s = config.batch_size, len(students), config.seeds
-    tcf = students[0].tcf
+    tcf = students[0].tcf  # the trajectory consistency function, which the students share
     # Algorithm 1's input: theta <- phi, and theta- <- theta.
     student = teacher.select(list(range(s)) * m)
     if tcf == "s":
         student = student.with_scalar("target_time")
-    student.requires_grad_()
-    target_net = student.select(range(m * s))
+    target_net = student.requires_grad_().select(range(m * s))
     w = repeat(torch.tensor([x.w for x in students]), "m -> (b m s)", b=b, s=s)
-    null = torch.zeros(1, CLASSES)
-    solver = SOLVERS[config.solver]()
+    null, solver = torch.zeros(1, CLASSES), SOLVERS[config.solver]()
 
     def loss():
         x_0, label = data.sample(b * s, generator)
@@ -150,37 +132,28 @@ def train_students(
             generator.set_state(state)
             samples.append(sample_step(x.targets, (b * s, 2), x.eta, x.rho, generator))
         return tdd_loss(
-            student, target_net, teacher, x_0, cond, null, _join(samples, s), w, schedule,
+            student, target_net, teacher, x_0, cond, null, _join(samples, s), w, teacher.schedule,
             solver=solver, jump=TCF[tcf],
         ).loss  # fmt: skip
 
     theta, target_theta = list(student.parameters()), list(target_net.parameters())
-
-    def update_target_net():
-        ema_update(target_theta, theta, config.ema)  # line 18
-
-    steps = equal_budget_steps(config.steps, tcf)
+    update_target_net = partial(ema_update, target_theta, theta, config.ema)  # line 18
+    steps, start = equal_budget_steps(config.steps, tcf), time.time()
     name = "students" if tcf == "1" else f"TCF({tcf})"
     train(student, loss, steps, config.lr, name, update_target_net)
-    return Group(students, student, TCF[tcf])
+    return Group(students, student, TCF[tcf], time.time() - start)
 
 
 def _join(samples: list[StepSample], seeds: int) -> StepSample:
     """Samples of each student, rows "(b s)", as one for the batched network, rows "(b m s)"."""
-
-    def join(name: str):
+    joined = {}
+    for name in ("t_next", "t_n", "tau", "keep_prompt", "noise"):
         columns = [getattr(sample, name) for sample in samples]
-        return rearrange(columns, "m (b s) ... -> (b m s) ...", s=seeds)
-
-    return StepSample(
-        join("t_next"), join("t_n"), join("tau"), join("keep_prompt"), join("noise"),
-        guided_rows=None,
-    )  # fmt: skip
+        joined[name] = rearrange(columns, "m (b s) ... -> (b m s) ...", s=seeds)
+    return StepSample(**joined, guided_rows=None)
 
 
-def train_groups(
-    config: ToyConfig, teacher: BatchedMLP, data: Data, schedule: Schedule, generator
-) -> list[Group]:
+def train_groups(config: ToyConfig, teacher: BatchedMLP, data: Data, generator) -> list[Group]:
     """All students: a group for each trajectory consistency function, and for each TDM."""
     groups, state, students = [], generator.get_state(), make_students(config)
     for tcf in TCF:
@@ -188,11 +161,10 @@ def train_groups(
         if alike:
             # The same data and noise for every function.
             generator.set_state(state)
-            start = time.time()
-            group = train_students(config, alike, teacher, data, schedule, generator)
-            groups.append(replace(group, seconds=round(time.time() - start, 1)))
-    for student in make_tdm_students(config):
-        start = time.time()
-        network = train_tdm(config, student, teacher, schedule)
-        groups.append(Group([student], network, seconds=round(time.time() - start, 1)))
+            groups.append(train_students(config, alike, teacher, data, generator))
+    for name in TDM_STUDENTS:
+        if name in config.methods:
+            student, start = replace(TDM_STUDENTS[name], w=config.w), time.time()
+            network = train_tdm(config, student, teacher)
+            groups.append(Group([student], network, seconds=time.time() - start))
     return groups

@@ -1,12 +1,12 @@
 """Trajectory Distribution Matching (tdm.py) on 2-D data: its students and how they are trained."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 import tdm
 from common.compare import equal_budget_steps
-from solvers import SOLVERS, Schedule
+from solvers import SOLVERS
 from tdd import guided
 from toy.config import ToyConfig
 from toy.data import CLASSES, one_hot
@@ -18,20 +18,16 @@ STUDENT_LR, FAKE_LR = 0.2, 2.0  # of --lr; a tenth, as in the paper's 2e-6 again
 
 @dataclass(frozen=True)
 class TDMStudent:
-    """A TDM student as it is trained, in the terms of tdm.py; w is the teacher's guidance.
-
-    with_num_steps: K is an input of the student and of the fake score.
-    together: both take their step at once, as on SDXL, instead of the fake score first.
-    """
+    """A TDM student as it is trained, in the terms of tdm.py; w is the teacher's guidance."""
 
     method: str
     Ks: tuple[int, ...] = (4,)
-    with_num_steps: bool = False
+    with_num_steps: bool = False  # K is an input of the student and of the fake score
     weight: str = "exact"
     loss: str = "huber"
     clean: bool = False
     solver: str = "ddim"
-    together: bool = False
+    together: bool = False  # both take their step at once, as on SDXL, not the fake score first
     w: float = 0.0
     variant: str = ""
 
@@ -42,22 +38,13 @@ TDM_STUDENTS = {
 }
 
 
-def make_tdm_students(config: ToyConfig) -> list[TDMStudent]:
-    """The TDM students among the run's methods."""
-    names = [name for name in TDM_STUDENTS if name in config.methods]
-    return [replace(TDM_STUDENTS[name], w=config.w) for name in names]
-
-
 def train_tdm(
-    config: ToyConfig, m: TDMStudent, teacher: BatchedMLP, schedule: Schedule,
-    start: BatchedMLP | None = None, steps: int | None = None,
-) -> BatchedMLP:  # fmt: skip
-    """TDM's Algorithm 1 for every seed's teacher; the student begins as `start`, if not as it.
-
-    steps: the main comparison's budget unless given.
-    """
+    config: ToyConfig, m: TDMStudent, teacher: BatchedMLP, start=None, steps: int | None = None
+) -> BatchedMLP:
+    """TDM's Algorithm 1 for every seed; a student begins as its teacher or as network `start`."""
+    # The main comparison's budget, unless the ablation asks for fewer steps.
     steps = steps or equal_budget_steps(config.steps, m.method)
-    rows = config.seeds * config.batch_size
+    rows, schedule = config.seeds * config.batch_size, teacher.schedule
     student = (teacher if start is None else start).select(range(config.seeds))
     fake = teacher.select(range(config.seeds))
     if m.with_num_steps:
@@ -74,8 +61,7 @@ def train_tdm(
         cond = one_hot(torch.randint(CLASSES, (rows,), generator=generator))
         sample = tdm.sample_step(m.Ks, (rows, 2), config.N, generator)
         K = sample.K if m.with_num_steps else None
-        student_eps = tdm.conditioned_on_steps(student, cond, K)
-        fake_eps = tdm.conditioned_on_steps(fake, cond, K)
+        student_eps, fake_eps = (tdm.conditioned_on_steps(net, cond, K) for net in (student, fake))
         p = tdm.generate(student_eps, sample, schedule, SOLVERS[m.solver], m.clean)
         # Lines 9 and 10: the fake score first ..
         fake.requires_grad_()

@@ -69,20 +69,16 @@ def hinge(logits: list[Tensor], sign: float) -> Tensor:
 class Discriminator:
     """Heads on the teacher's features, at times within `reach` = T/K_min above tau~.
 
-    heads_call: the heads, wrapped by DDP or not.
+    heads_ddp: the heads, wrapped by DDP or not.
     """
 
-    def __init__(self, unet: UNet, heads: Heads, reach: int):
+    def __init__(self, unet: UNet, reach: int, seed: int):
         self.unet, self.reach = unet, reach
-        self.heads = self.heads_call = heads
-
-    @classmethod
-    def init(cls, unet: UNet, reach: int, seed: int) -> "Discriminator":
-        """Random heads, the same from the same seed on every process."""
+        # The same heads from the same seed on every process.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             heads = Heads([*unet.config.channels, unet.config.channels[-1]])
-        return cls(unet, heads.to(unet.conv_in.weight.device), reach)
+        self.heads = self.heads_ddp = heads.to(unet.conv_in.weight.device)
 
     def losses(
         self, prediction: Tensor, target: Tensor, cond, tau: Tensor, u: Tensor, noise: Tensor,
@@ -96,13 +92,13 @@ class Discriminator:
         t = noised_times(tau, self.reach, schedule.T, u)
         z_fake, z_real = noise.chunk(2)
         x_fake = renoise(prediction, tau, t, z_fake, schedule)
-        x_real = renoise(target, tau, t, z_real, schedule)
         fake = teacher_features(self.unet, x_fake, t, cond)
         with torch.no_grad():
+            x_real = renoise(target, tau, t, z_real, schedule)
             real = teacher_features(self.unet, x_real, t, cond)
         # One call with both, so that DDP sees one forward pass for the one backward pass.
         both = [torch.cat([f.detach(), r]) for f, r in zip(fake, real, strict=True)]
-        logits = [each.chunk(2) for each in self.heads_call(both)]
+        logits = [each.chunk(2) for each in self.heads_ddp(both)]
         d_loss = hinge([real for _, real in logits], 1) + hinge([fake for fake, _ in logits], -1)
         # The student's gradient goes through frozen heads.
         frozen = {name: p.detach() for name, p in self.heads.named_parameters()}

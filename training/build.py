@@ -89,7 +89,7 @@ def build_step(
     Raises ValueError if the UNet takes a scalar, or the LoRA another one than the student.
     """
     if unet.config.scalar:
-        raise ValueError("the model's UNet takes a target time (--tcf s): it cannot be a teacher")
+        raise ValueError("the model's UNet takes a target time: it cannot be a teacher")
     unet.to(device, memory_format=torch.channels_last)
     unet.checkpoint_blocks(config.checkpointing)
     # The seed alone decides: every process starts from the same LoRA.
@@ -110,7 +110,7 @@ def _build_tdd(config: DistillConfig, unet: UNet, device, generator, init_lora) 
     else:
         lora = build_lora(config, unet, generator, init_lora).to(device)
     if config.adv:
-        discriminator = Discriminator.init(unet, 1000 // config.kmin, config.seed)
+        discriminator = Discriminator(unet, sdxl_schedule().T // config.kmin, config.seed)
     return TDDStep(unet, lora, build_tdd_config(config, device), discriminator, full)
 
 

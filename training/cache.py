@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -11,55 +11,46 @@ import torch
 from tqdm import tqdm
 
 from common import files
-from common.files import read_json, read_tensors
-from training.images import Entry, Loader, Stream
+from training.images import Entry, ListStream, Loader
 
 ROWS_PER_SHARD = 256
 TENSORS = ("latents", "prompt_embeds", "pooled", "time_ids")
 # Version 1 named a tensor otherwise, and its positions were those of several reading processes.
-VERSION = 2
+VERSION = {"version": 2}
 
 
 # --------------------------------------------------------------------------------------- filling it
 #
-# Each rank writes its shards in order, each complete and with the position in the data behind it;
-# a rank that was stopped goes on behind its last shard. index.json is written last, so a cache
-# that has it is complete.
+# Each rank writes its shards in order; a shard records the data position that follows it, where a
+# stopped rank resumes. index.json is written last, so a cache that has it is complete.
 
 
 def read_shard(path: Path) -> tuple[dict, dict]:
     """A shard's tensors, memory-mapped, and its metadata: names, position and settings."""
-    tensors, metadata = read_tensors(path)
+    tensors, metadata = files.read_tensors(path)
     return tensors, {key: json.loads(value) for key, value in metadata.items()}
 
 
 def is_full(folder: Path, settings: dict) -> bool:
     """Whether the cache is complete; ValueError if it, or what has been begun, does not fit."""
+    # As JSON returns them, to which they are compared.
+    settings = json.loads(json.dumps(VERSION | settings))
     index = Path(folder) / "index.json"
     full = index.exists()
     if full:
-        contents = [read_json(index)]
+        contents = [files.read_json(index)]
     else:
         # One shard of each rank is enough: a rank checks it before it adds another.
-        begun = sorted(index.parent.glob("rank*-00000.safetensors"))
-        contents = [read_shard(path)[1] for path in begun]
+        first_shards = sorted(index.parent.glob("rank*-00000.safetensors"))
+        contents = [read_shard(path)[1] for path in first_shards]
     for content in contents:
         recorded = content.get("settings")
         if not isinstance(recorded, dict):
             raise ValueError(f"{folder} is no cache of this program; name another --cache")
-        if recorded.get("version") != VERSION:
-            raise ValueError(
-                f"{folder} is a cache of version {recorded.get('version', 1)}, not {VERSION}; "
-                "name another --cache to encode the data anew"
-            )
-        if differ := files.first_difference(recorded, _with_version(settings)):
+        # Version 1 was not recorded.
+        if differ := files.first_difference({"version": 1, **recorded}, settings):
             raise ValueError(f"{folder} was made with {differ}; name another --cache")
     return full
-
-
-def _with_version(settings: dict) -> dict:
-    # As JSON returns them, to which they are compared.
-    return json.loads(json.dumps({"version": VERSION, **settings}))
 
 
 def fill(folder, loader: Loader, encode: Callable, settings: dict, rank, world, barrier) -> None:
@@ -70,7 +61,7 @@ def fill(folder, loader: Loader, encode: Callable, settings: dict, rank, world, 
     """
     if is_full(folder, settings):
         return
-    settings = _with_version(settings)
+    settings = VERSION | settings
     folder = files.output_folder(folder)
     done = sorted(folder.glob(f"rank{rank:05}-*.safetensors"))
     if done:
@@ -80,8 +71,7 @@ def fill(folder, loader: Loader, encode: Callable, settings: dict, rank, world, 
     bar.update(sum(map(_rows, done)))
     for number, (tensors, names) in enumerate(_shards(loader, encode, bar), len(done)):
         metadata = {"names": names, "position": loader.position, "settings": settings}
-        for key, value in metadata.items():
-            metadata[key] = json.dumps(value)
+        metadata = {key: json.dumps(value) for key, value in metadata.items()}
         files.write_tensors(folder / f"rank{rank:05}-{number:05}.safetensors", tensors, **metadata)
     bar.close()
     barrier()
@@ -117,34 +107,23 @@ def _shards(loader: Loader, encode: Callable, bar: tqdm) -> Iterator[tuple[dict,
 # --------------------------------------------------------------------------------------- reading it
 
 
-class Cached(Stream):
-    """Examples: what encode returned, and names, in shuffled epochs without end.
-
-    ValueError if a shard is missing or incomplete.
-    """
+class Cached(ListStream):
+    """Examples: what encode returned, and names; ValueError if a shard is missing or incomplete."""
 
     def __init__(self, folder, batch_size: int, seed: int, rank: int = 0, world: int = 1):
         super().__init__(folder, batch_size, seed, rank, world)
-        shards = read_json(self.path / "index.json")["shards"]
+        shards = files.read_json(self.path / "index.json")["shards"]
         self.shards = [self.path / name for name in shards]
         self.ends = np.cumsum(list(shards.values()))
+        self.rows = int(self.ends[-1])
         # Mapped files stay open, and a process may have so many only.
         self.read_shard = lru_cache(1000)(read_shard)
         for path, rows in zip(self.shards, shards.values(), strict=True):
-            if (present := len(read_tensors(path)[0]["latents"])) != rows:
+            if (present := len(files.read_tensors(path)[0]["latents"])) != rows:
                 raise ValueError(f"{path} holds {present} rows, not {rows}")
 
-    def walk(self, epoch: int, drawn: int) -> Iterator[Entry]:
-        # The ranks share out one endless list of epochs, so each has examples even where there
-        # are more ranks than rows. `drawn` counts through all of it, as if it were one epoch.
-        shuffled = -1
-        for i in count(drawn):
-            list_epoch, place = divmod(self.rank + i * self.world, int(self.ends[-1]))
-            if list_epoch != shuffled:
-                shuffled = list_epoch
-                rng = np.random.default_rng((self.seed, list_epoch))
-                order = rng.permutation(self.ends[-1])
-            yield Entry(epoch, i + 1, order[place])
+    def order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.rows)
 
     def example(self, entry: Entry) -> dict:
         shard = np.searchsorted(self.ends, entry.source, side="right")

@@ -87,8 +87,8 @@ class TDDStepSample:
 
     step: StepSample
     w: Tensor | float  # (b,) or one for all
-    u: Tensor | None = None  # (b,)
-    noise: Tensor | None = None  # (2b, ..)
+    adv_u: Tensor | None = None  # (b,)
+    adv_noise: Tensor | None = None  # (2b, ..)
 
     @property
     def timesteps(self) -> Tensor:
@@ -113,7 +113,7 @@ class TDDStep:
     def __post_init__(self):
         self.schedule = self.config.schedule
         self.teacher = LoRANetwork(self.base)
-        self.student = self.student_call = self._network("student", self.lora, self.full)
+        self.student = self.student_ddp = self._network("student", self.lora, self.full)
         self.modules = {"student": self.student}
         # mu = 0 is the student itself under stop-gradient, the published choice.
         self.target_net = self.student
@@ -127,24 +127,24 @@ class TDDStep:
         if self.discriminator is not None:
             self.modules["heads"] = self.discriminator.heads
         # The moving average, where there is one, is what is sampled and written.
-        self.result = self.target_net
+        self.output_network = self.target_net
 
     def _network(self, name: str, lora: LoRA | None, full: UNet | None) -> nn.Module:
         return LoRANetwork(self.base, name, lora) if full is None else FullNetwork(full)
 
     def sampler(self, k: int):
-        """The result's network eps(x_t, t, cond), and the jump to sample it with in k steps."""
-        return self.result, self.config.jump
+        """The student's network eps(x_t, t, cond), and the jump to sample it with in k steps."""
+        return self.output_network, self.config.jump
 
     def distribute(self, wrap_ddp) -> None:
         """Average the gradients of everything trained over the processes."""
         # A full student is sharded, and its gradients with it.
         if self.full is None:
-            self.student_call = wrap_ddp(self.student)
-            self.ddp_modules.append(self.student_call)
+            self.student_ddp = wrap_ddp(self.student)
+            self.ddp_modules.append(self.student_ddp)
         if self.discriminator is not None:
-            self.discriminator.heads_call = wrap_ddp(self.discriminator.heads)
-            self.ddp_modules.append(self.discriminator.heads_call)
+            self.discriminator.heads_ddp = wrap_ddp(self.discriminator.heads)
+            self.ddp_modules.append(self.discriminator.heads_ddp)
 
     def sample(self, shape, generator: torch.Generator, device) -> TDDStepSample:
         """A step's random numbers for x_0 of this shape (b, ..), from a CPU generator."""
@@ -164,15 +164,16 @@ class TDDStep:
         """Algorithm 1, lines 10-16: "total" for the backward pass, and its parts; batch means."""
         config = self.config
         loss, prediction, target, cond = tdd_loss(
-            self.student_call, self.target_net, self.teacher, x_0, cond, null, sample.step,
+            self.student_ddp, self.target_net, self.teacher, x_0, cond, null, sample.step,
             sample.w, config.schedule, config.solver, config.jump, config.distance,
         )  # fmt: skip
         loss = loss.mean()
         if self.discriminator is None:
             return {"total": loss, "loss": loss}
         g_loss, d_loss = self.discriminator.losses(
-            prediction, target, cond, sample.step.tau, sample.u, sample.noise, config.schedule
-        )
+            prediction, target, cond, sample.step.tau, sample.adv_u, sample.adv_noise,
+            config.schedule,
+        )  # fmt: skip
         total = loss + config.adv_weight * g_loss + d_loss
         return {"total": total, "loss": loss, "adv_student": g_loss, "adv_heads": d_loss}
 
@@ -221,10 +222,9 @@ class TDMStep:
     def __post_init__(self):
         self.schedule = self.config.schedule
         self.teacher = LoRANetwork(self.base)
-        self.student = self.student_call = self.result = LoRANetwork(
-            self.base, "student", self.lora
-        )
-        self.fake = self.fake_call = LoRANetwork(self.base, "fake", self.fake_lora)
+        self.student = self.output_network = LoRANetwork(self.base, "student", self.lora)
+        self.fake = LoRANetwork(self.base, "fake", self.fake_lora)
+        self.student_ddp, self.fake_ddp = self.student, self.fake
         self.modules = {"student": self.student, "fake": self.fake}
 
     def sampler(self, k: int):
@@ -233,22 +233,24 @@ class TDMStep:
 
     def distribute(self, wrap_ddp) -> None:
         """Average the gradients of both LoRAs over the processes."""
-        self.student_call = wrap_ddp(self.student)
-        self.fake_call = wrap_ddp(self.fake)
-        self.ddp_modules = [self.student_call, self.fake_call]
+        self.student_ddp, self.fake_ddp = wrap_ddp(self.student), wrap_ddp(self.fake)
+        self.ddp_modules = [self.student_ddp, self.fake_ddp]
 
     def sample(self, shape, generator: torch.Generator, device) -> tdm.StepSample:
         """A step's random numbers for samples of this shape, from a CPU generator."""
         return tdm.sample_step(self.config.Ks, shape, self.config.N, generator).to(device)
 
-    def losses(self, cond, null, sample: tdm.StepSample) -> dict[str, Tensor]:
-        """Algorithm 1, lines 4-12: "total" for the backward pass, and its parts; batch means."""
+    def losses(self, x_0, cond, null, sample: tdm.StepSample) -> dict[str, Tensor]:
+        """Algorithm 1, lines 4-12: "total" for the backward pass, and its parts; batch means.
+
+        x_0 is not used: TDM trains from prompts alone.
+        """
         config, schedule, K = self.config, self.schedule, self._num_steps(sample.K)
         # Lines 4-7: the student's sample at t_m, and the same diffused to tau.
-        student = tdm.conditioned_on_steps(self.student_call, cond, K)
+        student = tdm.conditioned_on_steps(self.student_ddp, cond, K)
         p = tdm.generate(student, sample, schedule, config.make_solver)
         # Lines 9 and 10: the fake score denoises the student's samples.
-        fake = tdm.conditioned_on_steps(self.fake_call, cond, K)
+        fake = tdm.conditioned_on_steps(self.fake_ddp, cond, K)
         fake_loss = tdm.fake_loss(fake, p.detach(), schedule, config.fake_weight).mean()
         # Line 12. Neither loss has a gradient for the other's weights.
         real = guided(self.teacher, cond, null, config.w)

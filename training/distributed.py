@@ -106,9 +106,8 @@ def apply_fsdp(module: nn.Module, layer_types, keep_in_fp32=()) -> None:
     device = next(module.parameters()).device.type
     half = torch.bfloat16 if device == "cuda" else None
     layers = [(layer, half) for layer in module.modules() if isinstance(layer, layer_types)]
-    for name, layer in module.named_modules():
-        if name.split(".")[-1] in keep_in_fp32:
-            layers.append((layer, None))
+    named = module.named_modules()
+    layers += [(layer, None) for name, layer in named if name.split(".")[-1] in keep_in_fp32]
     mesh = init_device_mesh(device, (world_size(),))
     for layer, dtype in [*layers, (module, half)]:
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
@@ -117,7 +116,7 @@ def apply_fsdp(module: nn.Module, layer_types, keep_in_fp32=()) -> None:
 
 
 def gather_full(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor whole, on rank 0 in main memory (elsewhere empty); others as they are."""
+    """A sharded tensor's full value, on rank 0 in main memory (elsewhere empty); others as is."""
     if not isinstance(tensor, DTensor):
         return tensor
     full = tensor.full_tensor()
@@ -144,8 +143,7 @@ class GracefulExit:
     """
 
     def __init__(self):
-        self.signal = 0
-        self.previous_handlers = {}
+        self.signal, self.previous_handlers = 0, {}
 
     def __enter__(self):
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -155,11 +153,8 @@ class GracefulExit:
     def _receive(self, number, frame):
         self.signal = number
         # Restored at once, for whoever asks twice does not want to wait.
-        self._restore_handlers()
+        self.__exit__()
 
     def __exit__(self, *_):
-        self._restore_handlers()
-
-    def _restore_handlers(self) -> None:
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)

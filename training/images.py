@@ -1,4 +1,4 @@
-"""Images with captions from loose files and tar shards, as batches that a resumed run continues."""
+"""Images with captions, or prompts alone, as batches that a resumed run continues."""
 
 import io
 import json
@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import groupby, islice
+from functools import lru_cache, partial
+from itertools import chain, count, groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from common.files import first_difference
+from common.files import first_difference, read_lines
 
 SHUFFLE_BUFFER = 10_000
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
@@ -82,9 +82,8 @@ def parse_caption(content: bytes, suffix: str) -> str:
     text = content.decode("utf-8-sig")
     if suffix == ".json":
         fields = json.loads(text)
-        text = None
-        if isinstance(fields, dict):
-            text = fields.get(_first(("caption", "text", "prompt"), fields))
+        keys = ("caption", "text", "prompt")
+        text = fields.get(_first(keys, fields)) if isinstance(fields, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise ValueError("its caption is empty or no text")
     # JSON can spell lone surrogates: encode() raises here, as a tokenizer would later.
@@ -106,8 +105,7 @@ def parse_image(content: bytes, R: int, rng: random.Random) -> tuple[np.ndarray,
     width, height = (max(R, round(side * R / short)) for side in image.size)
     if width * height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width} x {image.height} is too narrow")
-    left = rng.randint(0, width - R)
-    top = rng.randint(0, height - R)
+    left, top = rng.randint(0, width - R), rng.randint(0, height - R)
     method = Image.Resampling.BOX if short > R else Image.Resampling.BICUBIC
     crop = image.resize((width, height), method).crop((left, top, left + R, top + R))
     pixels = np.moveaxis(np.asarray(crop, np.float32), 2, 0) / 127.5 - 1
@@ -135,27 +133,21 @@ class Entry:
 
 
 class BadExample(Exception):
-    """An example that cannot be used: the run leaves it out and goes on."""
-
-    def __init__(self, name: str, reason: str):
-        super().__init__(f"{name}: {reason}")
-        self.name = name
-        self.reason = reason
+    """(name, reason) of an example that cannot be used: the run leaves it out and goes on."""
 
 
 class Stream:
     """The share of one rank in a data set; a Loader makes batches of it.
 
     walk(epoch, drawn) yields one Entry after another from that place on. example(entry) reads one,
-    in many threads at once; BadExample skips it, any other error ends the run.
+    in many threads at once; BadExample skips it, any other error ends the run. identity: all that
+    its order depends on, which a resumed run compares.
     """
 
     def __init__(self, path, batch_size: int, seed: int, rank: int, world: int):
-        self.path = Path(path).resolve()
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world = world
+        self.path, self.batch_size = Path(path).resolve(), batch_size
+        self.seed, self.rank, self.world = seed, rank, world
+        self.identity = {"path": str(self.path), "seed": seed, "rank": rank, "world": world}
 
 
 class Images(Stream):
@@ -167,9 +159,7 @@ class Images(Stream):
 
     def __init__(self, path, resolution, batch_size, seed, rank=0, world=1, once=False):
         super().__init__(path, batch_size, seed, rank, world)
-        path = self.path
-        self.resolution = resolution
-        self.once = once
+        path, self.resolution, self.once = self.path, resolution, once
         self.root, paths = (path.parent, [path]) if path.is_file() else (path, path.rglob("*"))
         self.names = {str(file.relative_to(self.root)) for file in paths}
         self.files = sorted(n for n in self.names if n.lower().endswith((*IMAGES, ".tar")))
@@ -178,16 +168,15 @@ class Images(Stream):
             raise ValueError(f"{path} {missing}")
 
     def walk(self, epoch: int, drawn: int) -> Iterator[Entry]:
-        while True:
+        for each in count(epoch):
             problems = {}
-            for source in islice(self.sources(epoch, problems), drawn, None):
+            for source in islice(self.sources(each, problems), drawn, None):
                 drawn += 1
-                yield Entry(epoch, drawn, source, dict(problems))
+                yield Entry(each, drawn, source, dict(problems))
                 problems.clear()
-            yield Entry(epoch, drawn, None, problems)
+            yield Entry(each, drawn, None, problems)
             if self.once:
                 return
-            epoch += 1
             drawn = 0
 
     def sources(self, epoch: int, problems: dict) -> Iterator[tuple[str, dict]]:
@@ -202,8 +191,8 @@ class Images(Stream):
         # With enough files each rank takes whole ones, so that none reads another's headers.
         if len(files) >= stride:
             files, offset, stride = files[offset::stride], 0, 1
-        everyone = (source for file in files for source in self.open_file(file, problems))
-        share = islice(everyone, offset, None, stride)
+        all_sources = chain.from_iterable(self.open_file(file, problems) for file in files)
+        share = islice(all_sources, offset, None, stride)
         buffer = list(islice(share, 1 if self.once else SHUFFLE_BUFFER))
         while buffer:
             i = rng.randrange(len(buffer))
@@ -227,20 +216,46 @@ class Images(Stream):
     def example(self, entry: Entry) -> dict:
         name, locations = entry.source
         try:
-            return self._read(entry.epoch, name, locations)
+            image, caption = _first(IMAGES, locations), _first(CAPTIONS, locations)
+            text = parse_caption(read_part("caption", locations.get(caption)), caption)
+            # Seeded by its name: a crop is the same however the examples are split over ranks.
+            rng = random.Random(f"{self.seed}/{entry.epoch}/{name}")
+            content = read_part("image", locations.get(image))
+            pixels, time_ids = parse_image(content, self.resolution, rng)
+            return {"images": pixels, "captions": text, "time_ids": time_ids, "names": name}
         # A decoder may raise anything over a broken file.
         except Exception as problem:
             # Without the address of a file object in memory.
             raise BadExample(name, (str(problem) or repr(problem)).split(" <_io")[0]) from None
 
-    def _read(self, epoch: int, name: str, locations: dict) -> dict:
-        image, caption = _first(IMAGES, locations), _first(CAPTIONS, locations)
-        text = parse_caption(read_part("caption", locations.get(caption)), caption)
-        # Seeded by its name: a crop is the same however the examples are split over ranks.
-        rng = random.Random(f"{self.seed}/{epoch}/{name}")
-        content = read_part("image", locations.get(image))
-        pixels, time_ids = parse_image(content, self.resolution, rng)
-        return {"images": pixels, "captions": text, "time_ids": time_ids, "names": name}
+
+class ListStream(Stream):
+    """A list's rows 0 .. self.rows - 1, in shuffled epochs without end; order(epoch) shuffles."""
+
+    def walk(self, epoch: int, drawn: int) -> Iterator[Entry]:
+        # The ranks share out one endless list of epochs, so each has examples even where there
+        # are more ranks than rows. `drawn` counts through all of it, as if it were one epoch.
+        order = lru_cache(1)(self.order)
+        for i in count(drawn):
+            list_epoch, place = divmod(self.rank + i * self.world, self.rows)
+            yield Entry(epoch, i + 1, order(list_epoch)[place])
+
+
+class Prompts(ListStream):
+    """Examples: captions and names, of a file with a prompt a line; ValueError if it has none."""
+
+    def __init__(self, path, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+        super().__init__(path, batch_size, seed, rank, world)
+        self.prompts = read_lines("--data", self.path)
+        self.rows = len(self.prompts)
+        # The file may have changed under its name.
+        self.identity["crc"] = zlib.crc32("\n".join(self.prompts).encode())
+
+    def order(self, epoch: int) -> list[int]:
+        return random.Random(f"{self.seed}/{epoch}").sample(range(self.rows), self.rows)
+
+    def example(self, entry: Entry) -> dict:
+        return {"captions": self.prompts[entry.source], "names": f"prompt {entry.source + 1}"}
 
 
 # ------------------------------------------------------------------------------------------ loaders
@@ -258,24 +273,22 @@ class Loader(Iterator):
     """
 
     def __init__(self, dataset: Stream, workers: int, max_bad=1000, position: dict | None = None):
-        stream = {"path": str(dataset.path), "seed": dataset.seed}
-        stream |= {"rank": dataset.rank, "world": dataset.world}
-        self.position = position or {**stream, "epoch": 0, "drawn": 0}
-        if differ := first_difference(self.position, stream, may_change=("epoch", "drawn")):
-            raise ValueError(
-                f"the run so far read its data with {differ}: go on with the same, or begin with "
-                "another --output and --cache"
-            )
-        self.dataset = dataset
-        self.workers = max(1, workers)
-        self.max_bad = max_bad
-        self.bad = 0
-        self.problems = {}
+        self.position = position or {**dataset.identity, "epoch": 0, "drawn": 0}
+        place = ("epoch", "drawn")
+        if differ := first_difference(self.position, dataset.identity, may_change=place):
+            advice = "go on with the same, or begin with another --output and --cache"
+            raise ValueError(f"the run so far read its data with {differ}: {advice}")
+        self.dataset, self.workers, self.max_bad = dataset, workers, max_bad
+        self.bad, self.problems = 0, {}
         self.batches = self._batches(dataset.walk(self.position["epoch"], self.position["drawn"]))
         self.prefetched = deque()
+        use_gpu = None
+        if torch.cuda.is_available():
+            # A new thread begins on GPU 0, where pinning would open a second context.
+            use_gpu = partial(torch.cuda.set_device, torch.cuda.current_device())
         # One thread, because a generator can be advanced by one at a time only.
-        self.collator = ThreadPoolExecutor(1)
-        self.decoders = ThreadPoolExecutor(self.workers)
+        self.collator = ThreadPoolExecutor(1, initializer=use_gpu)
+        self.decoders = ThreadPoolExecutor(workers)
 
     def __next__(self) -> dict:
         batch = {}
@@ -290,8 +303,7 @@ class Loader(Iterator):
 
     def _batches(self, entries: Iterator[Entry]) -> Iterator[dict]:
         """Collated examples, with "bad" and "place" as they are behind the last of them."""
-        examples = []
-        empty_epochs = 0
+        examples, empty_epochs = [], 0
         for entry, example in self._decoded(entries):
             for name, reason in entry.problems.items():
                 self._leave_out(name, reason)
@@ -302,7 +314,7 @@ class Loader(Iterator):
                     examples.append(example.result())
                     empty_epochs = -1  # 0 at the end of this epoch
             except BadExample as problem:
-                self._leave_out(problem.name, problem.reason)
+                self._leave_out(*problem.args)
             if empty_epochs == MAX_EMPTY_EPOCHS:
                 first = self._first_problem() or f"fewer than {self.dataset.world} examples"
                 path = self.dataset.path
@@ -317,9 +329,8 @@ class Loader(Iterator):
         pending = deque()
         while True:
             for entry in islice(entries, 2 * self.workers - len(pending)):
-                example = None
-                if entry.source is not None:
-                    example = self.decoders.submit(self.dataset.example, entry)
+                is_end = entry.source is None
+                example = None if is_end else self.decoders.submit(self.dataset.example, entry)
                 pending.append((entry, example))
             if not pending:
                 return
@@ -339,47 +350,9 @@ class Loader(Iterator):
             tqdm.write(f"skipped {name}: {reason}", file=sys.stderr)
         self.problems[name] = reason
         if len(self.problems) > self.max_bad:
-            raise ValueError(
-                f"{len(self.problems)} bad examples or shards in {self.dataset.path}, more than "
-                f"--max-bad allows; the first: {self._first_problem()}"
-            )
+            bad = f"{len(self.problems)} bad examples or shards in {self.dataset.path}"
+            first = self._first_problem()
+            raise ValueError(f"{bad}, more than --max-bad allows; the first: {first}")
 
     def _first_problem(self) -> str:
         return next((f"{name}: {reason}" for name, reason in self.problems.items()), "")
-
-
-class Prompts(Iterator):
-    """Batches of prompts alone, without end, each prompt once an epoch; used like a Loader."""
-
-    bad = 0
-
-    def __init__(self, prompts: list[str], batch_size, seed, rank, world, position=None):
-        stream = {"prompts": len(prompts), "crc": zlib.crc32("\n".join(prompts).encode())}
-        stream |= {"seed": seed, "world": world}
-        self.position = position or {**stream, "drawn": 0}
-        if differ := first_difference(self.position, stream, may_change=("drawn",)):
-            raise ValueError(
-                f"the run so far read a file of {differ}: go on with the same, or name another "
-                "--output"
-            )
-        self.prompts = prompts
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world = world
-
-    def __next__(self) -> dict:
-        drawn = self.position["drawn"]
-        rows = []
-        for i in range(drawn, drawn + self.batch_size):
-            # One endless list for all processes, of which each takes every world-th.
-            epoch, place = divmod(i * self.world + self.rank, len(self.prompts))
-            rows.append(_permutation(len(self.prompts), f"{self.seed}/{epoch}")[place])
-        self.position = {**self.position, "drawn": drawn + self.batch_size}
-        names = [f"prompt {row + 1}" for row in rows]
-        return {"captions": [self.prompts[row] for row in rows], "names": names}
-
-
-@lru_cache(1)
-def _permutation(n: int, seed: str) -> list[int]:
-    return random.Random(seed).sample(range(n), n)

@@ -40,8 +40,8 @@ def draw_loss(path: Path, log: list[dict]) -> None:
         return
     step, loss = np.array(points).T
     # A step's loss is noisy, and its scale spans decades: a running mean on a logarithmic axis.
-    width = max(1, len(loss) // 50)
     # Exponentially weighted over a fiftieth of the run.
+    width = max(1, len(loss) // 50)
     smooth = list(accumulate(loss, lambda mean, value: mean + (value - mean) / width))
     figure = Figure(900, 500)
     low, high = loss.min() * 0.9, loss.max() * 1.1
@@ -61,11 +61,9 @@ def write_line(output: Path, line: dict, bar: tqdm) -> None:
     shown = {"loss": "loss", "norm": "grad_norm", "img/s": "images_per_s", "GiB": "memory_gib"}
     if line["bad"]:
         shown["bad"] = "bad"
-    postfix = {}
-    for name, key in shown.items():
-        postfix[name] = "nan" if line[key] is None else f"{line[key]:.4g}"
+    values = {name: math.nan if line[key] is None else line[key] for name, key in shown.items()}
     bar.update()
-    bar.set_postfix(postfix)
+    bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
 
 
 def peak_memory_gib() -> float:

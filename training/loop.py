@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import files
-from common.files import read_json, read_tensors
 from training import distributed
 from training.log import draw_loss, peak_memory_gib, read_log, write_line
 
@@ -39,7 +38,7 @@ MAY_CHANGE = {
     "compile", "checkpointing", "max_bad", "workers",
 }  # fmt: skip
 # Version 1 recorded guidance as w, not as g = 1 + w, and the places of several reading processes.
-VERSION = 2
+VERSION = {"checkpoint_version": 2}
 
 
 @dataclass
@@ -83,8 +82,7 @@ class TrainState:
         ranks = distributed.gather((self.generator.get_state(), self.loader.position))
         tensors = self.weights() | self.moments()
         if distributed.is_main():
-            for i, (rng, _) in enumerate(ranks):
-                tensors[f"rng/{i}"] = rng
+            tensors |= {f"rng/{i}": rng for i, (rng, _) in enumerate(ranks)}
             positions = [position for _, position in ranks]
             self._write(self.output / f"checkpoint-{self.step}", tensors, positions)
             _delete_old(self.output, self.step, keep)
@@ -97,14 +95,14 @@ class TrainState:
         part.mkdir(parents=True)
         files.write_tensors(part / "state.safetensors", tensors, format="pt")
         self.export(part, self.step, tensors)
-        config = {"version": VERSION, "step": self.step, "positions": positions}
-        files.write_json(part / "config.json", {**config, "settings": self.settings})
+        config = {"step": self.step, "positions": positions, "settings": VERSION | self.settings}
+        files.write_json(part / "config.json", config)
         _delete(folder)
         part.rename(folder)
 
     def restore(self, folder: Path, config: dict) -> None:
         """Go on from a checkpoint, whose config `resume_point` has read."""
-        tensors, _ = read_tensors(folder / "state.safetensors")
+        tensors, _ = files.read_tensors(folder / "state.safetensors")
         self._check_names(folder, tensors)
         for key, module in self.modules.items():
             state = {}
@@ -124,10 +122,8 @@ class TrainState:
         others = (*self.optimizers, "rng/")
         recorded = {name for name in tensors if not name.startswith(others)}
         if unexpected := expected ^ recorded:
-            raise ValueError(
-                f"{folder} holds another model's state: {min(unexpected)} does not fit; give the "
-                "same flags, or name another --output"
-            )
+            message = f"another model's state: {min(unexpected)} does not fit"
+            raise ValueError(f"{folder} holds {message}; give the same flags or another --output")
 
 
 def _optimizer_state(key: str, optimizer: torch.optim.Optimizer, tensors: dict) -> dict:
@@ -164,15 +160,11 @@ def _delete(folder: Path) -> None:
 
 
 def _delete_old(output: Path, step: int, keep: int) -> None:
-    older = []
+    # A later one is broken: the run has passed over it and is writing its steps anew.
+    intact = [folder for folder in checkpoints(output) if checkpoint_step(folder) <= step]
     for folder in checkpoints(output):
-        if checkpoint_step(folder) <= step:
-            older.append(folder)
-        else:
-            # A later one is broken: the run has passed over it and is writing its steps anew.
+        if folder not in intact[-keep:]:
             _delete(folder)
-    for folder in older[:-keep]:
-        _delete(folder)
 
 
 def checkpoint_step(folder: Path) -> int | None:
@@ -192,31 +184,27 @@ def resume_point(
 ) -> tuple[Path | None, dict]:
     """The newest intact checkpoint and its config, or (None, {}) to begin at step 0.
 
-    Raises ValueError if there is one without --resume, or if its version, its settings or its
-    number of processes are not this run's.
+    Raises ValueError if there is one without --resume, or if its settings, of which the version is
+    one, or its number of processes are not this run's.
     """
     for folder in reversed(checkpoints(output)):
         if not resume:
             raise ValueError(f"{folder} is there: add --resume to go on, or name another --output")
         try:
-            config = read_json(folder / "config.json")
+            config = files.read_json(folder / "config.json")
             if missing := {"step", "positions", "settings"} - config.keys():
                 raise ValueError(f"its config.json has no {min(missing)}")
-            read_tensors(folder / "state.safetensors")
+            files.read_tensors(folder / "state.safetensors")
         except ValueError as problem:
             print(f"passing over {folder}: {problem}", file=sys.stderr)
             continue
-        if (version := config.get("version", 1)) != VERSION:
-            raise ValueError(
-                f"{folder} is a checkpoint of version {version}, not {VERSION}: finish it with the "
-                "program that wrote it, or name another --output"
-            )
+        # Version 1 was not recorded.
+        recorded = {"checkpoint_version": 1, **config["settings"]}
+        if differ := files.first_difference(recorded, VERSION | settings, may_change):
+            advice = "resume it with the same, or name another --output"
+            raise ValueError(f"{folder} was made with {differ}: {advice}")
         if (processes := len(config["positions"])) != distributed.world_size():
             raise ValueError(f"{folder} was made by {processes} processes: resume it with as many")
-        if differ := files.first_difference(config["settings"], settings, may_change):
-            raise ValueError(
-                f"{folder} was made with --{differ}: give the same, or name another --output"
-            )
         return folder, config
     return None, {}
 
@@ -263,25 +251,26 @@ def fit(
     state: TrainState, config: TrainConfig, losses, after_step=lambda: None, ddp_modules=(),
     draw_samples=None,
 ) -> None:  # fmt: skip
-    """Train until config.steps; losses(batch) -> {"total": to go backward, ..: to be logged}.
+    """Train until config.steps.
 
-    losses sets batch["timesteps"]. after_step() follows each optimizer step. ddp_modules: what
-    `wrap_ddp` returned. draw_samples(step) is called on rank 0, every sample_every steps.
+    losses(batch) returns {"total": loss to backpropagate, name: value to log, ..} and sets
+    batch["timesteps"]. after_step() follows each optimizer step. ddp_modules: what `wrap_ddp`
+    returned. draw_samples(step) is called on rank 0, every sample_every steps.
     A step without a finite loss and gradient is skipped. Raises ValueError after MAX_SKIPPED_STEPS
     of those in a row, and SystemExit after a signal, which leaves a checkpoint of its own.
     """
-    main = distributed.is_main()
+    is_main = distributed.is_main()
     # What a killed run logged after its last checkpoint is about to be done again.
     state.log = read_log(state.output, state.step)
     skipped = 0
-    bar = tqdm(total=config.steps, initial=state.step, disable=not main, dynamic_ncols=True)
+    bar = tqdm(total=config.steps, initial=state.step, disable=not is_main, dynamic_ncols=True)
     with distributed.GracefulExit() as stop, bar:
         while state.step < config.steps:
             start = time.perf_counter()
             batches = _backward(state.loader, config.grad_accum, losses, ddp_modules)
             line = _optimizer_step(state, config, batches, after_step, start)
             skipped = skipped + 1 if line["skipped"] else 0
-            if main:
+            if is_main:
                 state.log.append(line)
                 write_line(state.output, line, bar)
             if skipped == MAX_SKIPPED_STEPS:
@@ -293,12 +282,12 @@ def fit(
                 state.save(config.keep)
             if stopping:
                 bar.close()
-                if main:
+                if is_main:
                     stopped = f"stopped after step {state.step}"
                     print(f"{stopped}; {config.resume_hint} goes on from there", file=sys.stderr)
                 distributed.close()
                 raise SystemExit(128 + (stop.signal or signal.SIGTERM))
-            if main and config.sample_every and state.step % config.sample_every == 0:
+            if is_main and config.sample_every and state.step % config.sample_every == 0:
                 draw_samples(state.step)
 
 
@@ -324,7 +313,7 @@ def _backward(loader: Iterator, count: int, losses, ddp_modules) -> StepBatches:
 
 def _next_batch(loader: Iterator) -> dict:
     """The next batch; if one process has none, all end, and that one says why."""
-    batch, problem = None, None
+    batch = problem = None
     try:
         batch = next(loader)
     except (ValueError, OSError) as error:

@@ -47,8 +47,9 @@ class Pictures:
     Prompts and seeds are fixed, so the grids of a run can be compared.
     """
 
-    def __init__(self, config: PreviewConfig, model: SDXL, nets: TDDStep | TDMStep, device):
-        self.config, self.vae, self.nets, self.device = config, model.vae, nets, device
+    def __init__(self, config: PreviewConfig, model: SDXL, training_step, device):
+        self.config, self.vae, self.device = config, model.vae, device
+        self.training_step: TDDStep | TDMStep = training_step
         self.prompts = config.prompts or PROMPTS
         cond, _ = make_conditions(model, self.prompts, None, config.resolution, config.resolution)
         # With a full cache the text encoders never left the CPU.
@@ -60,15 +61,12 @@ class Pictures:
         teacher_steps = [*self.config.steps, TEACHER_STEPS]
         # The teacher is frozen and draws the same every time: once is enough.
         if self.teacher_columns is None:
-            teacher, w = self.nets.teacher, self.config.w
+            teacher, w = self.training_step.teacher, self.config.w
             self.teacher_columns = [self.column(k, w, teacher) for k in teacher_steps]
-        headers, columns = [], []
-        for k in self.config.steps:
-            network, jump = self.nets.sampler(k)
-            headers.append(f"{k} steps")
-            columns.append(self.column(k, 0.0, network, jump))
-        headers += [f"teacher, {k} steps" for k in teacher_steps]
+        columns = [self.column(k, 0.0, *self.training_step.sampler(k)) for k in self.config.steps]
         columns += self.teacher_columns
+        headers = [f"{k} steps" for k in self.config.steps]
+        headers += [f"teacher, {k} steps" for k in teacher_steps]
         title = f"After {step} steps of training; the teacher at g = {1 + self.config.w:g}"
         folder = files.output_folder(self.config.output / "samples")
         picture_table(folder / f"step-{step:06}.png", title, headers, self.prompts, columns)
@@ -86,7 +84,7 @@ class Pictures:
         for i, x_T in enumerate(next(noise_stream(seeds, (4, side, side), self.device))):
             cond = {name: tensor[i : i + 1] for name, tensor in self.cond.items()}
             eps = guided(network, cond, null_condition(cond), w)
-            x_0 = gamma_sample(eps, x_T[None], timesteps, self.nets.schedule, jump=jump)
+            x_0 = gamma_sample(eps, x_T[None], timesteps, self.training_step.schedule, jump=jump)
             pictures += to_images(vae.decode(x_0))
         if config.offload_vae:
             vae.to("cpu")

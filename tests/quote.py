@@ -1,4 +1,4 @@
-"""Write the code quotations of README.md and docs/*.md: `python docs/quote.py`, or with --check.
+"""Write the code quotations of README.md and docs/*.md: `python tests/quote.py`, or with --check.
 
 A marker is an HTML comment right above the python block that it fills. It names a file, a function,
 method, class or constant, and what to take of it. With --check nothing is written: the first stale
@@ -75,7 +75,7 @@ def main(check: bool) -> None:
             raise SystemExit(f"{page}: a marker is misspelt, or no python block stands below it")
         for block in blocks:
             if check and fill(block) != block[0]:
-                raise SystemExit(f"{page}: {block[1]}: stale; run python docs/quote.py")
+                raise SystemExit(f"{page}: {block[1]}: stale; run python tests/quote.py")
         if not check:
             path.write_text(BLOCK.sub(fill, text), encoding="utf-8")
 
