@@ -110,6 +110,15 @@ def build_config(args) -> DistillConfig:
     return DistillConfig(**values, w=(low - 1, high - 1))
 
 
+def describe_guidance(config: DistillConfig) -> str:
+    """g and the paper's w', for whoever starts a run."""
+    low, high = config.w
+    g, w = f"{1 + low:g}", f"{low:g}"
+    if low < high:
+        g, w = f"{g} to {1 + high:g}", f"{w} to {high:g}"
+    return f"guidance to distil: g = {g}, the paper's w' = g - 1 = {w}"
+
+
 def preview_steps(args) -> list[int]:
     """The numbers of steps that picture grids show: K_min and K_max, or TDM's K."""
     return sorted(set(args.Ks or [args.kmin, args.kmax]))
@@ -202,6 +211,8 @@ def main(args) -> None:
     settings = {name: str(value) for name, value in vars(args).items()}
     folder, saved = loop.resume_point(output, args.resume, settings)
     config = build_config(args)
+    if rank == 0:
+        print(describe_guidance(config))
     model = load_sdxl(args.model, args.tokenizer, DTYPES[args.dtype])
     step = build.build_step(config, model.unet, device, read_init(args, model))
     position = saved["positions"][rank] if folder else None

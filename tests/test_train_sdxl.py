@@ -261,6 +261,7 @@ def test_one_process_from_a_cache_killed_and_resumed(folder, shards, tmp_path):
     words = ["--cache", cache, "--guidance-range", 3, 15, "--method", "tcd", "--solver-steps", 50]
     done = run(command(folder, shards, whole, *words))
     assert done.returncode == 0, stderr_of(done)
+    assert "guidance to distil: g = 3 to 15, the paper's w' = g - 1 = 2 to 14" in done.stdout
     stamps = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     call = command(folder, shards, cut, *words)
     killed(call, cut / "log.jsonl", 5)
