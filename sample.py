@@ -10,6 +10,8 @@ The sampler is tdd.gamma_sample, its settings are sdxl/pipeline.py's SamplerConf
 import json
 import math
 import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -84,30 +86,31 @@ def build_config(args) -> SamplerConfig:
     )  # fmt: skip
 
 
-def load(args) -> tuple[SDXL, object]:
-    """The model with every LoRA merged in, and the network to sample, ControlNet included."""
-    dtype = DTYPES[args.dtype]
-    # First of all, so that a picture that cannot be read is refused before the model is loaded.
-    image = None if args.control_image is None else open_image(args.control_image)
+def load_student(
+    path: Path, tokenizer: Path | None, unet: Path | None, loras: list[tuple[Path, float]],
+    tcf: str, steps: int, dtype: torch.dtype, device: str,
+) -> tuple[SDXL, object]:  # fmt: skip
+    """The model with every LoRA merged in, and the network to sample in so many steps."""
     # LoRAs are merged in the file's own precision: half would round their small updates away.
-    model = load_sdxl(args.model, args.tokenizer, None if args.lora else dtype).to(args.device)
-    if args.unet is not None:
-        model.unet = load_component(args.unet, UNet, UNetConfig).to(args.device)
-    if model.unet.config.scalar and args.tcf != "s":
-        raise ValueError(f"{args.unet or args.model}: its UNet takes a target time: give --tcf s")
-    loras = [split_scale(entry) for entry in args.lora]
-    network = pipeline.merge_loras(model, loras, args.tcf, args.steps)
+    model = load_sdxl(path, tokenizer, None if loras else dtype).to(device)
+    if unet is not None:
+        model.unet = load_component(unet, UNet, UNetConfig).to(device)
+    if model.unet.config.scalar and tcf != "s":
+        raise ValueError(f"{unet or path}: its UNet takes a target time: give --tcf s")
+    network = pipeline.merge_loras(model, loras, tcf, steps)
     for module in (model.unet, model.encoder_1, model.encoder_2):
         cast(module, dtype)
     # Pixels as rows of channels: transformers and convolutions then agree on the layout.
     model.unet.to(memory_format=torch.channels_last)
-    if image is None:
-        return model, network
-    controlnet = load_component(args.controlnet, ControlNet, ControlNetConfig, dtype)
-    controlnet.to(args.device, memory_format=torch.channels_last)
-    image = image.resize((args.width, args.height), Image.Resampling.LANCZOS)
-    pixels = rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").to(args.device) / 255
-    return model, pipeline.with_controlnet(network, controlnet, pixels, args.control_scale)
+    return model, network
+
+
+def control(network, folder: Path, image: Image.Image, scale: float, dtype, device: str):
+    """The network under the ControlNet of a folder, for an image of the picture's size."""
+    controlnet = load_component(folder, ControlNet, ControlNetConfig, dtype)
+    controlnet.to(device, memory_format=torch.channels_last)
+    pixels = rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").to(device) / 255
+    return pipeline.with_controlnet(network, controlnet, pixels, scale)
 
 
 def split_scale(entry: str) -> tuple[Path, float]:
@@ -122,10 +125,10 @@ def split_scale(entry: str) -> tuple[Path, float]:
     return Path(path or entry), weight
 
 
-def expand_prompts(args) -> list[str]:
-    """One prompt an image: each --prompt num_images times over, or a file's lines."""
-    prompts = args.prompt if args.prompts is None else files.read_lines("--prompts", args.prompts)
-    return [prompt for prompt in prompts for _ in range(args.num_images)]
+def expand_prompts(prompts: list[str] | None, file: Path | None, num_images: int) -> list[str]:
+    """One prompt an image: each prompt, or line of the file, num_images times over."""
+    prompts = prompts if file is None else files.read_lines("--prompts", file)
+    return [prompt for prompt in prompts for _ in range(num_images)]
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -133,9 +136,9 @@ def expand_prompts(args) -> list[str]:
 # An image file carries its settings and a command line that makes the same image again.
 
 
-def picture_settings(args, prompt: str, seed: int) -> dict:
+def picture_settings(flags: dict, prompt: str, seed: int) -> dict:
     """All that decides one picture, as it is kept in its file."""
-    settings = {**vars(args), "prompt": [prompt], "seed": seed, "num_images": 1}
+    settings = {**flags, "prompt": [prompt], "seed": seed, "num_images": 1}
     # Its place and the number of pictures sampled with it change nothing about a picture.
     for name in ("prompts", "output", "save_latents", "batch_size"):
         del settings[name]
@@ -185,7 +188,7 @@ def is_finished(path: Path, settings: dict) -> bool:
 def main(args) -> None:
     rank, world, args.device = distributed.get_dist_info(args.device)
     check(args)
-    prompts = expand_prompts(args)
+    prompts = expand_prompts(args.prompt, args.prompts, args.num_images)
     if world > 1 and (args.save_latents or args.prompts is None):
         raise ValueError("several processes share a --prompts file, and save no latents")
     # A single picture is a file and several are a folder, as is any file of prompts.
@@ -194,12 +197,33 @@ def main(args) -> None:
         raise ValueError(f"--output {args.output} is a folder; name a PNG file for a picture")
     files.output_folder(args.output.parent if single else args.output)
     paths = [args.output if single else args.output / f"{i:05}.png" for i in range(len(prompts))]
-    settings = [picture_settings(args, prompt, args.seed + i) for i, prompt in enumerate(prompts)]
+    flags, seed = vars(args), args.seed
+    settings = [picture_settings(flags, prompt, seed + i) for i, prompt in enumerate(prompts)]
     todo = list(range(rank, len(prompts), world))
     # A file of thirty thousand captions is resumed: finished pictures are kept.
     if args.prompts is not None and args.save_latents is None:
         todo = [i for i in todo if not is_finished(paths[i], settings[i])]
-    latents = sample_all(args, prompts, todo, paths, settings) if todo else []
+    latents = []
+    # Read before the model is loaded, so that a bad image is refused at once.
+    image = None if args.control_image is None else open_image(args.control_image)
+    if todo:
+        config, dtype, device = build_config(args), DTYPES[args.dtype], args.device
+        loras = [split_scale(entry) for entry in args.lora]
+        model, network = load_student(
+            args.model, args.tokenizer, args.unet, loras, args.tcf, args.steps, dtype, device
+        )
+        if image is not None:
+            image = image.resize((args.width, args.height), Image.Resampling.LANCZOS)
+            scale = args.control_scale
+            network = control(network, args.controlnet, image, scale, dtype, device)
+        print(f"guidance g = {args.cfg:g} (w = {config.w:g}), applied as w = {config.w_tuned:.3g}")
+        jobs = [Job(prompts[i], seed + i, paths[i], settings[i]) for i in todo]
+        size = (args.height, args.width)
+        for x_0 in sample_all(
+            config, model, network, jobs, size, args.negative_prompt, args.batch_size, device
+        ):
+            if args.save_latents:
+                latents.append(x_0)
     if args.save_latents:
         files.write_tensors(args.save_latents, {"latents": torch.cat(latents)})
     if not single and args.prompts is None:
@@ -207,26 +231,34 @@ def main(args) -> None:
     print(f"{len(todo)} pictures sampled, {len(paths)} in {args.output}")
 
 
+@dataclass(frozen=True)
+class Job:
+    """One picture to make."""
+
+    prompt: str
+    seed: int
+    path: Path
+    settings: dict
+
+
 @torch.no_grad()
-def sample_all(args, prompts: list[str], todo: list[int], paths, settings) -> list[Tensor]:
-    """Sample, decode and save the images numbered in `todo`; their latents for --save-latents."""
-    model, network = load(args)
-    config, latents = build_config(args), []
-    height, width, seed = args.height, args.width, args.seed
+def sample_all(
+    config: SamplerConfig, model: SDXL, network, jobs: list[Job], size: tuple[int, int],
+    negative: str | None, batch_size: int, device: str,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Sample, decode and save pictures of a size (height, width); yields each batch's latents."""
+    height, width = size
     shape = (4, height // 8, width // 8)
-    print(f"guidance g = {args.cfg:g} (w = {config.w:g}), applied as w = {config.w_tuned:.3g}")
-    with tqdm(total=len(todo), desc="images", unit="image", dynamic_ncols=True) as bar:
-        for start in range(0, len(todo), args.batch_size):
-            rows = todo[start : start + args.batch_size]
-            batch, seeds = [prompts[i] for i in rows], [seed + i for i in rows]
-            cond, null = pipeline.make_conditions(model, batch, args.negative_prompt, height, width)
-            x_0 = pipeline.sample_latents(config, network, cond, null, shape, seeds, args.device)
-            if args.save_latents:
-                latents.append(x_0.cpu())
-            for i, image in zip(rows, to_images(model.vae.decode(x_0)), strict=True):
-                save_png(image, paths[i], settings[i])
-            bar.update(len(rows))
-    return latents
+    with tqdm(total=len(jobs), desc="images", unit="image", dynamic_ncols=True) as bar:
+        for start in range(0, len(jobs), batch_size):
+            batch = jobs[start : start + batch_size]
+            prompts, seeds = [job.prompt for job in batch], [job.seed for job in batch]
+            cond, null = pipeline.make_conditions(model, prompts, negative, height, width)
+            x_0 = pipeline.sample_latents(config, network, cond, null, shape, seeds, device)
+            for job, image in zip(batch, to_images(model.vae.decode(x_0)), strict=True):
+                save_png(image, job.path, job.settings)
+            bar.update(len(batch))
+            yield x_0.cpu()
 
 
 def sampler_flags(add) -> None:

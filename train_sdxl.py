@@ -10,7 +10,7 @@ training/loop.py; this file holds the flags and puts the parts together.
 
 import argparse
 import zlib
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def check(args) -> None:
         if not args.sample_every:
             raise ValueError("--sample-prompts needs --sample-every")
     if args.sample_every or args.Ks:
-        for k in preview_steps(args):
+        for k in preview_steps(build_config(args)):
             equidistant(k, args.solver_steps)
     # Resolve paths, because caches and checkpoints compare them with the recorded ones.
     for name in ("model", "data", "cache", "init"):
@@ -119,9 +119,9 @@ def describe_guidance(config: DistillConfig) -> str:
     return f"guidance to distil: g = {g}, the paper's w' = g - 1 = {w}"
 
 
-def preview_steps(args) -> list[int]:
+def preview_steps(config: DistillConfig) -> list[int]:
     """The numbers of steps that picture grids show: K_min and K_max, or TDM's K."""
-    return sorted(set(args.Ks or [args.kmin, args.kmax]))
+    return sorted(set(config.Ks if config.method == "tdm" else [config.kmin, config.kmax]))
 
 
 def build_preview(args, config: DistillConfig) -> PreviewConfig:
@@ -129,35 +129,41 @@ def build_preview(args, config: DistillConfig) -> PreviewConfig:
     file = args.sample_prompts
     prompts = None if file is None else read_lines("--sample-prompts", file)
     return PreviewConfig(
-        output=args.output, resolution=args.resolution, steps=preview_steps(args),
+        output=args.output, resolution=args.resolution, steps=preview_steps(config),
         w=sum(config.w) / 2, solver_steps=args.solver_steps, seed=args.seed, prompts=prompts,
         offload_vae=args.cache is not None,
     )  # fmt: skip
 
 
-def read_init(args, model: SDXL) -> LoRA | None:
+def read_init(path: Path | None, model: SDXL) -> LoRA | None:
     """--init; ValueError if it changes the text encoders too."""
-    if args.init is None:
+    if path is None:
         return None
-    init, *others = read_lora(args.init, model.unet, model.encoder_1, model.encoder_2)
+    init, *others = read_lora(path, model.unet, model.encoder_1, model.encoder_2)
     if any(lora.adapters for lora in others):
-        raise ValueError(f"--init {args.init} changes the text encoders, which stay as they are")
+        raise ValueError(f"--init {path} changes the text encoders, which stay as they are")
     return init
 
 
-def export(args, step: TDDStep | TDMStep, folder: Path, steps: int, weights: dict) -> None:
+def export(
+    config: DistillConfig, model: Path, step: TDDStep | TDMStep, folder: Path, steps: int,
+    weights: dict,
+) -> None:  # fmt: skip
     """The student's files after so many steps, with its settings in their headers."""
-    low, high = build_config(args).w
+    low, high = config.w
     settings = {
-        "method": args.method, "w": low if low == high else [low, high], "eta": args.eta,
-        "tcf": args.tcf, "K": list(args.Ks) if args.Ks else f"{args.kmin}-{args.kmax}",
-        "rho": args.rho, "solver_steps": args.solver_steps, "steps": steps,
-        "base": args.model.name, "adversarial": args.adv, "ema": args.mu,
+        "method": config.method, "w": low if low == high else [low, high], "tcf": config.tcf,
+        "solver_steps": config.solver_steps, "steps": steps, "base": model.name,
+        "adversarial": config.adv, "ema": config.mu,
     }  # fmt: skip
+    if config.method == "tdm":
+        settings |= {"K": list(config.Ks)}
+    else:
+        settings |= {"K": f"{config.kmin}-{config.kmax}", "eta": config.eta, "rho": config.rho}
     # A prefix, because other programs write into this header too.
-    metadata = {f"tdd_{name}": str(value) for name, value in settings.items() if value is not None}
-    if args.full:
-        unet_json = files.read_json(args.model / "unet" / "config.json")
+    metadata = {f"tdd_{name}": str(value) for name, value in settings.items()}
+    if config.full:
+        unet_json = files.read_json(model / "unet" / "config.json")
         build.export_unet(folder, step, weights, unet_json, metadata)
     else:
         build.export_lora(folder, step.output_network.lora, metadata)
@@ -168,37 +174,66 @@ def export(args, step: TDDStep | TDMStep, folder: Path, steps: int, weights: dic
 # The autoencoder and the text encoders are the base model's and never trained.
 
 
-def fill_cache(args, model: SDXL, rank: int, world: int, device, settings: dict) -> None:
+@dataclass(frozen=True)
+class DataConfig:
+    """Where examples come from: a file of prompts, or images, directly or through a cache.
+
+    settings: what the cache's content depends on.
+    """
+
+    data: Path
+    is_prompts: bool
+    cache: Path | None
+    settings: dict
+    resolution: int
+    batch_size: int
+    seed: int
+    workers: int
+    max_bad: int
+
+
+def build_data(args) -> DataConfig:
+    """The flags for the data."""
+    names = ("model", "data", "resolution", "dtype", "seed")
+    return DataConfig(
+        data=args.data, is_prompts=args.method == "tdm", cache=args.cache,
+        settings={name: str(getattr(args, name)) for name in names},
+        resolution=args.resolution, batch_size=args.batch_size, seed=args.seed,
+        workers=args.workers, max_bad=args.max_bad,
+    )  # fmt: skip
+
+
+def fill_cache(config: DataConfig, model: SDXL, rank: int, world: int, device) -> None:
     """--cache: every image and caption through the autoencoder and the text encoders, once."""
-    images = Images(args.data, args.resolution, args.batch_size, args.seed, rank, world, once=True)
+    images = Images(
+        config.data, config.resolution, config.batch_size, config.seed, rank, world, once=True
+    )
 
     def encode(batch: dict) -> dict:
         # Seeded by the names, so that a cache that was interrupted has the same noise in it.
-        seed = args.seed + zlib.crc32("\n".join(batch["names"]).encode())
+        seed = config.seed + zlib.crc32("\n".join(batch["names"]).encode())
         generator = torch.Generator().manual_seed(seed)
         x_0, cond = encode_batch(model, batch, generator, device)
         return {name: tensor.cpu() for name, tensor in {"latents": x_0, **cond}.items()}
 
-    loader = Loader(images, args.workers, args.max_bad)
-    cache.fill(args.cache, loader, encode, settings, rank, world, distributed.barrier)
+    loader = Loader(images, config.workers, config.max_bad)
+    cache.fill(config.cache, loader, encode, config.settings, rank, world, distributed.barrier)
 
 
-def open_data(args, model: SDXL, rank: int, world: int, device, position) -> Loader:
+def open_data(config: DataConfig, model: SDXL, rank: int, world: int, device, position) -> Loader:
     """Prompts, images with captions, or --cache's latents, from where the run stands."""
-    names = ("model", "data", "resolution", "dtype", "seed")
-    settings = {name: str(getattr(args, name)) for name in names}
-    share_of_rank = (args.batch_size, args.seed, rank, world)
-    if args.cache is not None:
-        if not cache.is_full(args.cache, settings):
-            fill_cache(args, model.to(device), rank, world, device, settings)
-        dataset = cache.Cached(args.cache, *share_of_rank)
+    share_of_rank = (config.batch_size, config.seed, rank, world)
+    if config.cache is not None:
+        if not cache.is_full(config.cache, config.settings):
+            fill_cache(config, model.to(device), rank, world, device)
+        dataset = cache.Cached(config.cache, *share_of_rank)
     else:
         model.to(device)
-        if args.method == "tdm":
-            dataset = Prompts(args.data, *share_of_rank)
+        if config.is_prompts:
+            dataset = Prompts(config.data, *share_of_rank)
         else:
-            dataset = Images(args.data, args.resolution, *share_of_rank)
-    return Loader(dataset, args.workers, args.max_bad, position)
+            dataset = Images(config.data, config.resolution, *share_of_rank)
+    return Loader(dataset, config.workers, config.max_bad, position)
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -214,9 +249,9 @@ def main(args) -> None:
     if rank == 0:
         print(describe_guidance(config))
     model = load_sdxl(args.model, args.tokenizer, DTYPES[args.dtype])
-    step = build.build_step(config, model.unet, device, read_init(args, model))
+    step = build.build_step(config, model.unet, device, read_init(args.init, model))
     position = saved["positions"][rank] if folder else None
-    loader = open_data(args, model, rank, world, device, position)
+    loader = open_data(build_data(args), model, rank, world, device, position)
     pictures = None
     if args.sample_every and distributed.is_main():
         pictures = Pictures(build_preview(args, config), model, step, device)
@@ -228,7 +263,7 @@ def main(args) -> None:
     generator = torch.Generator().manual_seed(args.seed * 10_000 + rank)
     state = loop.TrainState(
         output, step.modules, build.build_optimizers(config, step), generator, loader, settings,
-        partial(export, args, step))  # fmt: skip
+        partial(export, config, args.model, step))  # fmt: skip
     if folder is not None:
         state.restore(folder, saved)
     step.distribute(distributed.wrap_ddp)
@@ -257,7 +292,7 @@ def main(args) -> None:
     loop.fit(state, train_config, losses, step.after_step, step.ddp_modules, pictures)
     weights = state.weights()
     if distributed.is_main():
-        export(args, step, output, state.step, weights)
+        export(config, args.model, step, output, state.step, weights)
         written = "unet" if args.full else "lora.safetensors"
         print(f"{state.step} steps; {written} is in {output}/")
     distributed.close()

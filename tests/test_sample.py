@@ -19,6 +19,7 @@ from common import pictures
 from sdxl import keys, load
 from sdxl.lora import LoRA
 from sdxl.lora_files import write_peft
+from sdxl.pipeline import DTYPES
 from solvers import SOLVERS, solve
 from tests.helpers import SCHEDULE
 from tests.oracles import UNET, VAE, Reference, close, ours, randomise, run_sample, text_config
@@ -124,7 +125,11 @@ def test_a_lora_brings_its_grid_and_leaves_the_last_layers_in_float32(folder, tm
         with pytest.raises(ValueError, match=r"is of .* solver steps: give --solver-steps"):
             checked("--lora", path, "--lora", other)
     for words in ([], ["--lora", path]):
-        model, _ = sample.load(checked(*words))
+        args = checked(*words)
+        loras = [sample.split_scale(entry) for entry in args.lora]
+        model, _ = sample.load_student(
+            args.model, None, None, loras, args.tcf, args.steps, DTYPES[args.dtype], "cpu"
+        )
         state = {k: v for k, v in model.unet.state_dict().items() if v.dtype == torch.float32}
         assert {k.split(".")[0] for k in state} == {"conv_norm_out", "conv_out"}
         assert torch.equal(state["conv_out.weight"], unet.conv_out.weight)
@@ -290,8 +295,7 @@ def test_a_line_is_a_prompt(tmp_path):
     """A mark at the start and carriage returns go; other separators stay in their caption."""
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffone\u2028still one\r\n\ntwo\x0c\x85".encode())
-    args = sample.parser().parse_args(["--model", "x", "--prompts", str(file), "--num-images", "2"])
-    assert sample.expand_prompts(args) == ["one\u2028still one"] * 2 + ["two\x0c\x85"] * 2
+    assert sample.expand_prompts(None, file, 2) == ["one\u2028still one"] * 2 + ["two\x0c\x85"] * 2
 
 
 # ---------------------------------------------------------------------------------- bad input
