@@ -136,6 +136,16 @@ def expand_prompts(prompts: list[str] | None, file: Path | None, num_images: int
 # An image file carries its settings and a command line that makes the same image again.
 
 
+@dataclass(frozen=True)
+class Job:
+    """One picture to make."""
+
+    prompt: str
+    seed: int
+    path: Path
+    settings: dict
+
+
 def picture_settings(flags: dict, prompt: str, seed: int) -> dict:
     """All that decides one picture, as it is kept in its file."""
     settings = {**flags, "prompt": [prompt], "seed": seed, "num_images": 1}
@@ -204,9 +214,9 @@ def main(args) -> None:
     if args.prompts is not None and args.save_latents is None:
         todo = [i for i in todo if not is_finished(paths[i], settings[i])]
     latents = []
-    # Read before the model is loaded, so that a bad image is refused at once.
-    image = None if args.control_image is None else open_image(args.control_image)
     if todo:
+        # Read before the model is loaded, so that a bad image is refused at once.
+        image = None if args.control_image is None else open_image(args.control_image)
         config, dtype, device = build_config(args), DTYPES[args.dtype], args.device
         loras = [split_scale(entry) for entry in args.lora]
         model, network = load_student(
@@ -229,16 +239,6 @@ def main(args) -> None:
     if not single and args.prompts is None:
         save_grid([Image.open(path) for path in paths], args.output / "grid.png")
     print(f"{len(todo)} pictures sampled, {len(paths)} in {args.output}")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One picture to make."""
-
-    prompt: str
-    seed: int
-    path: Path
-    settings: dict
 
 
 @torch.no_grad()
