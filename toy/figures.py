@@ -171,10 +171,13 @@ def targets(path: Path, students: list[Student]) -> None:
 #
 # A jump is exact when its dot lies on the grey path; the last dots are the samples.
 
+SHOWN = 300  # samples whose paths are shown
+
 
 def teacher_paths(ev: Evaluation) -> Tensor:
-    """The teacher's guided PF-ODE from noise to data in many stops; (n, stops, 2), seed 0."""
-    cond, stops = ev.cond(1), [next(ev.noise(1))]
+    """The teacher's guided PF-ODE from noise to data in many stops; (SHOWN, stops, 2), seed 0."""
+    rows = SHOWN * ev.config.seeds
+    cond, stops = ev.cond(1)[:rows], [next(ev.noise(1))[:rows]]
     eps = guided(ev.teacher, cond, torch.zeros_like(cond), ev.config.w)
     with torch.no_grad():
         ev.follow(eps, stops[0], ev.schedule.T - 1, CLEAN, callback=lambda s, x: stops.append(x))
@@ -216,7 +219,6 @@ def trajectories(path: Path, ev: Evaluation, exact: Tensor, students: dict[str, 
 # All methods start from the same noise and move at the same pace, from stop to stop in straight
 # lines. Grey lines are paths of the teacher in many steps, grey dots its samples.
 
-SHOWN = 300  # samples in a panel
 MOVES = 12  # frames from stop to stop
 MOVE_MS, STOP_MS, NOISE_MS, DATA_MS = 50, 400, 800, 2500  # how long a frame is shown
 PALE = (196, 200, 208)
@@ -236,9 +238,9 @@ def moving_paths(path: Path, ev: Evaluation, exact: Tensor, students: dict[str, 
         name = "teacher, DDIM" if method == "teacher" else NAMES.get(method, method)
         background.text(left + side / 2, 22, name, 20, COLOURS.get(method, INK), "mm")
         axes = Axes(background, (left, 42, side, side), (-2.9, 2.9), (-2.9, 2.9))
-        for j in _inside(exact[:SHOWN], 40, axes.xlim[1]):
+        for j in _inside(exact, 40, axes.xlim[1]):
             axes.line(*exact[j].T.tolist(), PALE, 1)
-        _dots(background, axes, exact[:SHOWN, -1], [PALE] * len(exact[:SHOWN]))
+        _dots(background, axes, exact[:, -1], [PALE] * len(exact))
         panels[method] = axes
     background.text(left + side, 254, "grey: the teacher in many steps", 16, GREY, "rm")
     colours = [CLASS_COLOURS[c] for c in ev.label[:SHOWN].tolist()]
