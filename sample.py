@@ -31,6 +31,7 @@ from tcd import TCF
 from training import distributed
 from unet import UNet, UNetConfig
 
+LOW_MEMORY_TURN = 16  # pictures; so many are lost at most if the program is stopped
 SETTINGS_VERSION = 2  # of pictures' settings; in version 1 --tune-guidance was the paper's w'
 
 # -------------------------------------------------------------------------------------------- setup
@@ -91,26 +92,27 @@ def load_student(
     tcf: str, steps: int, dtype: torch.dtype, device: str,
 ) -> tuple[SDXL, object]:  # fmt: skip
     """The model with every LoRA merged in, and the network to sample in so many steps."""
-    # LoRAs are merged in the file's own precision: half would round their small updates away.
-    model = load_sdxl(path, tokenizer, None if loras else dtype).to(device)
+    # LoRAs are added to the file's own numbers, and only the sum is rounded to dtype.
+    model = load_sdxl(path, tokenizer, None if loras else dtype)
     if unet is not None:
-        model.unet = load_component(unet, UNet, UNetConfig).to(device)
+        model.unet = load_component(unet, UNet, UNetConfig)
     if model.unet.config.scalar and tcf != "s":
         raise ValueError(f"{unet or path}: its UNet takes a target time: give --tcf s")
-    network = pipeline.merge_loras(model, loras, tcf, steps)
+    network = pipeline.merge_loras(model, loras, tcf, steps, dtype, device)
     for module in (model.unet, model.encoder_1, model.encoder_2):
-        cast(module, dtype)
+        cast(module, dtype, device)
     # Pixels as rows of channels: transformers and convolutions then agree on the layout.
     model.unet.to(memory_format=torch.channels_last)
+    model.vae.to(device)
     return model, network
 
 
-def control(network, folder: Path, image: Image.Image, scale: float, dtype, device: str):
-    """The network under the ControlNet of a folder, for an image of the picture's size."""
+def load_control(folder: Path, image: Image.Image, dtype, device: str) -> tuple[ControlNet, Tensor]:
+    """The ControlNet of a folder, and an image of the picture's size for it."""
     controlnet = load_component(folder, ControlNet, ControlNetConfig, dtype)
     controlnet.to(device, memory_format=torch.channels_last)
-    pixels = rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").to(device) / 255
-    return pipeline.with_controlnet(network, controlnet, pixels, scale)
+    pixels = rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w")
+    return controlnet, pixels.to(device) / 255
 
 
 def split_scale(entry: str) -> tuple[Path, float]:
@@ -150,7 +152,7 @@ def picture_settings(flags: dict, prompt: str, seed: int) -> dict:
     """All that decides one picture, as it is kept in its file."""
     settings = {**flags, "prompt": [prompt], "seed": seed, "num_images": 1}
     # Its place and the number of pictures sampled with it change nothing about a picture.
-    for name in ("prompts", "output", "save_latents", "batch_size"):
+    for name in ("prompts", "output", "save_latents", "batch_size", "compile", "low_memory"):
         del settings[name]
     settings = {name: value for name, value in settings.items() if value not in (None, [])}
     return {"version": SETTINGS_VERSION, **settings}
@@ -218,20 +220,34 @@ def main(args) -> None:
         # Read before the model is loaded, so that a bad image is refused at once.
         image = None if args.control_image is None else open_image(args.control_image)
         config, dtype, device = build_config(args), DTYPES[args.dtype], args.device
+        pipeline.use_exact_float32(dtype)
         loras = [split_scale(entry) for entry in args.lora]
         model, network = load_student(
             args.model, args.tokenizer, args.unet, loras, args.tcf, args.steps, dtype, device
         )
+        networks = [model.unet]
         if image is not None:
             image = image.resize((args.width, args.height), Image.Resampling.LANCZOS)
-            scale = args.control_scale
-            network = control(network, args.controlnet, image, scale, dtype, device)
+            controlnet, pixels = load_control(args.controlnet, image, dtype, device)
+            network = pipeline.with_controlnet(network, controlnet, pixels, args.control_scale)
+            networks.append(controlnet)
+        if args.compile:
+            for each in networks:
+                pipeline.compile_blocks(each)
+        parts = [[model.encoder_1, model.encoder_2], networks, [model.vae]]
+        if args.low_memory:
+            for part in parts:
+                for module in part:
+                    module.to("cpu")
         print(f"guidance g = {args.cfg:g} (w = {config.w:g}), applied as w = {config.w_tuned:.3g}")
         jobs = [Job(prompts[i], seed + i, paths[i], settings[i]) for i in todo]
         size = (args.height, args.width)
+        # Pictures that share a component's way to the device and back.
+        turn = LOW_MEMORY_TURN if args.low_memory else args.batch_size
         for x_0 in sample_all(
-            config, model, network, jobs, size, args.negative_prompt, args.batch_size, device
-        ):
+            config, model, network, parts, jobs, size, args.negative_prompt, args.batch_size,
+            turn, device,
+        ):  # fmt: skip
             if args.save_latents:
                 latents.append(x_0)
     if args.save_latents:
@@ -243,22 +259,41 @@ def main(args) -> None:
 
 @torch.no_grad()
 def sample_all(
-    config: SamplerConfig, model: SDXL, network, jobs: list[Job], size: tuple[int, int],
-    negative: str | None, batch_size: int, device: str,
+    config: SamplerConfig, model: SDXL, network, parts: list, jobs: list[Job],
+    size: tuple[int, int], negative: str | None, batch_size: int, turn: int, device: str,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """Sample, decode and save pictures of a size (height, width); yields each batch's latents."""
+    """Sample, decode and save pictures of a size (height, width); yields each batch's latents.
+
+    parts: the modules that encode, denoise and decode, each on the device in its turn. turn: how
+    many pictures go through one part before the next has its turn.
+    """
     height, width = size
     shape = (4, height // 8, width // 8)
+    encoders, networks, decoder = parts
     with tqdm(total=len(jobs), desc="images", unit="image", dynamic_ncols=True) as bar:
-        for start in range(0, len(jobs), batch_size):
-            batch = jobs[start : start + batch_size]
-            prompts, seeds = [job.prompt for job in batch], [job.seed for job in batch]
-            cond, null = pipeline.make_conditions(model, prompts, negative, height, width)
-            x_0 = pipeline.sample_latents(config, network, cond, null, shape, seeds, device)
-            for job, image in zip(batch, to_images(model.vae.decode(x_0)), strict=True):
-                save_png(image, job.path, job.settings)
-            bar.update(len(batch))
-            yield x_0.cpu()
+        for batches in split(split(jobs, batch_size), math.ceil(turn / batch_size)):
+            with pipeline.on_device(device, *encoders):
+                conds = []
+                for batch in batches:
+                    prompts = [job.prompt for job in batch]
+                    conds.append(pipeline.make_conditions(model, prompts, negative, height, width))
+            with pipeline.on_device(device, *networks):
+                latents = []
+                for batch, (cond, null) in zip(batches, conds, strict=True):
+                    seeds = [job.seed for job in batch]
+                    latents.append(pipeline.sample_latents(
+                        config, network, cond, null, shape, seeds, device))  # fmt: skip
+            with pipeline.on_device(device, *decoder):
+                for batch, x_0 in zip(batches, latents, strict=True):
+                    for job, image in zip(batch, to_images(model.vae.decode(x_0)), strict=True):
+                        save_png(image, job.path, job.settings)
+                    bar.update(len(batch))
+                    yield x_0.cpu()
+
+
+def split(items: list, size: int) -> list[list]:
+    """Parts of this size in order, the last one smaller if need be."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def sampler_flags(add) -> None:
@@ -304,8 +339,11 @@ def parser() -> cli.Parser:
     add("--output", type=Path, default=Path("sample.png"), help="PNG file, or folder for several")
     add("--save-latents", type=Path, metavar="FILE", help="file for the latents before decoding")
     add("--device", default="cuda" if gpu else "cpu", help="cpu, cuda, cuda:1, ..")
-    add("--dtype", choices=DTYPES, default="bf16" if gpu else "float32",
+    add("--dtype", choices=DTYPES, default="fp16" if gpu else "float32",
         help="precision of UNet and text encoders; the VAE is float32")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile for the UNet's blocks")
+    add("--low-memory", action="store_true",
+        help="text encoders, UNet and VAE on the device in turn: 1024 pixels in 8 GB")  # fmt: skip
     return p
 
 

@@ -9,7 +9,7 @@ solver remembers the step before, so a new one is made for each trajectory: SOLV
 functions that return a solver.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -22,33 +22,42 @@ CLEAN = -1  # the timestep of clean data: alpha = 1, sigma = 0. Timestep 0 still
 #
 # The table holds log alpha, and sigma follows from expm1: near t = 0 alpha is almost 1, where
 # sqrt(1 - alpha^2) loses half of its digits. The schedule's arithmetic is in float64 whatever the
-# precision of the samples; it is done on scalars or (b,) vectors and costs nothing.
+# precision of the samples; it is done on scalars or (b,) vectors and costs nothing. Numbers are
+# looked up on the CPU and timesteps of a batch where they are, so that no GPU has to be waited for.
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Variance-preserving noise schedule x_t = alpha_t x_0 + sigma_t eps on timesteps 0..T-1.
 
-    log_alpha: (T + 1,) in float64; entry t + 1 belongs to timestep t, entry 0 to CLEAN. Between
-    the entries log alpha is linear, so alpha and sigma exist for every real t in [-1, T-1].
+    log_alpha: (T + 1,) in float64, on the CPU; entry t + 1 belongs to timestep t, entry 0 to CLEAN.
+    Between the entries log alpha is linear, so alpha and sigma exist for every real t in [-1, T-1].
     """
 
     log_alpha: Tensor
+    copies: dict = field(default_factory=dict, repr=False, compare=False)  # device -> log_alpha
 
     @property
     def T(self) -> int:
         return len(self.log_alpha) - 1
 
-    def to(self, device) -> "Schedule":
-        return Schedule(self.log_alpha.to(device))
+    def table(self, device: torch.device) -> Tensor:
+        """log_alpha on a device, copied there once."""
+        if device not in self.copies:
+            self.copies[device] = self.log_alpha.to(device)
+        return self.copies[device]
 
     def at(self, t, ndim: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """alpha_t, sigma_t and lam_t = log(alpha_t / sigma_t), to broadcast over `ndim` axes."""
-        # A number stays 0-dimensional: it broadcasts as it is and never promotes a dtype.
-        t = torch.as_tensor(t, device=self.log_alpha.device).to(self.log_alpha.dtype)
+        """alpha_t, sigma_t and lam_t = log(alpha_t / sigma_t), to broadcast over `ndim` axes.
+
+        They are on t's device. A number's stay 0-dimensional on the CPU: as such they broadcast
+        with samples on any device, and never promote a dtype.
+        """
+        t = torch.as_tensor(t).to(self.log_alpha.dtype)
+        table = self.table(t.device)
         t = t.reshape(t.shape + (1,) * (ndim - t.ndim)) if t.ndim else t  # (b, 1, ..) or ()
         below = t.floor().long().clamp(-1, self.T - 2)
-        low, high = self.log_alpha[below + 1], self.log_alpha[below + 2]
+        low, high = table[below + 1], table[below + 2]
         log_alpha = low + (t - below) * (high - low)
         sigma = (-torch.expm1(2 * log_alpha)).sqrt()
         return log_alpha.exp(), sigma, log_alpha - sigma.log()
@@ -60,9 +69,9 @@ class Schedule:
         """The real-valued timestep with log-SNR lam, the inverse of lam_t on [CLEAN, T-1]."""
         log_alpha = -0.5 * torch.nn.functional.softplus(-2 * lam.to(self.log_alpha.dtype))
         # searchsorted wants an ascending list, and alpha falls with t.
-        falling = -self.log_alpha
-        above = torch.searchsorted(falling, -log_alpha.contiguous()).clamp(1, self.T)
-        low, high = self.log_alpha[above - 1], self.log_alpha[above]
+        table = self.table(lam.device)
+        above = torch.searchsorted(-table, -log_alpha.contiguous()).clamp(1, self.T)
+        low, high = table[above - 1], table[above]
         return above - 2 + (log_alpha - low) / (high - low)
 
     def diffuse(self, x_0: Tensor, eps: Tensor, t) -> Tensor:
@@ -106,7 +115,7 @@ def eps_from_x0(x_t: Tensor, x_0: Tensor, t, schedule: Schedule) -> Tensor:
 def _mix(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
     """a x + b y in the tensors' precision, but at least float32: samples are not kept in half."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return a.to(x.device, dtype) * x.to(dtype) + b.to(x.device, dtype) * y.to(dtype)
+    return a.to(dtype) * x.to(dtype) + b.to(dtype) * y.to(dtype)
 
 
 # ---------------------------------------------------------------------- exponential integrator
@@ -187,7 +196,15 @@ SOLVERS = {
 
 def eps_theta(model, x_t: Tensor, t, schedule: Schedule) -> Tensor:
     """model(x_t, t) with t expanded to one timestep an example, (b,)."""
-    return model(x_t, torch.as_tensor(t, device=x_t.device).expand(len(x_t)))
+    return model(x_t, per_example(t, x_t))
+
+
+def per_example(t, x: Tensor) -> Tensor:
+    """A number, or a 0-dimensional tensor on the CPU, for each of b examples; (b,) stays itself."""
+    if not torch.is_tensor(t):
+        return torch.full((len(x),), t, device=x.device)
+    # Filling takes the value along; copying it to a GPU would make the host wait.
+    return t if t.ndim else torch.full((len(x),), t.item(), dtype=t.dtype, device=x.device)
 
 
 def x_theta(model, x_t: Tensor, t, schedule: Schedule) -> Tensor:

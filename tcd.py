@@ -15,7 +15,7 @@ and in sampling, for TDD's targets as well as for TCD's.
 import torch
 from torch import Tensor
 
-from solvers import CLEAN, Schedule, ddim, dpmpp_2s, x0_of_step
+from solvers import CLEAN, Schedule, ddim, dpmpp_2s, per_example, x0_of_step
 
 # ------------------------------------------------------------- 4.2 trajectory consistency function
 #
@@ -39,7 +39,7 @@ def tcf_2(model, x_t: Tensor, t, s, schedule: Schedule) -> Tensor:
 def tcf_s(model, x_t: Tensor, t, s, schedule: Schedule) -> Tensor:
     """TCF(S+), Eq. 24: one evaluation of a network eps(x_t, t, s) that also takes the target s."""
     # Sampling ends at CLEAN where training ended at time 0; the network knows only the latter.
-    target_time = torch.as_tensor(s, device=x_t.device).clamp(min=0).expand(len(x_t))
+    target_time = per_example(s, x_t).clamp(min=0)
     return ddim(lambda x_t, t: model(x_t, t, target_time), x_t, t, s, schedule)
 
 

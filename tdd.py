@@ -134,7 +134,7 @@ class StepSample:
 
     def to(self, device) -> "StepSample":
         tensors = (getattr(self, field.name) for field in fields(self))
-        return StepSample(*(x if x is None else x.to(device) for x in tensors))
+        return StepSample(*(x if x is None else to_device(x, device) for x in tensors))
 
 
 def sample_step(
@@ -151,6 +151,16 @@ def sample_step(
     noise = torch.randn(shape, generator=generator)
     guided_rows = keep_prompt.nonzero()[:, 0]
     return StepSample(targets.grid[n + 1], targets.grid[n], tau, keep_prompt, noise, guided_rows)
+
+
+def to_device(x: Tensor, device) -> Tensor:
+    """A CPU tensor on a device, by way of pinned memory, from which a GPU copies in the background.
+
+    From other memory it would first have to finish all work that was queued before.
+    """
+    if torch.device(device).type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def squared_l2(d: Tensor) -> Tensor:
@@ -370,4 +380,4 @@ def noise_stream(seeds, shape, device="cpu") -> Iterator[Tensor]:
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     while True:
         draws = [torch.randn((1, *shape), generator=generator) for generator in generators]
-        yield torch.cat(draws).to(device)
+        yield to_device(torch.cat(draws), device)

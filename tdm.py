@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from solvers import CLEAN, SOLVERS, Schedule, eps_theta, renoise, x0_of_step, x_theta
-from tdd import conditioned, equidistant, squared_l2, with_scalar
+from tdd import conditioned, equidistant, squared_l2, to_device, with_scalar
 
 # -------------------------------------------------------------------------- 3.1 the trajectory
 #
@@ -44,7 +44,7 @@ class StepSample:
         return self.tau
 
     def to(self, device) -> "StepSample":
-        x_T, tau, noise = self.x_T.to(device), self.tau.to(device), self.noise.to(device)
+        x_T, tau, noise = (to_device(x, device) for x in (self.x_T, self.tau, self.noise))
         return replace(self, x_T=x_T, tau=tau, noise=noise)
 
 
@@ -171,7 +171,7 @@ def student_loss(real, fake, p: StudentSample, schedule: Schedule, loss: str = "
     """
     if loss == "fisher":
         return fisher_loss(real, fake, p, schedule)
-    alpha_m = schedule.at(p.t_m)[0].to(p.x_m)
+    alpha_m = schedule.at(p.t_m)[0].to(p.x_m.dtype)
     with torch.no_grad():
         x_real, x_fake = (x_theta(f, p.x_tau, p.tau, schedule) for f in (real, fake))
         # x~ of Eq. 6 lies a step down the KL divergence from x_{t_m}.

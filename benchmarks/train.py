@@ -48,7 +48,7 @@ class Published:
             p.data = p.data.float()
         self.optimizer = torch.optim.AdamW(self.trained, 1e-6, weight_decay=0)
         self.autocast = torch.autocast("cuda", torch.bfloat16, config.on_gpu)
-        self.schedule = sdxl_schedule().to(config.device)
+        self.schedule = sdxl_schedule()
 
     def jump(self, unet, x_t, t, s, cond):
         with self.autocast:

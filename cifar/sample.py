@@ -64,9 +64,8 @@ def load_student(runs: Path, name: str, teacher: UNet) -> LoadedModel:
     # An empty module stands in for each text encoder: the LoRA is for the UNet alone.
     no_encoder = nn.Module()
     lora, *_ = read_lora(path, teacher, no_encoder, no_encoder)
-    lora = lora.to(teacher.conv_in.weight.device)
     # In half precision this would round small updates away.
-    merge(student, lora)
+    merge(student, [(lora, 1.0)])
     jump = TCF[settings.get("tcf", "1")]
     return LoadedModel(student, lora.scalar_embedding, jump, int(settings["solver_steps"]))
 

@@ -122,7 +122,7 @@ def train_classifier(config: CifarConfig, stage: Stage) -> None:
 def train_teacher(config: CifarConfig, stage: Stage) -> None:
     """The teacher's moving average, saved as a UNet in diffusers' layout."""
     torch.manual_seed(config.seed)
-    device, schedule = config.device, sdxl_schedule().to(config.device)
+    device, schedule = config.device, sdxl_schedule()
     unet_config = unet_json(config.channels)
     unet = UNet(UNetConfig.from_json(unet_config)).to(device, memory_format=torch.channels_last)
     ema = deepcopy(unet).requires_grad_(False)

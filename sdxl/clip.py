@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from tdd import to_device
+
 # -------------------------------------------------------------------------------------- tokenizer
 #
 # CLIP splits a prompt by Unicode's categories, which Python's re does not know. So every character
@@ -268,7 +270,7 @@ def encode_prompts(
 ) -> dict[str, Tensor]:
     """The UNet's condition except time_ids: prompt_embeds (b, 77, 2048) and pooled (b, 1280)."""
     device = encoder_1.text_model.final_layer_norm.weight.device
-    hidden_1, _ = encoder_1(tokenizer(prompts, tokenizer.end).to(device))
+    hidden_1, _ = encoder_1(to_device(tokenizer(prompts, tokenizer.end), device))
     # SDXL was trained with id 0 ("!") as the second encoder's padding.
-    hidden_2, pooled = encoder_2(tokenizer(prompts, 0).to(device))
+    hidden_2, pooled = encoder_2(to_device(tokenizer(prompts, 0), device))
     return {"prompt_embeds": torch.cat([hidden_1, hidden_2], -1), "pooled": pooled}

@@ -1,7 +1,7 @@
 """LoRA: low-rank adapters on a frozen base, switched on for a call, stacked with weights, merged.
 
-Teacher, student and target network share one copy of the base. `add_adapter` gives its layers a
-LoRA's adapters under a name; within `active_adapters` the named LoRAs count, with their weights.
+Teacher, student and target network share one copy of the base. `add_adapter` gives it a LoRA under
+a name; within `active_adapters` the named LoRAs count, with their weights.
 """
 
 import math
@@ -51,16 +51,6 @@ class Adapter(nn.Module):
         up = torch.zeros([out, rank] + [1] * (len(fan_in) - 1))
         return cls(down / math.prod(fan_in) ** 0.5, up, alpha)
 
-    def add(self, y: Tensor, x: Tensor, layer: nn.Module, weight: float) -> Tensor:
-        """y + weight * scale * up(down(x)), in y's own memory."""
-        # The weights may be in float32, for training, beside a base in half precision. The factor
-        # is applied to the small matrix: on y it would be another pass over all activations.
-        down, up = self.down.to(x.dtype), (weight * self.scale * self.up).to(x.dtype)
-        if isinstance(layer, nn.Conv2d):
-            h = F.conv2d(x, down, None, layer.stride, layer.padding)
-            return y.add_(F.conv2d(h, up))
-        return y.addmm_(F.linear(x, down), up.T)
-
     def scaled(self, scale: float) -> "Adapter":
         """The same adapter in float32 with this scale, and an up matrix that makes up for it.
 
@@ -102,52 +92,105 @@ def init_scalar_embedding(base: UNet, kind: str, generator: torch.Generator) -> 
     return embedding
 
 
+# -------------------------------------------------------------------------- precision to compute in
+#
+# What is trained is in float32, beside a base in half precision. A LoRA has 1,600 matrices, each a
+# few thousand numbers: cast one by one, layer by layer, they would keep a GPU waiting for the host
+# for longer than it computes. So all are cast at once, whenever a pass begins.
+
+
+class _CastAll(torch.autograd.Function):
+    """All tensors times a factor each, in another precision; gradients come back in their own."""
+
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, factors: list[float], *tensors: Tensor):
+        ctx.factors, ctx.dtype = factors, tensors[0].dtype
+        scaled = torch._foreach_mul(tensors, factors)
+        return tuple(_cast_all(scaled, dtype))
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        gradients = _cast_all(gradients, ctx.dtype)
+        return None, None, *torch._foreach_mul(gradients, ctx.factors)
+
+
+def _cast_all(tensors, dtype: torch.dtype) -> list[Tensor]:
+    if tensors[0].dtype == dtype:
+        return list(tensors)
+    result = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(result, tensors)
+    return result
+
+
+def compute_weights(lora: LoRA, weight: float, dtype: torch.dtype) -> dict:
+    """Layer -> its down matrix, and its up matrix times weight and scale, in this precision."""
+    adapters = lora.adapters.values()
+    downs = [adapter.down for adapter in adapters]
+    if downs[0].dtype != dtype:
+        downs = _CastAll.apply(dtype, [1.0] * len(downs), *downs)
+    # The factor is applied to the small matrix: on the layer's output it would be another pass over
+    # all activations.
+    factors = [weight * adapter.scale for adapter in adapters]
+    ups = _CastAll.apply(dtype, factors, *(adapter.up for adapter in adapters))
+    return dict(zip(lora.adapters, zip(downs, ups, strict=True), strict=True))
+
+
 # -------------------------------------------------------------------------------- on a frozen base
 #
 # Layers become LoRA subclasses in place, so the base's state dict is unchanged.
 
 
 class _LoRALayer:
-    """The forward pass of a layer with .adapters and the .active weights, each by LoRA's name."""
+    """The forward pass of a layer with the active LoRAs' matrices under its .layer_name."""
 
     def forward(self, x: Tensor) -> Tensor:
-        names = [name for name, weight in self.active.items() if weight and name in self.adapters]
+        name = self.layer_name
+        pairs = [weights[name] for weights in self.active.values() if name in weights]
         # With none active the output is the base's, bit for bit.
-        if not names:
+        if not pairs:
             return super().forward(x)
         # Rows of channels: adding in place to a view would cost the backward pass a copy.
         rows = x if isinstance(self, nn.Conv2d) else x.flatten(0, -2)
         y = super().forward(rows)
-        for name in names:
-            y = self.adapters[name].add(y, rows, self, self.active[name])
+        for down, up in pairs:
+            y = self.add_product(y, rows, down, up)
         return y.view(*x.shape[:-1], -1) if x.ndim == 3 else y
 
 
 class LoRALinear(_LoRALayer, nn.Linear):
     """A linear layer with adapters."""
 
+    def add_product(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """y + up(down(x)), in y's own memory."""
+        return y.addmm_(F.linear(x, down), up.T)
+
 
 class LoRAConv2d(_LoRALayer, nn.Conv2d):
     """A convolution with adapters."""
 
+    def add_product(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """y + up(down(x)), in y's own memory."""
+        return y.add_(F.conv2d(F.conv2d(x, down, None, self.stride, self.padding), up))
+
 
 def add_adapter(base: nn.Module, name: str, lora: LoRA) -> None:
-    """Give the base's layers a LoRA's adapters under a name, inactive until `active_adapters`."""
-    if not hasattr(base, "active_loras"):
-        base.active_loras = {}
+    """Give the base a LoRA under a name, inactive until `active_adapters`."""
+    if not hasattr(base, "loras"):
+        # Plain dicts are neither parameters nor state of the base.
+        base.loras, base.active_weights = {}, {}
+    base.loras[name] = lora
     layers = named_layers(base)
-    for layer_name, adapter in lora.adapters.items():
+    for layer_name in lora.adapters:
         layer = layers[layer_name]
         if not isinstance(layer, _LoRALayer):
             layer.__class__ = LoRAConv2d if isinstance(layer, nn.Conv2d) else LoRALinear
-            # Plain dicts are neither parameters nor state of the base. All layers share `active`.
-            layer.adapters, layer.active = {}, base.active_loras
-        layer.adapters[name] = adapter
+            layer.layer_name, layer.active = layer_name, base.active_weights
 
     def recompute_context():
-        return nullcontext(), active_adapters(base, **base.active_loras)
+        return nullcontext(), _activate(base, dict(base.active_weights))
 
-    # A block is recomputed in the backward pass, outside of the `active_adapters` of its first run.
+    # A block is recomputed in the backward pass, outside of the `active_adapters` of its first run:
+    # with the very tensors of that run, to which the gradient belongs.
     for module in base.modules():
         if isinstance(module, Block):
             module.recompute_context = recompute_context
@@ -156,25 +199,49 @@ def add_adapter(base: nn.Module, name: str, lora: LoRA) -> None:
 @contextmanager
 def active_adapters(base: nn.Module, **weights: float):
     """Run the base with exactly these LoRAs, name=weight; with none it is the plain base."""
-    active = getattr(base, "active_loras", {})
+    active, dtype = {}, next(base.parameters()).dtype
+    for name, weight in weights.items():
+        if weight and base.loras[name].adapters:
+            active[name] = compute_weights(base.loras[name], weight, dtype)
+    with _activate(base, active):
+        yield base
+
+
+@contextmanager
+def _activate(base: nn.Module, weights: dict):
+    """Run the base with the matrices of these LoRAs, by their names."""
+    # Layers hold this very dict, so it is changed and not replaced.
+    active = getattr(base, "active_weights", {})
     before = dict(active)
     active.clear()
     active.update(weights)
     try:
-        yield base
+        yield
     finally:
         active.clear()
         active.update(before)
 
 
+# ------------------------------------------------------------------------------------------ merging
+#
+# The sum of W and an update a thousand times smaller loses much of it in half precision, and all in
+# eight bits. It is rounded once, to the precision that is computed in.
+
+
 @torch.no_grad()
-def merge(base: nn.Module, lora: LoRA, weight: float = 1.0) -> None:
-    """Add weight times a LoRA to the base's weights for good."""
-    layers = named_layers(base)
-    for name, adapter in lora.adapters.items():
-        old = layers[name].weight
-        # In float32: half precision would round away what small adapters add.
-        product = adapter.up.float().flatten(1) @ adapter.down.float().flatten(1)
-        delta = weight * (adapter.scale * product.view(old.shape)).to(old.device)
+def merge(base: nn.Module, loras: list[tuple[LoRA, float]], dtype=None, device=None) -> None:
+    """Add LoRAs times their weights to the base's weights for good.
+
+    dtype, device: of the changed layers then; None leaves each as it is. A layer is added up in
+    float32 on the device, one at a time.
+    """
+    for name, layer in named_layers(base).items():
+        changes = [(lora.adapters[name], weight) for lora, weight in loras if name in lora.adapters]
+        if not changes:
+            continue
+        total = layer.weight.to(device).float()
+        for adapter, weight in changes:
+            down, up = (x.to(total.device).float().flatten(1) for x in (adapter.down, adapter.up))
+            total = total + weight * adapter.scale * (up @ down).view(total.shape)
         # A new tensor: the old one may be a file's memory-mapped pages.
-        layers[name].weight = nn.Parameter((old.float() + delta).to(old.dtype), requires_grad=False)
+        layer.weight = nn.Parameter(total.to(dtype or layer.weight.dtype), requires_grad=False)

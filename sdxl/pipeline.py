@@ -1,5 +1,6 @@
 """SDXL in tdd.py's terms: conditions, networks eps(x_t, t, cond), data and samples."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,12 +10,12 @@ from torch import Tensor, nn
 
 import tdd
 from sdxl.clip import encode_prompts
-from sdxl.load import SDXL
+from sdxl.load import HALF, SDXL
 from sdxl.lora import merge
 from sdxl.lora_files import read_lora
 from solvers import CLEAN, SOLVERS, sdxl_schedule, solve
 from tcd import TCF
-from unet import Block, ScalarEmbedding, UNet
+from unet import Block, Encoder, ScalarEmbedding
 
 SCHEDULES = {"equidistant": tdd.equidistant, "nonequidistant": tdd.nonequidistant}
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,10 +25,10 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 def make_conditions(model: SDXL, prompts: list[str], negative: str | None, height: int, width: int):
     """The condition of each prompt and the null condition: zeros, or the negative prompt's."""
-    device = model.unet.conv_in.weight.device
     cond = encode_prompts(prompts, model.tokenizer, model.encoder_1, model.encoder_2)
     # As if the picture had that size from the start and nothing was cropped.
-    sizes = torch.tensor([[height, width, 0, 0, height, width]], device=device)
+    sizes = torch.tensor([[height, width, 0, 0, height, width]])
+    sizes = tdd.to_device(sizes, cond["pooled"].device)
     cond = {**cond, "time_ids": sizes.expand(len(prompts), 6)}
     if negative is None:
         return cond, null_condition(cond)
@@ -47,9 +48,9 @@ def encode_batch(model: SDXL, batch: dict, generator: torch.Generator, device) -
     images = batch["images"].to(device, non_blocking=True)
     b, _, h, w = images.shape
     noise = torch.randn((b, 4, h // model.vae.factor, w // model.vae.factor), generator=generator)
-    x_0 = model.vae.encode(images, noise.to(device))
+    x_0 = model.vae.encode(images, tdd.to_device(noise, device))
     prompts = encode_prompts(batch["captions"], model.tokenizer, model.encoder_1, model.encoder_2)
-    return x_0, {**prompts, "time_ids": batch["time_ids"].to(device)}
+    return x_0, {**prompts, "time_ids": tdd.to_device(batch["time_ids"], device)}
 
 
 # ---------------------------------------------------------------------------------------- networks
@@ -71,18 +72,21 @@ def scalar_network(unet: nn.Module, embedding: ScalarEmbedding | None, k: int | 
     return network
 
 
-def merge_loras(model: SDXL, loras: list[tuple[Path, float]], tcf: str, k: int):
+def merge_loras(
+    model: SDXL, loras: list[tuple[Path, float]], tcf: str, k: int, dtype: torch.dtype, device
+):
     """The network eps(x_t, t, cond) of the model with (file, scale) LoRAs merged in, for k steps.
 
-    Merged, a LoRA costs nothing when sampling. Raises ValueError if files and --tcf do not agree.
+    dtype: precision of what is merged, from the model's own. Merged, a LoRA costs nothing when
+    sampling. Raises ValueError if files and --tcf do not agree.
     """
     network = scalar_network(model.unet, getattr(model.unet, "scalar_embedding", None))
     bases = model.unet, model.encoder_1, model.encoder_2
-    for path, scale in loras:
-        parts = read_lora(path, *bases)
-        for base, lora in zip(bases, parts, strict=True):
-            merge(base, lora, scale)
-        embedding = parts[0].scalar_embedding
+    parts = [(read_lora(path, *bases), scale) for path, scale in loras]
+    for i, base in enumerate(bases):
+        merge(base, [(each[i], scale) for each, scale in parts], dtype, device)
+    for (path, scale), ((unet_lora, *_), _) in zip(loras, parts, strict=True):
+        embedding = unet_lora.scalar_embedding
         if embedding is None:
             continue
         is_tcf_s = embedding.kind == "target_time"
@@ -91,7 +95,7 @@ def merge_loras(model: SDXL, loras: list[tuple[Path, float]], tcf: str, k: int):
             hint = "give --tcf s, and only then" if is_tcf_s else "leave --tcf s away"
             message = f"--lora {path} takes the {scalar} as an input: {hint}"
             raise ValueError(f"{message}, and give no second LoRA of its kind")
-        embedding.to(model.unet.conv_in.weight.device)
+        embedding.to(device)
         # The last layer is linear: scaling it scales the whole embedding.
         for parameter in embedding.linear_2.parameters():
             parameter.mul_(scale)
@@ -111,8 +115,28 @@ def with_controlnet(network, controlnet, image: Tensor, scale: float):
     return model
 
 
-def compile_blocks(unet: UNet, **options) -> None:
-    """torch.compile each block of the UNet, for any batch size."""
+@contextmanager
+def on_device(device, *modules: nn.Module):
+    """These modules on a device; their weights stay where they were, and are back there after."""
+    homes = [(p, p.data) for module in modules for p in module.parameters()]
+    for module in modules:
+        module.to(device)
+    try:
+        yield
+    finally:
+        for p, data in homes:
+            p.data = data
+
+
+def use_exact_float32(dtype: torch.dtype) -> None:
+    """Convolutions in float32 where that was asked for, and not in torch's default, TF32."""
+    # TF32 has ten bits, as fp16 has. Beside fp16 it is for the autoencoder, which has the bits to
+    # spare; a LoRA's effect is off by 7 % in it.
+    torch.backends.cudnn.allow_tf32 = dtype in HALF
+
+
+def compile_blocks(unet: Encoder, **options) -> None:
+    """torch.compile each block of a UNet or ControlNet, for any batch size."""
     # Blocks, not the network: a dozen shapes instead of one huge graph, and the LoRA switches stay
     # outside. Only the batch may vary, as the teacher's does from step to step.
     torch._dynamo.config.automatic_dynamic_shapes = False

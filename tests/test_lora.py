@@ -109,7 +109,7 @@ def test_every_naming_reads_as_peft_computes(naming, folder, model, tmp_path):
     assert torch.equal(model.unet(*inputs()), plain)  # switched off, bit for bit
     before = {k: v.clone() for k, v in model.unet.state_dict().items()}
     assert set(before) == set(UNet2DConditionModel.from_pretrained(folder / "unet").state_dict())
-    merge(model.unet, lora)
+    merge(model.unet, [(lora, 1.0)])
     assert close(model.unet(*inputs()), theirs(unet), 1e-5)
     assert any(not torch.equal(before[k], v) for k, v in model.unet.state_dict().items())
 
@@ -319,7 +319,7 @@ def test_headers_mean_what_peft_means(pattern, alpha, stable, folder, model, tmp
         tmp_path, get_peft_model_state_dict(unet), weight_name="lora.safetensors",
         unet_lora_adapter_metadata=config.to_dict(),
     )  # fmt: skip
-    merge(model.unet, read(tmp_path / "lora.safetensors", model)[0])
+    merge(model.unet, [(read(tmp_path / "lora.safetensors", model)[0], 1.0)])
     with torch.no_grad():
         assert close(model.unet(*inputs()), theirs(unet), 1e-4)  # a wrong alpha: 0.3 and more
 

@@ -75,7 +75,7 @@ def build_tdd_config(config: DistillConfig, device) -> TDDConfig:
     """Algorithm 1's settings; ValueError if kmin, kmax and N do not go together."""
     return TDDConfig(
         targets=targets_of(config.method, config.solver_steps, config.kmin, config.kmax),
-        schedule=sdxl_schedule().to(device), eta=config.eta, rho=config.rho, w=config.w,
+        schedule=sdxl_schedule(), eta=config.eta, rho=config.rho, w=config.w,
         mu=config.mu, solver=SOLVERS[config.solver](), jump=TCF[config.tcf],
         distance=DISTANCES[config.loss], adv_weight=config.adv_weight,
     )  # fmt: skip
@@ -118,7 +118,7 @@ def _build_tdm(config: DistillConfig, unet: UNet, device, generator, init_lora) 
     lora = build_lora(config, unet, generator, init_lora).to(device)
     fake_lora = LoRA.init(unet, config.rank, config.alpha, generator, config.scalar).to(device)
     tdm_config = TDMConfig(
-        schedule=sdxl_schedule().to(device), Ks=config.Ks, N=config.solver_steps, w=config.w[0],
+        schedule=sdxl_schedule(), Ks=config.Ks, N=config.solver_steps, w=config.w[0],
         fake_weight=config.fake_weight, loss=config.loss, make_solver=SOLVERS[config.solver],
     )  # fmt: skip
     return TDMStep(unet, lora, fake_lora, tdm_config)
