@@ -25,7 +25,7 @@ from common import cli, files
 from common.pictures import open_image, save_grid, to_images
 from sdxl import pipeline
 from sdxl.controlnet import ControlNet, ControlNetConfig
-from sdxl.load import SDXL, cast, find_weights, load_component, load_sdxl
+from sdxl.load import SDXL, cast, find_weights, load_component, load_sdxl, use_exact_float32
 from sdxl.pipeline import DTYPES, SCHEDULES, SamplerConfig
 from tcd import TCF
 from training import distributed
@@ -220,7 +220,7 @@ def main(args) -> None:
         # Read before the model is loaded, so that a bad image is refused at once.
         image = None if args.control_image is None else open_image(args.control_image)
         config, dtype, device = build_config(args), DTYPES[args.dtype], args.device
-        pipeline.use_exact_float32(dtype)
+        use_exact_float32(dtype)
         loras = [split_scale(entry) for entry in args.lora]
         model, network = load_student(
             args.model, args.tokenizer, args.unet, loras, args.tcf, args.steps, dtype, device

@@ -44,7 +44,7 @@ class Schedule:
     def table(self, device: torch.device) -> Tensor:
         """log_alpha on a device, copied there once."""
         if device not in self.copies:
-            self.copies[device] = self.log_alpha.to(device)
+            self.copies[device] = to_device(self.log_alpha, device)
         return self.copies[device]
 
     def at(self, t, ndim: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,6 +78,16 @@ class Schedule:
         """x_t ~ N(alpha_t x_0, sigma_t^2 I) from unit noise eps (Algorithm 1, line 10)."""
         alpha_t, sigma_t, _ = self.at(t, x_0.ndim)
         return _mix(alpha_t, x_0, sigma_t, eps)
+
+
+def to_device(x: Tensor, device) -> Tensor:
+    """A tensor on a device; from the CPU by way of pinned memory, for which no GPU has to stop.
+
+    From other memory it would first finish all work that was queued before.
+    """
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def sdxl_schedule(T: int = 1000, beta_0: float = 0.00085, beta_T: float = 0.012) -> Schedule:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from solvers import CLEAN, Schedule, ddim, eps_from_x0, renoise, solver_grid, x0_from_eps
+from solvers import CLEAN, Schedule, ddim, eps_from_x0, renoise, solver_grid, to_device, x0_from_eps
 
 # ------------------------------------------------------------- 3.2 target timestep selection
 #
@@ -151,16 +151,6 @@ def sample_step(
     noise = torch.randn(shape, generator=generator)
     guided_rows = keep_prompt.nonzero()[:, 0]
     return StepSample(targets.grid[n + 1], targets.grid[n], tau, keep_prompt, noise, guided_rows)
-
-
-def to_device(x: Tensor, device) -> Tensor:
-    """A CPU tensor on a device, by way of pinned memory, from which a GPU copies in the background.
-
-    From other memory it would first have to finish all work that was queued before.
-    """
-    if torch.device(device).type == "cuda":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
 
 
 def squared_l2(d: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from solvers import CLEAN, SOLVERS, Schedule, eps_theta, renoise, x0_of_step, x_theta
-from tdd import conditioned, equidistant, squared_l2, to_device, with_scalar
+from solvers import CLEAN, SOLVERS, Schedule, eps_theta, renoise, to_device, x0_of_step, x_theta
+from tdd import conditioned, equidistant, squared_l2, with_scalar
 
 # -------------------------------------------------------------------------- 3.1 the trajectory
 #

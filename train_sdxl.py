@@ -19,7 +19,7 @@ import torch
 from common import cli, files
 from common.cli import count, non_negative, positive_int, share
 from common.files import read_lines
-from sdxl.load import SDXL, load_sdxl
+from sdxl.load import SDXL, load_sdxl, use_exact_float32
 from sdxl.lora import LoRA
 from sdxl.lora_files import read_lora
 from sdxl.pipeline import DTYPES, encode_batch, make_conditions, null_condition
@@ -248,6 +248,7 @@ def main(args) -> None:
     config = build_config(args)
     if rank == 0:
         print(describe_guidance(config))
+    use_exact_float32(DTYPES[args.dtype])
     model = load_sdxl(args.model, args.tokenizer, DTYPES[args.dtype])
     step = build.build_step(config, model.unet, device, read_init(args.init, model))
     position = saved["positions"][rank] if folder else None
@@ -263,7 +264,8 @@ def main(args) -> None:
     generator = torch.Generator().manual_seed(args.seed * 10_000 + rank)
     state = loop.TrainState(
         output, step.modules, build.build_optimizers(config, step), generator, loader, settings,
-        partial(export, config, args.model, step))  # fmt: skip
+        partial(export, config, args.model, step),
+        loop.loss_scaler(device, args.dtype == "fp16" and not args.full))  # fmt: skip
     if folder is not None:
         state.restore(folder, saved)
     step.distribute(distributed.wrap_ddp)
@@ -352,8 +354,8 @@ def parser() -> cli.Parser:
     add("--clip-grad", type=non_negative, default=1.0, help="largest norm of a gradient; 0: any")
     add("--weight-decay", type=non_negative, default=0.0, help="weight decay of AdamW")
     add("--seed", type=cli.number(int, 0, 2**31), default=0, help="seed of all random numbers")
-    add("--dtype", choices=["bf16", "float32"], default="bf16" if gpu else "float32",
-        help="precision of the frozen base; what is trained is float32")  # fmt: skip
+    add("--dtype", choices=DTYPES, default="fp16" if gpu else "float32",
+        help="precision of the frozen base, with loss scaling in fp16; what is trained is float32")  # fmt: skip
     add("--device", default="cuda" if gpu else "cpu", help="cpu or cuda")
     add("--compile", action="store_true", help="torch.compile for the UNet's blocks")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True,

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from tdd import to_device
+from solvers import to_device
 
 # -------------------------------------------------------------------------------------- tokenizer
 #

@@ -7,6 +7,7 @@ a name; within `active_adapters` the named LoRAs count, with their weights.
 import math
 import re
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -100,18 +101,21 @@ def init_scalar_embedding(base: UNet, kind: str, generator: torch.Generator) -> 
 
 
 class _CastAll(torch.autograd.Function):
-    """All tensors times a factor each, in another precision; gradients come back in their own."""
+    """All tensors in another precision, times a factor each or not; gradients in their own."""
 
     @staticmethod
-    def forward(ctx, dtype: torch.dtype, factors: list[float], *tensors: Tensor):
+    def forward(ctx, dtype: torch.dtype, factors: list[float] | None, *tensors: Tensor):
         ctx.factors, ctx.dtype = factors, tensors[0].dtype
-        scaled = torch._foreach_mul(tensors, factors)
-        return tuple(_cast_all(scaled, dtype))
+        if factors is not None:
+            tensors = torch._foreach_mul(tensors, factors)
+        return tuple(_cast_all(tensors, dtype))
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
         gradients = _cast_all(gradients, ctx.dtype)
-        return None, None, *torch._foreach_mul(gradients, ctx.factors)
+        if ctx.factors is not None:
+            gradients = torch._foreach_mul(gradients, ctx.factors)
+        return None, None, *gradients
 
 
 def _cast_all(tensors, dtype: torch.dtype) -> list[Tensor]:
@@ -127,7 +131,7 @@ def compute_weights(lora: LoRA, weight: float, dtype: torch.dtype) -> dict:
     adapters = lora.adapters.values()
     downs = [adapter.down for adapter in adapters]
     if downs[0].dtype != dtype:
-        downs = _CastAll.apply(dtype, [1.0] * len(downs), *downs)
+        downs = _CastAll.apply(dtype, None, *downs)
     # The factor is applied to the small matrix: on the layer's output it would be another pass over
     # all activations.
     factors = [weight * adapter.scale for adapter in adapters]
@@ -141,18 +145,16 @@ def compute_weights(lora: LoRA, weight: float, dtype: torch.dtype) -> dict:
 
 
 class _LoRALayer:
-    """The forward pass of a layer with the active LoRAs' matrices under its .layer_name."""
+    """The forward pass of a layer with .active, pairs of a down and an up matrix."""
 
     def forward(self, x: Tensor) -> Tensor:
-        name = self.layer_name
-        pairs = [weights[name] for weights in self.active.values() if name in weights]
         # With none active the output is the base's, bit for bit.
-        if not pairs:
+        if not self.active:
             return super().forward(x)
         # Rows of channels: adding in place to a view would cost the backward pass a copy.
         rows = x if isinstance(self, nn.Conv2d) else x.flatten(0, -2)
         y = super().forward(rows)
-        for down, up in pairs:
+        for down, up in self.active:
             y = self.add_product(y, rows, down, up)
         return y.view(*x.shape[:-1], -1) if x.ndim == 3 else y
 
@@ -175,51 +177,52 @@ class LoRAConv2d(_LoRALayer, nn.Conv2d):
 
 def add_adapter(base: nn.Module, name: str, lora: LoRA) -> None:
     """Give the base a LoRA under a name, inactive until `active_adapters`."""
-    if not hasattr(base, "loras"):
-        # Plain dicts are neither parameters nor state of the base.
-        base.loras, base.active_weights = {}, {}
-    base.loras[name] = lora
+    # Plain dicts, which are neither parameters nor state of the base.
+    base.loras = {**getattr(base, "loras", {}), name: lora}
     layers = named_layers(base)
     for layer_name in lora.adapters:
         layer = layers[layer_name]
         if not isinstance(layer, _LoRALayer):
             layer.__class__ = LoRAConv2d if isinstance(layer, nn.Conv2d) else LoRALinear
-            layer.layer_name, layer.active = layer_name, base.active_weights
-
-    def recompute_context():
-        return nullcontext(), _activate(base, dict(base.active_weights))
-
-    # A block is recomputed in the backward pass, outside of the `active_adapters` of its first run:
-    # with the very tensors of that run, to which the gradient belongs.
+            layer.active = ()
+    base.lora_layers = {k: layer for k, layer in layers.items() if isinstance(layer, _LoRALayer)}
     for module in base.modules():
         if isinstance(module, Block):
-            module.recompute_context = recompute_context
+            of_block = [m for m in module.modules() if isinstance(m, _LoRALayer)]
+            module.recompute_context = partial(_recompute_context, of_block)
 
 
 @contextmanager
 def active_adapters(base: nn.Module, **weights: float):
     """Run the base with exactly these LoRAs, name=weight; with none it is the plain base."""
-    active, dtype = {}, next(base.parameters()).dtype
+    layers, dtype = getattr(base, "lora_layers", {}), next(base.parameters()).dtype
+    active = dict.fromkeys(layers, ())
     for name, weight in weights.items():
         if weight and base.loras[name].adapters:
-            active[name] = compute_weights(base.loras[name], weight, dtype)
-    with _activate(base, active):
+            for layer, pair in compute_weights(base.loras[name], weight, dtype).items():
+                active[layer] += (pair,)
+    with _activate(layers.values(), active.values()):
         yield base
 
 
 @contextmanager
-def _activate(base: nn.Module, weights: dict):
-    """Run the base with the matrices of these LoRAs, by their names."""
-    # Layers hold this very dict, so it is changed and not replaced.
-    active = getattr(base, "active_weights", {})
-    before = dict(active)
-    active.clear()
-    active.update(weights)
+def _activate(layers, active):
+    """Run these layers with these pairs of matrices each."""
+    before = [layer.active for layer in layers]
+    # Past nn.Module's setter, which would take longer than all the rest.
+    for layer, pairs in zip(layers, active, strict=True):
+        layer.__dict__["active"] = pairs
     try:
         yield
     finally:
-        active.clear()
-        active.update(before)
+        for layer, pairs in zip(layers, before, strict=True):
+            layer.__dict__["active"] = pairs
+
+
+def _recompute_context(layers):
+    # A block is recomputed in the backward pass, outside of the `active_adapters` of its first run:
+    # with the very tensors of that run, to which the gradient belongs.
+    return nullcontext(), _activate(layers, [layer.active for layer in layers])
 
 
 # ------------------------------------------------------------------------------------------ merging

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import tdd
 from sdxl.clip import encode_prompts
-from sdxl.load import HALF, SDXL
+from sdxl.load import SDXL
 from sdxl.lora import merge
 from sdxl.lora_files import read_lora
-from solvers import CLEAN, SOLVERS, sdxl_schedule, solve
+from solvers import CLEAN, SOLVERS, sdxl_schedule, solve, to_device
 from tcd import TCF
 from unet import Block, Encoder, ScalarEmbedding
 
@@ -28,7 +28,7 @@ def make_conditions(model: SDXL, prompts: list[str], negative: str | None, heigh
     cond = encode_prompts(prompts, model.tokenizer, model.encoder_1, model.encoder_2)
     # As if the picture had that size from the start and nothing was cropped.
     sizes = torch.tensor([[height, width, 0, 0, height, width]])
-    sizes = tdd.to_device(sizes, cond["pooled"].device)
+    sizes = to_device(sizes, cond["pooled"].device)
     cond = {**cond, "time_ids": sizes.expand(len(prompts), 6)}
     if negative is None:
         return cond, null_condition(cond)
@@ -48,9 +48,9 @@ def encode_batch(model: SDXL, batch: dict, generator: torch.Generator, device) -
     images = batch["images"].to(device, non_blocking=True)
     b, _, h, w = images.shape
     noise = torch.randn((b, 4, h // model.vae.factor, w // model.vae.factor), generator=generator)
-    x_0 = model.vae.encode(images, tdd.to_device(noise, device))
+    x_0 = model.vae.encode(images, to_device(noise, device))
     prompts = encode_prompts(batch["captions"], model.tokenizer, model.encoder_1, model.encoder_2)
-    return x_0, {**prompts, "time_ids": tdd.to_device(batch["time_ids"], device)}
+    return x_0, {**prompts, "time_ids": to_device(batch["time_ids"], device)}
 
 
 # ---------------------------------------------------------------------------------------- networks
@@ -126,13 +126,6 @@ def on_device(device, *modules: nn.Module):
     finally:
         for p, data in homes:
             p.data = data
-
-
-def use_exact_float32(dtype: torch.dtype) -> None:
-    """Convolutions in float32 where that was asked for, and not in torch's default, TF32."""
-    # TF32 has ten bits, as fp16 has. Beside fp16 it is for the autoencoder, which has the bits to
-    # spare; a LoRA's effect is off by 7 % in it.
-    torch.backends.cudnn.allow_tf32 = dtype in HALF
 
 
 def compile_blocks(unet: Encoder, **options) -> None:

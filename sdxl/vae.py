@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from solvers import to_device
 from unet import ResnetBlock, check_config
 
 
@@ -159,7 +160,7 @@ class VAE(nn.Module):
         image = z.new_zeros(1, 3, f * h, f * w)
         for (y, window_y), (x, window_x) in product(self._windows(h), self._windows(w)):
             part = self.decoder(self.post_quant_conv(z[..., y : y + size, x : x + size]))
-            window = (window_y[:, None] * window_x).to(part)  # (8 tile, 8 tile)
+            window = to_device((window_y[:, None] * window_x).to(part.dtype), part.device)
             image[..., f * y : f * (y + size), f * x : f * (x + size)] += window * part
         return image
 

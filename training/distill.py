@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import tdm
 from sdxl.lora import LoRA, active_adapters, add_adapter
 from sdxl.pipeline import scalar_network
-from solvers import SOLVERS, Schedule, ddim
+from solvers import SOLVERS, Schedule, ddim, to_device
 from tdd import StepSample, TargetSet, ema_update, guided, sample_step, squared_l2, tdd_loss
 from training import distributed
 from training.adversarial import Discriminator
@@ -153,11 +153,11 @@ class TDDStep:
         low, high = config.w
         w = low
         if low < high:
-            w = (low + (high - low) * torch.rand(b, generator=generator)).to(device)
+            w = to_device(low + (high - low) * torch.rand(b, generator=generator), device)
         if self.discriminator is None:
             return TDDStepSample(step, w)
-        u = torch.rand(b, generator=generator).to(device)
-        noise = torch.randn((2 * b, *shape[1:]), generator=generator).to(device)
+        u = to_device(torch.rand(b, generator=generator), device)
+        noise = to_device(torch.randn((2 * b, *shape[1:]), generator=generator), device)
         return TDDStepSample(step, w, u, noise)
 
     def losses(self, x_0: Tensor, cond, null, sample: TDDStepSample) -> dict[str, Tensor]:

@@ -47,7 +47,8 @@ class TrainState:
 
     modules, optimizers: by name. loader: an endless iterator of batches, with .position (JSON-able)
     and .bad. settings: flags as strings; all but MAY_CHANGE must be the same on resume.
-    export(folder, step, tensors) writes the files for users, on rank 0.
+    export(folder, step, tensors) writes the files for users, on rank 0. scaler: as from
+    `loss_scaler`.
     """
 
     output: Path
@@ -57,6 +58,7 @@ class TrainState:
     loader: object
     settings: dict
     export: Callable[[Path, int, dict], None] = lambda folder, step, tensors: None
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: loss_scaler("cpu", False))
     step: int = 0
     log: list[dict] = field(default_factory=list)
 
@@ -96,6 +98,7 @@ class TrainState:
         files.write_tensors(part / "state.safetensors", tensors, format="pt")
         self.export(part, self.step, tensors)
         config = {"step": self.step, "positions": positions, "settings": VERSION | self.settings}
+        config["scaler"] = self.scaler.state_dict()
         files.write_json(part / "config.json", config)
         _delete(folder)
         part.rename(folder)
@@ -113,6 +116,7 @@ class TrainState:
             state = _optimizer_state(key, optimizer, tensors)
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         self.generator.set_state(tensors[f"rng/{distributed.rank()}"])
+        self.scaler.load_state_dict(config.get("scaler", {}))
         self.step = config["step"]
 
     def _check_names(self, folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -137,6 +141,14 @@ def _optimizer_state(key: str, optimizer: torch.optim.Optimizer, tensors: dict) 
             like = parameters[int(i)] if tensor.ndim else tensor
             state.setdefault(int(i), {})[moment] = distributed.shard_like(tensor, like)
     return state
+
+
+def loss_scaler(device: str, enabled: bool) -> torch.amp.GradScaler:
+    """What multiplies losses by up to 2^16 and more, so that fp16's gradients do not vanish.
+
+    The factor is halved after a step whose gradient overflows, and doubled after 2,000 others.
+    """
+    return torch.amp.GradScaler(torch.device(device).type, enabled=enabled)
 
 
 def adamw(parameters, lr: float, weight_decay=0.0, betas=(0.9, 0.999)) -> torch.optim.AdamW:
@@ -238,13 +250,9 @@ class TrainConfig:
 class StepBatches:
     """What the batches of one step gave on this process; their gradients are in the weights."""
 
-    losses: dict[str, float]  # means
-    timesteps: list[int]
+    losses: dict[str, Tensor]  # means, 0-dimensional
+    timesteps: list[Tensor]  # of each batch
     names: list[str]
-
-    @property
-    def finite(self) -> bool:
-        return all(map(math.isfinite, self.losses.values()))
 
 
 def fit(
@@ -267,7 +275,7 @@ def fit(
     with distributed.GracefulExit() as stop, bar:
         while state.step < config.steps:
             start = time.perf_counter()
-            batches = _backward(state.loader, config.grad_accum, losses, ddp_modules)
+            batches = _backward(state, config.grad_accum, losses, ddp_modules)
             line = _optimizer_step(state, config, batches, after_step, start)
             skipped = skipped + 1 if line["skipped"] else 0
             if is_main:
@@ -291,24 +299,23 @@ def fit(
                 draw_samples(state.step)
 
 
-def _backward(loader: Iterator, count: int, losses, ddp_modules) -> StepBatches:
+def _backward(state: TrainState, count: int, losses, ddp_modules) -> StepBatches:
     """Accumulate the mean gradient of `count` batches."""
     sums, timesteps, names = {}, [], []
     for i in range(count):
-        batch = _next_batch(loader)
+        batch = _next_batch(state.loader)
         with contextlib.ExitStack() as stack:
             # Gradients travel between processes once, with the last batch's.
             if i < count - 1 and distributed.world_size() > 1:
                 for module in ddp_modules:
                     stack.enter_context(module.no_sync())
             parts = losses(batch)
-            (parts.pop("total") / count).backward()
+            state.scaler.scale(parts.pop("total") / count).backward()
         for name, value in parts.items():
             sums[name] = sums.get(name, 0.0) + value.detach().double() / count
-        timesteps += batch["timesteps"].tolist()
+        timesteps.append(batch["timesteps"])
         names += batch["names"]
-    means = {name: value.item() for name, value in sums.items()}
-    return StepBatches(means, timesteps, names)
+    return StepBatches(sums, timesteps, names)
 
 
 def _next_batch(loader: Iterator) -> dict:
@@ -324,28 +331,34 @@ def _next_batch(loader: Iterator) -> dict:
     return batch
 
 
-def _optimizer_step(state, config, batches: StepBatches, after_step, start: float) -> dict:
+def _optimizer_step(
+    state: TrainState, config: TrainConfig, batches: StepBatches, after_step, start: float
+) -> dict:
     """Step every optimizer unless something is not finite; the step's line for the log."""
-    # The same decision everywhere: losses are averaged here, gradients were by DDP or FSDP.
-    values = [*batches.losses.values(), float(state.loader.bad)]
-    *means, bad = distributed.all_reduce_mean(values)
-    means = dict(zip(batches.losses, means, strict=True))
     optimizers = list(state.optimizers.values())
+    for optimizer in optimizers:
+        state.scaler.unscale_(optimizer)
     norms = [_clip(optimizer, config.clip_grad) for optimizer in optimizers]
-    finite = all(map(math.isfinite, [*means.values(), *norms]))
+    # All numbers at once: reading them is what a GPU is waited for, once a step.
+    numbers = torch.stack([*batches.losses.values(), *(norm.double() for norm in norms)]).tolist()
+    means, norms = numbers[: len(batches.losses)], numbers[len(batches.losses) :]
+    # The same decision everywhere: losses are averaged here, gradients were by DDP or FSDP.
+    *means, bad = distributed.all_reduce_mean([*means, float(state.loader.bad)])
+    finite = all(map(math.isfinite, [*means, *norms]))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * config.lr_lambda(state.step)
         if finite:
             optimizer.step()
         optimizer.zero_grad()
+    state.scaler.update()
     if finite:
         after_step()
     state.step += 1
     world = distributed.world_size()
     # The first optimizer is the student's; a discriminator's or a fake score's comes after it.
     line = {
-        "step": state.step, **means, "grad_norm": norms[0],
+        "step": state.step, **dict(zip(batches.losses, means, strict=True)), "grad_norm": norms[0],
         "lr": optimizers[0].param_groups[0]["lr"],
         "images_per_s": len(batches.names) * world / (time.perf_counter() - start),
         "memory_gib": peak_memory_gib(), "bad": round(bad * world), "skipped": int(not finite),
@@ -354,24 +367,23 @@ def _optimizer_step(state, config, batches: StepBatches, after_step, start: floa
     return {key: value if math.isfinite(value) else None for key, value in line.items()}
 
 
-def _clip(optimizer: torch.optim.Optimizer, limit: float) -> float:
+def _clip(optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
     """Scale the gradient down to a norm of `limit` (0: leave it); returns the norm it had."""
     norm = nn.utils.clip_grad_norm_(_parameters(optimizer), limit or math.inf)
-    if hasattr(norm, "full_tensor"):
-        norm = norm.full_tensor()
-    return norm.item()
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def _give_up(step: int, batches: StepBatches) -> None:
-    everywhere = distributed.gather(batches)
+    finite = all(value.isfinite().item() for value in batches.losses.values())
+    everywhere = distributed.gather((finite, torch.cat(batches.timesteps).tolist(), batches.names))
     # If each loss was finite it was the gradient, and then it may have been anyone's.
-    failing_ranks = [each for each in everywhere if not each.finite] or everywhere
+    failing_ranks = [each for each in everywhere if not each[0]] or everywhere
     if not distributed.is_main():
         raise SystemExit(2)
     timesteps, names = [], []
-    for each in failing_ranks:
-        timesteps += each.timesteps
-        names += each.names
+    for _, rank_timesteps, rank_names in failing_ranks:
+        timesteps += rank_timesteps
+        names += rank_names
     raise ValueError(
         f"step {step}: no finite loss and gradient {MAX_SKIPPED_STEPS} times in a row; last at "
         f"timesteps {timesteps} of {', '.join(names)}: lower --lr, or look at these files"
