@@ -339,8 +339,7 @@ def _optimizer_step(
     for optimizer in optimizers:
         state.scaler.unscale_(optimizer)
     norms = [_clip(optimizer, config.clip_grad) for optimizer in optimizers]
-    # All numbers at once: reading them is what a GPU is waited for, once a step.
-    numbers = torch.stack([*batches.losses.values(), *(norm.double() for norm in norms)]).tolist()
+    numbers = _read([*batches.losses.values(), *norms])
     means, norms = numbers[: len(batches.losses)], numbers[len(batches.losses) :]
     # The same decision everywhere: losses are averaged here, gradients were by DDP or FSDP.
     *means, bad = distributed.all_reduce_mean([*means, float(state.loader.bad)])
@@ -365,6 +364,11 @@ def _optimizer_step(
     }  # fmt: skip
     # JSON knows no NaN.
     return {key: value if math.isfinite(value) else None for key, value in line.items()}
+
+
+def _read(numbers: list[Tensor]) -> list[float]:
+    """The values of 0-dimensional tensors, all at once: a GPU is waited for here, once a step."""
+    return torch.stack([number.double() for number in numbers]).tolist()
 
 
 def _clip(optimizer: torch.optim.Optimizer, limit: float) -> Tensor:

@@ -1,0 +1,228 @@
+"""Every path on torch's meta device, which computes nothing: there a GPU would not be waited for.
+
+Mixed devices and reads of values raise on that device by themselves. Copies from the CPU do not,
+and neither do indices that lie there: the two modes below make them raise as well.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sdxl.controlnet import ControlNet, ControlNetConfig
+from sdxl.load import cast
+from sdxl.pipeline import SamplerConfig, null_condition, sample_latents, with_controlnet
+from sdxl.vae import VAE, VAEConfig
+from solvers import CLEAN, SOLVERS, sdxl_schedule, solve
+from tdd import equidistant, guided
+from tests.count import full_size_batch
+from training import loop
+from training.build import DistillConfig, build_optimizers, build_step
+from unet import UNet, UNetConfig
+
+TINY = UNetConfig(
+    channels=(64, 128), transformer_depth=(0, 1), heads=(1, 2), mid_transformer_depth=1,
+    layers_per_block=1,
+)  # fmt: skip
+SIZES = [
+    pytest.param(TINY, 16, id="tiny"),
+    pytest.param(UNetConfig(), 128, id="full", marks=pytest.mark.slow),
+]
+
+
+class Waits(Exception):
+    """Here a GPU would be waited for, or be given a tensor of the CPU's."""
+
+
+class NoCopies(TorchDispatchMode):
+    """Raises for copies that wait, and for operators of both devices."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+        on_cpu = [x for x in tensors if not x.is_meta]
+        # A number, or a tensor without axes, travels with the call.
+        mixed = any(x.is_meta for x in tensors) and any(x.ndim for x in on_cpu)
+        name = func._schema.name
+        if name == "aten::_to_copy":
+            to_device = str(kwargs.get("device", "")).startswith("meta")
+            mixed = on_cpu and to_device and not kwargs.get("non_blocking")
+        elif name == "aten::copy_":
+            mixed = mixed and not (args[2:] and args[2])
+        if mixed:
+            raise Waits(f"{name} of {[tuple(x.shape) for x in on_cpu]} from the CPU")
+        return func(*args, **kwargs)
+
+
+class NoLiterals(TorchFunctionMode):
+    """Raises where Python's numbers become a tensor on the device: a copy that is not dispatched."""
+
+    MAKERS = (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        was_there = args and torch.is_tensor(args[0]) and func is torch.as_tensor
+        if func in self.MAKERS and output.is_meta and not was_there:
+            raise Waits(f"{func.__name__}{args} on the device")
+        return output
+
+
+def without_waits(call):
+    """call(), with every wait an error."""
+    with NoCopies(), NoLiterals():
+        return call()
+
+
+META = torch.ones(5, 3, device="meta")
+WAITS = {
+    "tensor": lambda: torch.tensor([1], device="meta"),
+    "as_tensor": lambda: torch.as_tensor(3, device="meta"),
+    "new_tensor": lambda: META.new_tensor([1.0]),
+    "to": lambda: torch.ones(3).to("meta"),
+    "to, 0-dimensional": lambda: torch.ones(()).to("meta"),
+    "assignment": lambda: META.clone().__setitem__(slice(0, 2), torch.ones(3)),
+    "index": lambda: META[torch.tensor([1, 2])],
+    "sum of two devices": lambda: META + torch.ones(3),
+    "item": lambda: META.sum().item(),
+    "bool": lambda: bool(META.sum() > 0),
+    "nonzero": lambda: META.nonzero(),
+    "mask": lambda: META[META > 0],
+    "tolist": lambda: META.tolist(),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_wait_is_seen(name):
+    with pytest.raises((Waits, RuntimeError, NotImplementedError)):
+        without_waits(WAITS[name])
+
+
+def test_what_needs_no_wait_passes():
+    without_waits(lambda: torch.ones(3).to("meta", non_blocking=True) * torch.tensor(2.0))
+    without_waits(lambda: META[META.argmax(0)] + torch.full((3,), 2, device="meta"))
+
+
+# ---------------------------------------------------------------------------------------- sampling
+
+
+def meta_unet(config):
+    with torch.device("meta"):
+        unet = UNet(config).requires_grad_(False)
+    cast(unet, torch.float16)
+    return unet
+
+
+@pytest.mark.parametrize("config, side", SIZES)
+@pytest.mark.parametrize("settings", [
+    {}, {"gamma": 0.0}, {"w": 0.0}, {"clip_steps": 4}, {"clip_steps": 1, "gamma": 0.0},
+    {"schedule": "nonequidistant", "steps": 6}, {"tcf": "2"}, {"w_distilled": 3.5, "w": 7.0},
+    *({"sampler": name} for name in SOLVERS),
+], ids=str)  # fmt: skip
+def test_sampling(config, side, settings):
+    network = meta_unet(config)
+    _, cond = full_size_batch(2, side)
+    sampler = SamplerConfig(**settings)
+    sample = partial(sample_latents, sampler, network, cond, null_condition(cond))
+    x_0 = without_waits(lambda: sample((4, side, side), [0, 1], "meta"))
+    assert x_0.shape == (2, 4, side, side) and x_0.dtype == torch.float32 and x_0.is_meta
+
+
+@pytest.mark.parametrize("config, side", SIZES)
+def test_controlnet_and_solvers_with_clipping(config, side):
+    unet, (_, cond) = meta_unet(config), full_size_batch(2, side)
+    sizes = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    with torch.device("meta"):
+        controlnet = ControlNet(ControlNetConfig(**sizes)).half()
+        image, x_T = torch.empty(1, 3, 8 * side, 8 * side), torch.empty(2, 4, side, side)
+    network = with_controlnet(unet, controlnet, image, 0.5)
+    stops = [*equidistant(4), CLEAN]
+    for make_solver in SOLVERS.values():
+        with torch.no_grad():
+            eps = guided(network, cond, null_condition(cond), 1.0)
+            x_0 = without_waits(lambda: solve(eps, x_T, stops, sdxl_schedule(), make_solver()))  # noqa: B023
+        assert x_0.shape == x_T.shape
+
+
+@pytest.mark.parametrize("side", [128, 160])
+def test_autoencoder_both_ways(side):
+    """Whole at 1024 pixels, in tiles above."""
+    with torch.device("meta"):
+        vae = VAE(VAEConfig()).requires_grad_(False)
+        images, noise = torch.empty(2, 3, 1024, 1024), torch.empty(2, 4, 128, 128)
+        latents = torch.empty(2, 4, side, side)
+    assert without_waits(lambda: vae.encode(images, noise)).shape == noise.shape
+    assert without_waits(lambda: vae.decode(latents)).shape == (2, 3, 8 * side, 8 * side)
+
+
+# ---------------------------------------------------------------------------------------- training
+
+METHODS = {
+    "tdd": DistillConfig(),
+    "no checkpointing": DistillConfig(checkpointing=False),
+    "cm": DistillConfig("cm", eta=0.0),
+    "pcm": DistillConfig("pcm", eta=0.0),
+    "adv": DistillConfig(adv=True),
+    "ema, huber": DistillConfig(mu=0.9, loss="huber"),
+    "range of w": DistillConfig(w=(2.0, 14.0)),
+    "dpm++2s": DistillConfig(solver="dpm++2s"),
+    "tcf 2": DistillConfig("tcd", tcf="2", eta=0.0),
+    "tcf s": DistillConfig("tcd", tcf="s", eta=0.0),
+    "tdm": DistillConfig.of_method("tdm"),
+    "tdm, dpm++2m": replace(DistillConfig.of_method("tdm"), solver="dpm++2m"),
+    "tdm-unify": replace(DistillConfig.of_method("tdm"), Ks=(1, 2, 4)),
+    "tdm, fisher, density": replace(
+        DistillConfig.of_method("tdm"), loss="fisher", fake_weight="density", checkpointing=False
+    ),
+}
+
+
+class Loader:
+    """Endless batches of latents and conditions on the device."""
+
+    position, bad = 0, 0
+
+    def __init__(self, side):
+        self.side = side
+
+    def __next__(self):
+        x_0, cond = full_size_batch(2, self.side)
+        return {"x_0": x_0, "cond": cond, "names": ["a", "b"]}
+
+
+@pytest.mark.parametrize("config, side", SIZES)
+@pytest.mark.parametrize("method", METHODS)
+def test_training_waits_once_a_step(config, side, method, tmp_path, monkeypatch):
+    """Two steps of the real loop: one look at the numbers in each."""
+    distill_config = replace(METHODS[method], rank=4, solver_steps=50)
+    # The fused optimizer takes no tensors without values.
+    monkeypatch.setattr(torch.optim, "AdamW", partial(unfused, torch.optim.AdamW))
+    step = build_step(distill_config, meta_unet(config), "meta")
+    generator, looks = torch.Generator().manual_seed(0), []
+
+    def losses(batch):
+        x_0, cond = batch["x_0"], batch["cond"]
+        sample = step.sample(x_0.shape, generator, "meta")
+        batch["timesteps"] = sample.timesteps
+        return step.losses(x_0, cond, null_condition(cond), sample)
+
+    def look(numbers):
+        assert all(number.is_meta and number.ndim == 0 for number in numbers)
+        looks.append(len(numbers))
+        return [1.0] * len(numbers)
+
+    monkeypatch.setattr(loop, "_read", look)
+    monkeypatch.setattr(loop.TrainState, "save", lambda self, keep: None)
+    optimizers = build_optimizers(distill_config, step)
+    state = loop.TrainState(tmp_path, step.modules, optimizers, generator, Loader(side), {})
+    train_config = loop.TrainConfig(2, lambda i: 1.0)
+    without_waits(lambda: loop.fit(state, train_config, losses, step.after_step))
+    parts = 1 + (method == "adv") * 2 + method.startswith("tdm")
+    assert looks == [parts + len(optimizers)] * 2
+
+
+def unfused(adamw, parameters, *args, fused, **kwargs):
+    return adamw(parameters, *args, **kwargs)
