@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, PngImagePlugin
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import cli, files
@@ -113,6 +113,31 @@ def load_control(folder: Path, image: Image.Image, dtype, device: str) -> tuple[
     controlnet.to(device, memory_format=torch.channels_last)
     pixels = rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w")
     return controlnet, pixels.to(device) / 255
+
+
+def build_network(args) -> tuple[SDXL, object, list[nn.Module]]:
+    """The model, the network to sample, and the modules that it consists of."""
+    dtype, device = DTYPES[args.dtype], args.device
+    # Read before the model is loaded, so that a bad image is refused at once.
+    image = None if args.control_image is None else open_image(args.control_image)
+    use_exact_float32(dtype)
+    loras = [split_scale(entry) for entry in args.lora]
+    model, network = load_student(
+        args.model, args.tokenizer, args.unet, loras, args.tcf, args.steps, dtype, device
+    )
+    denoisers = [model.unet]
+    if image is not None:
+        image = image.resize((args.width, args.height), Image.Resampling.LANCZOS)
+        controlnet, pixels = load_control(args.controlnet, image, dtype, device)
+        network = pipeline.with_controlnet(network, controlnet, pixels, args.control_scale)
+        denoisers.append(controlnet)
+    if args.compile:
+        for module in denoisers:
+            pipeline.compile_blocks(module)
+    if args.low_memory:
+        for module in (*denoisers, model.encoder_1, model.encoder_2, model.vae):
+            module.to("cpu")
+    return model, network, denoisers
 
 
 def split_scale(entry: str) -> tuple[Path, float]:
@@ -217,36 +242,14 @@ def main(args) -> None:
         todo = [i for i in todo if not is_finished(paths[i], settings[i])]
     latents = []
     if todo:
-        # Read before the model is loaded, so that a bad image is refused at once.
-        image = None if args.control_image is None else open_image(args.control_image)
-        config, dtype, device = build_config(args), DTYPES[args.dtype], args.device
-        use_exact_float32(dtype)
-        loras = [split_scale(entry) for entry in args.lora]
-        model, network = load_student(
-            args.model, args.tokenizer, args.unet, loras, args.tcf, args.steps, dtype, device
-        )
-        networks = [model.unet]
-        if image is not None:
-            image = image.resize((args.width, args.height), Image.Resampling.LANCZOS)
-            controlnet, pixels = load_control(args.controlnet, image, dtype, device)
-            network = pipeline.with_controlnet(network, controlnet, pixels, args.control_scale)
-            networks.append(controlnet)
-        if args.compile:
-            for each in networks:
-                pipeline.compile_blocks(each)
-        parts = [[model.encoder_1, model.encoder_2], networks, [model.vae]]
-        if args.low_memory:
-            for part in parts:
-                for module in part:
-                    module.to("cpu")
+        config, size = build_config(args), (args.height, args.width)
+        model, network, denoisers = build_network(args)
         print(f"guidance g = {args.cfg:g} (w = {config.w:g}), applied as w = {config.w_tuned:.3g}")
         jobs = [Job(prompts[i], seed + i, paths[i], settings[i]) for i in todo]
-        size = (args.height, args.width)
-        # Pictures that share a component's way to the device and back.
         turn = LOW_MEMORY_TURN if args.low_memory else args.batch_size
         for x_0 in sample_all(
-            config, model, network, parts, jobs, size, args.negative_prompt, args.batch_size,
-            turn, device,
+            config, model, network, denoisers, jobs, size, args.negative_prompt,
+            args.batch_size, turn, args.device,
         ):  # fmt: skip
             if args.save_latents:
                 latents.append(x_0)
@@ -259,31 +262,30 @@ def main(args) -> None:
 
 @torch.no_grad()
 def sample_all(
-    config: SamplerConfig, model: SDXL, network, parts: list, jobs: list[Job],
+    config: SamplerConfig, model: SDXL, network, denoisers: list[nn.Module], jobs: list[Job],
     size: tuple[int, int], negative: str | None, batch_size: int, turn: int, device: str,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Sample, decode and save pictures of a size (height, width); yields each batch's latents.
 
-    parts: the modules that encode, denoise and decode, each on the device in its turn. turn: how
-    many pictures go through one part before the next has its turn.
+    denoisers: the modules that the network consists of. turn: how many pictures are encoded,
+    denoised and decoded together, with the modules for it on the device and no others need be.
     """
     height, width = size
     shape = (4, height // 8, width // 8)
-    encoders, networks, decoder = parts
     with tqdm(total=len(jobs), desc="images", unit="image", dynamic_ncols=True) as bar:
         for batches in split(split(jobs, batch_size), math.ceil(turn / batch_size)):
-            with pipeline.on_device(device, *encoders):
+            with pipeline.on_device(device, model.encoder_1, model.encoder_2):
                 conds = []
                 for batch in batches:
                     prompts = [job.prompt for job in batch]
                     conds.append(pipeline.make_conditions(model, prompts, negative, height, width))
-            with pipeline.on_device(device, *networks):
+            with pipeline.on_device(device, *denoisers):
                 latents = []
                 for batch, (cond, null) in zip(batches, conds, strict=True):
                     seeds = [job.seed for job in batch]
                     latents.append(pipeline.sample_latents(
                         config, network, cond, null, shape, seeds, device))  # fmt: skip
-            with pipeline.on_device(device, *decoder):
+            with pipeline.on_device(device, model.vae):
                 for batch, x_0 in zip(batches, latents, strict=True):
                     for job, image in zip(batch, to_images(model.vae.decode(x_0)), strict=True):
                         save_png(image, job.path, job.settings)

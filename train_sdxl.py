@@ -355,7 +355,7 @@ def parser() -> cli.Parser:
     add("--weight-decay", type=non_negative, default=0.0, help="weight decay of AdamW")
     add("--seed", type=cli.number(int, 0, 2**31), default=0, help="seed of all random numbers")
     add("--dtype", choices=DTYPES, default="fp16" if gpu else "float32",
-        help="precision of the frozen base, with loss scaling in fp16; what is trained is float32")  # fmt: skip
+        help="precision of the frozen base; fp16 scales the loss")  # fmt: skip
     add("--device", default="cuda" if gpu else "cpu", help="cpu or cuda")
     add("--compile", action="store_true", help="torch.compile for the UNet's blocks")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True,

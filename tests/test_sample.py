@@ -164,6 +164,32 @@ def test_a_batch_is_its_single_runs(folder, monkeypatch, capsys, tmp_path):
     assert Image.open(out / "grid.png").size == (2 * 72, 2 * 64)
 
 
+def test_low_memory_is_the_same_with_a_part_at_a_time(folder, monkeypatch, capsys, tmp_path):
+    """Nothing changes but where the parts are: encoders, UNet and VAE visit the device in turn."""
+    words = ["--prompt", "a fox", "--num-images", 5, "--batch-size", 2]
+    expected = ours(monkeypatch, capsys, folder, tmp_path, *words, "--output", tmp_path / "a")
+    visits, on_device = [], sample.pipeline.on_device
+
+    def record(device, *modules):
+        visits.append([type(module).__name__ for module in modules])
+        return on_device(device, *modules)
+
+    monkeypatch.setattr(sample.pipeline, "on_device", record)
+    monkeypatch.setattr(sample, "LOW_MEMORY_TURN", 4)
+    words += ["--low-memory", "--output", tmp_path / "b"]
+    assert torch.equal(ours(monkeypatch, capsys, folder, tmp_path, *words), expected)
+    # Five pictures in batches of two are two turns: of two batches, and of one.
+    assert visits == 2 * [["TextEncoder", "TextEncoder"], ["UNet"], ["VAE"]]
+
+
+@pytest.mark.slow
+def test_compiled_network_is_the_same(folder, monkeypatch, capsys, tmp_path):
+    words = ["--prompt", "a fox", "--cfg", 1]
+    eager = ours(monkeypatch, capsys, folder, tmp_path, *words)
+    compiled = ours(monkeypatch, capsys, folder, tmp_path, *words, "--compile")
+    assert close(compiled, eager) and not torch.equal(compiled, eager)
+
+
 def test_picture_is_diffusers_decoding_and_tells_how_it_was_made(
     folder, monkeypatch, capsys, tmp_path
 ):
