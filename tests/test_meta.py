@@ -4,8 +4,9 @@ Mixed devices and reads of values raise on that device by themselves. Copies fro
 and neither do indices that lie there: the two modes below make them raise as well.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from common import files
 from sdxl.controlnet import ControlNet, ControlNetConfig
 from sdxl.load import cast
 from sdxl.pipeline import SamplerConfig, null_condition, sample_latents, with_controlnet
 from sdxl.vae import VAE, VAEConfig
 from solvers import CLEAN, SOLVERS, sdxl_schedule, solve
 from tdd import equidistant, guided
+from tests import count
 from tests.count import full_size_batch
 from training import loop
 from training.build import DistillConfig, build_optimizers, build_step
@@ -226,3 +229,51 @@ def test_training_waits_once_a_step(config, side, method, tmp_path, monkeypatch)
 
 def unfused(adamw, parameters, *args, fused, **kwargs):
     return adamw(parameters, *args, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------- counted
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_tables_are_those_of_the_count():
+    """docs/performance.md, and the sums over a picture's parts, from docs/count.json."""
+    content = files.read_json(DOCS / "count.json")
+    costs = {name: count.Cost(**cost) for name, cost in content["costs"].items()}
+    text = (DOCS / "performance.md").read_text(encoding="utf-8")
+    for name in count.TRAINING:
+        small, middle, large = (costs[f"{name}; batch {b}"] for b in count.BATCHES)
+        memory = " | ".join(f"{cost.peak_gib:.1f}" for cost in (small, middle, large))
+        row = f"| {name} | {memory} | {large.tflop / 16:.1f} | {middle.operators:,} |"
+        assert row in text
+        assert small.peak_gib < 12 or "no-checkpointing" in name
+    for name in count.SAMPLING:
+        cost = costs[name]
+        memory = f"{cost.peak_gib:.2f} | {cost.held_gib:.2f}"
+        assert f"| {name} | {cost.tflop:.1f} | {memory} | {cost.operators:,} |" in text
+    low_memory, resident = count.low_memory_gib(costs), count.resident_gib(costs)
+    assert content["picture"] == {"resident": resident, "low_memory": low_memory}
+    assert low_memory < 8 and f"{resident:.1f} GiB, {low_memory:.1f}" in text
+
+
+def test_memory_and_flops_of_a_layer_by_hand():
+    """A linear layer and a sum: the output is the largest, and is gone before the backward pass."""
+
+    def build():
+        with torch.device("meta"):
+            x, layer = torch.empty(1024, 256), torch.nn.Linear(256, 512, bias=False)
+        return lambda: layer(x).sum().backward()
+
+    cost = count.measure(build)
+    x, w, y = (4 * n for n in (1024 * 256, 256 * 512, 1024 * 512))  # bytes
+    assert cost.held_gib * 2**30 == x + w
+    assert cost.peak_gib * 2**30 == x + w + y + 512  # of the sum, in the smallest of blocks
+    assert cost.tflop * 1e12 == 2 * 2 * 1024 * 256 * 512  # forward, and the weight's gradient
+    assert cost.operators == 4  # product, sum, the gradient's 1, product
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TDD; batch 1", "decoder"])
+def test_count_is_what_the_docs_have(name):
+    cost = count.measure(count.builds()[name])
+    assert asdict(cost) == pytest.approx(files.read_json(DOCS / "count.json")["costs"][name], 1e-3)
