@@ -25,7 +25,7 @@ from common import cli, files
 from common.pictures import open_image, save_grid, to_images
 from sdxl import pipeline
 from sdxl.controlnet import ControlNet, ControlNetConfig
-from sdxl.load import SDXL, cast, find_weights, load_component, load_sdxl, use_exact_float32
+from sdxl.load import SDXL, find_weights, load_component, load_sdxl, use_exact_float32
 from sdxl.pipeline import DTYPES, SCHEDULES, SamplerConfig
 from tcd import TCF
 from training import distributed
@@ -92,18 +92,15 @@ def load_student(
     tcf: str, steps: int, dtype: torch.dtype, device: str,
 ) -> tuple[SDXL, object]:  # fmt: skip
     """The model with every LoRA merged in, and the network to sample in so many steps."""
-    # LoRAs are added to the file's own numbers, and only the sum is rounded to dtype.
-    model = load_sdxl(path, tokenizer, None if loras else dtype)
+    model = load_sdxl(path, tokenizer, dtype)
     if unet is not None:
-        model.unet = load_component(unet, UNet, UNetConfig)
+        model.unet = load_component(unet, UNet, UNetConfig, dtype)
     if model.unet.config.scalar and tcf != "s":
         raise ValueError(f"{unet or path}: its UNet takes a target time: give --tcf s")
-    network = pipeline.merge_loras(model, loras, tcf, steps, dtype, device)
-    for module in (model.unet, model.encoder_1, model.encoder_2):
-        cast(module, dtype, device)
+    model.to(device)
+    network = pipeline.merge_loras(model, loras, tcf, steps)
     # Pixels as rows of channels: transformers and convolutions then agree on the layout.
     model.unet.to(memory_format=torch.channels_last)
-    model.vae.to(device)
     return model, network
 
 

@@ -66,15 +66,14 @@ def build_on_meta(cls, config) -> nn.Module:
             gc.enable()
 
 
-def cast(module: nn.Module, dtype: torch.dtype | None, device=None) -> None:
+def cast(module: nn.Module, dtype: torch.dtype | None) -> None:
     """Convert weights to dtype, except that module.KEEP_IN_FP32's stay in float32 beside half.
 
-    None leaves every weight in the file's precision, or where it is. On their way to a device the
-    weights are converted there, one by one.
+    None leaves every weight in the file's precision.
     """
     for name, p in module.named_parameters():
         keep = dtype in HALF and name.split(".")[0] in getattr(module, "KEEP_IN_FP32", ())
-        p.data = p.data.to(device).to(torch.float32 if keep else dtype)
+        p.data = p.data.to(torch.float32 if keep else dtype)
 
 
 def use_exact_float32(dtype: torch.dtype) -> None:

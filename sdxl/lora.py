@@ -227,24 +227,23 @@ def _recompute_context(layers):
 
 # ------------------------------------------------------------------------------------------ merging
 #
-# The sum of W and an update a thousand times smaller loses much of it in half precision, and all in
-# eight bits. It is rounded once, to the precision that is computed in.
+# An update is a thousand times smaller than W, so half precision rounds a part of their sum away, and
+# eight bits all of it: what is merged is in the precision to compute in, whatever the file's was.
 
 
 @torch.no_grad()
-def merge(base: nn.Module, loras: list[tuple[LoRA, float]], dtype=None, device=None) -> None:
+def merge(base: nn.Module, loras: list[tuple[LoRA, float]]) -> None:
     """Add LoRAs times their weights to the base's weights for good.
 
-    dtype, device: of the changed layers then; None leaves each as it is. A layer is added up in
-    float32 on the device, one at a time.
+    The sum is rounded once: float32 is for one layer at a time.
     """
     for name, layer in named_layers(base).items():
         changes = [(lora.adapters[name], weight) for lora, weight in loras if name in lora.adapters]
         if not changes:
             continue
-        total = layer.weight.to(device).float()
+        total = layer.weight.float()
         for adapter, weight in changes:
             down, up = (x.to(total.device).float().flatten(1) for x in (adapter.down, adapter.up))
             total = total + weight * adapter.scale * (up @ down).view(total.shape)
         # A new tensor: the old one may be a file's memory-mapped pages.
-        layer.weight = nn.Parameter(total.to(dtype or layer.weight.dtype), requires_grad=False)
+        layer.weight = nn.Parameter(total.to(layer.weight.dtype), requires_grad=False)

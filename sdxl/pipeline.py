@@ -72,19 +72,16 @@ def scalar_network(unet: nn.Module, embedding: ScalarEmbedding | None, k: int | 
     return network
 
 
-def merge_loras(
-    model: SDXL, loras: list[tuple[Path, float]], tcf: str, k: int, dtype: torch.dtype, device
-):
+def merge_loras(model: SDXL, loras: list[tuple[Path, float]], tcf: str, k: int):
     """The network eps(x_t, t, cond) of the model with (file, scale) LoRAs merged in, for k steps.
 
-    dtype: precision of what is merged, from the model's own. Merged, a LoRA costs nothing when
-    sampling. Raises ValueError if files and --tcf do not agree.
+    Merged, a LoRA costs nothing when sampling. Raises ValueError if files and --tcf do not agree.
     """
     network = scalar_network(model.unet, getattr(model.unet, "scalar_embedding", None))
     bases = model.unet, model.encoder_1, model.encoder_2
     parts = [(read_lora(path, *bases), scale) for path, scale in loras]
     for i, base in enumerate(bases):
-        merge(base, [(each[i], scale) for each, scale in parts], dtype, device)
+        merge(base, [(each[i], scale) for each, scale in parts])
     for (path, scale), ((unet_lora, *_), _) in zip(loras, parts, strict=True):
         embedding = unet_lora.scalar_embedding
         if embedding is None:
@@ -95,7 +92,7 @@ def merge_loras(
             hint = "give --tcf s, and only then" if is_tcf_s else "leave --tcf s away"
             message = f"--lora {path} takes the {scalar} as an input: {hint}"
             raise ValueError(f"{message}, and give no second LoRA of its kind")
-        embedding.to(device)
+        embedding.to(model.unet.conv_in.weight.device)
         # The last layer is linear: scaling it scales the whole embedding.
         for parameter in embedding.linear_2.parameters():
             parameter.mul_(scale)

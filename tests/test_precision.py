@@ -99,18 +99,18 @@ def test_half_precision_over_16_seeds(stored):
     assert error_bf16 > 3 * error
 
 
-@pytest.mark.parametrize("dtype", FILES.values(), ids=FILES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_sum_is_rounded_once(dtype):
-    """Two LoRAs on a bf16 layer: the nearest number in dtype to the exact sum, in float64."""
+    """Two LoRAs on a layer: the nearest number in dtype to the exact sum, in float64."""
     base = torch.nn.Sequential(torch.nn.Linear(32, 16, bias=False)).requires_grad_(False)
-    base[0].weight.data = base[0].weight.data.bfloat16()
+    base[0].weight.data = base[0].weight.data.to(dtype)
     adapters, exact = [], base[0].weight.double()
     for seed in (1, 2):
         lora = busy_linear(base, seed)
         adapter = lora.adapters["0"]
         exact = exact + seed * adapter.scale * adapter.up.double() @ adapter.down.double()
         adapters.append((lora, float(seed)))
-    merge(base, adapters, dtype)
+    merge(base, adapters)
     merged = base[0].weight
     assert merged.dtype == dtype
     # float32's own rounding may tip a tie, so a few entries are off by a last digit.
