@@ -227,8 +227,8 @@ def _recompute_context(layers):
 
 # ------------------------------------------------------------------------------------------ merging
 #
-# An update is a thousand times smaller than W, so half precision rounds a part of their sum away, and
-# eight bits all of it: what is merged is in the precision to compute in, whatever the file's was.
+# An update is a thousand times smaller than W: half precision rounds a part of their sum away, and
+# eight bits all of it. So what is merged is in the precision to compute in, not in the file's.
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ class NoCopies(TorchDispatchMode):
 
 
 class NoLiterals(TorchFunctionMode):
-    """Raises where Python's numbers become a tensor on the device: a copy that is not dispatched."""
+    """Raises where numbers become a tensor on the device: a copy that is not dispatched."""
 
     MAKERS = (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
 
@@ -143,10 +143,11 @@ def test_controlnet_and_solvers_with_clipping(config, side):
         image, x_T = torch.empty(1, 3, 8 * side, 8 * side), torch.empty(2, 4, side, side)
     network = with_controlnet(unet, controlnet, image, 0.5)
     stops = [*equidistant(4), CLEAN]
+    eps = guided(network, cond, null_condition(cond), 1.0)
     for make_solver in SOLVERS.values():
+        run = partial(solve, eps, x_T, stops, sdxl_schedule(), make_solver())
         with torch.no_grad():
-            eps = guided(network, cond, null_condition(cond), 1.0)
-            x_0 = without_waits(lambda: solve(eps, x_T, stops, sdxl_schedule(), make_solver()))  # noqa: B023
+            x_0 = without_waits(run)
         assert x_0.shape == x_T.shape
 
 

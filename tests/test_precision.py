@@ -138,7 +138,7 @@ def test_modules_move_and_come_back():
     assert [p.data_ptr() for p in module.parameters()] == before
 
 
-# ---------------------------------------------------------------------------------- training in fp16
+# --------------------------------------------------------------------------------- training in fp16
 
 
 class Examples:
