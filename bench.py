@@ -2,44 +2,76 @@
 
     python bench.py unet       one forward pass of the UNet
     python bench.py load       loading a full-size UNet from disk (writes 5 GB to --dir)
-    python bench.py sample     prompt embeddings to pixels: four guided steps and the decoder
-    python bench.py train      one training step, beside the published recipe (needs peft too)
+    python bench.py sample     a prompt to a picture: encoders, four guided steps and the decoder
+    python bench.py train      one training step, beside the published recipe
+    python bench.py data       images a second from folders, tars and the cache, on this CPU
+    python bench.py gpu        all that only a GPU can show, in 7 minutes, to --out
 
-On a CPU all but `load` run a mid-size UNet, on a GPU the full one. Needs diffusers.
+On a CPU all but `load` and `data` run a mid-size UNet, on a GPU the full one. Needs
+diffusers and peft.
 """
 
+import sys
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
+from benchmarks.data import bench_data
+from benchmarks.gpu import SECTIONS, bench_gpu
 from benchmarks.inference import bench_load, bench_sample, bench_unet
-from benchmarks.measure import BenchConfig, profile
+from benchmarks.measure import BenchConfig, Report, errors
 from benchmarks.train import bench_train
 from common import cli
+from sdxl.pipeline import DTYPES
 
-BENCHMARKS = {"unet": bench_unet, "load": bench_load, "sample": bench_sample, "train": bench_train}
+BENCHMARKS = {
+    "unet": bench_unet, "load": bench_load, "sample": bench_sample, "train": bench_train,
+}  # fmt: skip
 
 
 def main(args) -> None:
     config = BenchConfig(**{field.name: getattr(args, field.name) for field in fields(BenchConfig)})
-    ours = BENCHMARKS[args.what](config)
-    if args.profile and ours is not None:
-        profile(ours)
+    if args.what == "gpu":
+        bench_gpu(config, [name for name in SECTIONS if name in args.only])
+    elif args.what == "data":
+        bench_data(config)
+    else:
+        report = Report()
+        ours = BENCHMARKS[args.what](config, report)
+        if args.profile and ours is not None:
+            profile(ours)
+        if errors(report.figures):
+            sys.exit(1)
+
+
+def profile(call) -> None:
+    """Print the dozen operators in which a call spends most of its time."""
+    with torch.profiler.profile() as profiler:
+        call()
+    key = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
+    print(profiler.key_averages().table(sort_by=key, row_limit=12, max_name_column_width=40))
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser("Measures this code beside diffusers; the number in brackets is the ratio.")
+    p = cli.Parser("Measures this code beside diffusers; figures named A_to_B are ratios.")
     add, gpu = p.add_argument, torch.cuda.is_available()
-    add("what", choices=BENCHMARKS, help="benchmark to run")
+    add("what", choices=[*BENCHMARKS, "data", "gpu"], help="benchmark to run")
     add("--rounds", type=cli.positive_int, default=5, help="turns each side takes")
-    add("--compile", action="store_true", help="torch.compile for both UNets as well")
-    add("--dir", type=Path, default=Path("runs/bench"), help="folder for load's 5 GB")
-    add("--batch-size", type=cli.positive_int, default=2, help="images a step of train")
-    add("--dtype", choices=["bf16", "float32"], default="bf16" if gpu else "float32",
-        help="precision of our frozen base in train")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile for the UNets as well")
+    add("--dir", type=Path, default=Path("runs/bench"),
+        help="folder for load's 5 GB and data's 90 MB")  # fmt: skip
+    add("--batch-size", type=cli.positive_int, nargs="+", dest="batch_sizes",
+        default=[1, 4, 16] if gpu else [2],
+        help="images a step of train, one number or several")  # fmt: skip
+    add("--dtype", choices=DTYPES, default="fp16" if gpu else "float32",
+        help="precision of the networks; in train of our frozen base")  # fmt: skip
     add("--profile", action="store_true",
         help="table of the operators that ours spends its time in, not for load")  # fmt: skip
+    add("--out", type=Path, default=Path("runs/gpu"), help="folder for gpu's figures, gpu.json")
+    add("--tiny", action="store_true", help="tiny networks in gpu: a rehearsal on a CPU")
+    add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="NAME",
+        help="sections of gpu to run")  # fmt: skip
     add("--device", default="cuda" if gpu else "cpu", help="cpu or cuda")
     return p
 

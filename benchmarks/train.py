@@ -1,25 +1,29 @@
 """One training step beside the published recipe's.
 
 The published script keeps two whole UNets in float32 under autocast, and takes three plain passes
-and one with gradients. "diffusers bf16" is the same with both bases in bfloat16, which its users
-could choose. Rank, targets, batch, loss and checkpointing are equal on all sides.
+and one with gradients. On a GPU it is also measured with both bases in bf16, which its users could
+choose. Rank, targets, batch, loss and checkpointing are equal on all sides.
 """
 
+import math
+import time
+from dataclasses import replace
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.inference import as_theirs, inputs, theirs_config
-from benchmarks.measure import BenchConfig, alternate, peak_rss, report, run_alone
-from sdxl.load import cast
+from benchmarks import measure
+from benchmarks.measure import BenchConfig, Report
+from benchmarks.models import call_diffusers, diffusers_unet, random_batch, random_unet
 from sdxl.lora import TARGET_MODULES
 from sdxl.pipeline import DTYPES, null_condition
 from solvers import integrate_eps, sdxl_schedule
-from tdd import sample_step, targets_of
+from tdd import StepSample, sample_step, targets_of
+from training import loop
 from training.build import DistillConfig, build_optimizers, build_step
 from training.distill import TDDStepSample
-from unet import UNet
 
 # -------------------------------------------------------------------------------------- both sides
 #
@@ -28,16 +32,13 @@ from unet import UNet
 
 
 class Published:
-    """The published recipe's step, from diffusers and peft."""
+    """The published recipe's networks, optimizer and loss; dtype: of both bases."""
 
-    def __init__(self, config: BenchConfig, dtype):
-        from diffusers import UNet2DConditionModel
+    def __init__(self, config: BenchConfig, dtype: torch.dtype):
         from peft import LoraConfig
 
-        with torch.device(config.device):
-            model = UNet2DConditionModel
-            unets = [model(**theirs_config(config.unet)).to(dtype) for _ in range(2)]
-        self.teacher, self.student = (unet.requires_grad_(False) for unet in unets)
+        self.teacher = diffusers_unet(config.unet, dtype, config.device)
+        self.student = diffusers_unet(config.unet, dtype, config.device)
         targets = TARGET_MODULES.pattern[1:-2].replace("\\", "").split("|")
         self.student.add_adapter(LoraConfig(r=64, lora_alpha=8, target_modules=targets))
         self.student.train()
@@ -47,15 +48,16 @@ class Published:
         for p in self.trained:
             p.data = p.data.float()
         self.optimizer = torch.optim.AdamW(self.trained, 1e-6, weight_decay=0)
+        self.scaler = loop.loss_scaler(config.device, False)
         self.autocast = torch.autocast("cuda", torch.bfloat16, config.on_gpu)
         self.schedule = sdxl_schedule()
 
-    def jump(self, unet, x_t, t, s, cond):
+    def jump(self, unet, x_t: Tensor, t: Tensor, s: Tensor, cond: dict) -> Tensor:
         with self.autocast:
-            eps = as_theirs(unet, x_t, t, cond)
+            eps = call_diffusers(unet, x_t, t, cond)
         return integrate_eps(x_t, eps.float(), t, s, self.schedule)
 
-    def loss(self, x_0, cond, null, sample):
+    def loss(self, x_0: Tensor, cond: dict, null: dict, sample: StepSample) -> Tensor:
         t_next, t_n, tau = sample.t_next, sample.t_n, sample.tau
         x_next = self.schedule.diffuse(x_0, sample.noise, t_next)
         prediction = self.jump(self.student, x_next, t_next, tau, cond)
@@ -69,90 +71,123 @@ class Published:
 
 
 class Ours:
-    """The same step by training/build.py's parts."""
+    """The same by training/build.py's parts; dtype: of the base, by name."""
 
-    def __init__(self, config: BenchConfig, compile: bool = False):
-        distill_config = DistillConfig(compile=compile)
-        with torch.device(config.device):
-            unet = UNet(config.unet).requires_grad_(False)
-        cast(unet, DTYPES[config.dtype])
-        self.step = build_step(distill_config, unet, config.device)
+    def __init__(self, config: BenchConfig, dtype: str, compile: bool = False):
+        distill = DistillConfig(compile=compile)
+        base = random_unet(config.unet, DTYPES[dtype], config.device)
+        self.step = build_step(distill, base, config.device)
         self.trained = list(self.step.student.parameters())
-        self.optimizer = build_optimizers(distill_config, self.step)["adam"]
+        self.optimizer = build_optimizers(distill, self.step)["adam"]
+        self.scaler = loop.loss_scaler(config.device, dtype == "fp16")
 
-    def loss(self, x_0, cond, null, sample):
+    def loss(self, x_0: Tensor, cond: dict, null: dict, sample: StepSample) -> Tensor:
         return self.step.losses(x_0, cond, null, TDDStepSample(sample, 3.5))["total"]
 
 
-# ---------------------------------------------------------------------------------------- measuring
-#
-# Times are compared in one process where all sides take turns; memory needs a process for each.
-
-
-def make_sides(config: BenchConfig) -> dict:
-    """What builds each side, by name."""
-    sides = {"diffusers": partial(Published, config, torch.float32), "ours": partial(Ours, config)}
-    if config.on_gpu:
-        sides["diffusers bf16"] = partial(Published, config, torch.bfloat16)
-    if config.compile:
-        sides["ours compiled"] = partial(Ours, config, compile=True)
-    return sides
-
-
-def make_call(config: BenchConfig, make_side):
-    """A call that takes one training step on random data; all sides draw the same."""
-    side, generator, targets = make_side(), torch.Generator().manual_seed(0), targets_of("tdd", 250)
-    x_0, _, cond = inputs(config, config.batch_size, torch.float32)
+def make_call(config: BenchConfig, side: Published | Ours, b: int):
+    """A call that takes one training step on b random latents; all sides draw the same."""
+    generator, targets = torch.Generator().manual_seed(0), targets_of("tdd", 250)
+    x_0, cond = random_batch(config.unet, b, config.side, config.device)
     null = {name: tensor.expand_as(cond[name]) for name, tensor in null_condition(cond).items()}
 
     def call():
-        sample = sample_step(targets, x_0.shape, 0.3, 0.2, generator)
-        side.loss(x_0, cond, null, sample.to(config.device)).backward()
+        sample = sample_step(targets, x_0.shape, 0.3, 0.2, generator).to(config.device)
+        side.scaler.scale(side.loss(x_0, cond, null, sample)).backward()
+        side.scaler.unscale_(side.optimizer)
         torch.nn.utils.clip_grad_norm_(side.trained, 1.0)
-        side.optimizer.step()
+        side.scaler.step(side.optimizer)
+        side.scaler.update()
         side.optimizer.zero_grad()
 
     return call
 
 
-def measure_peak(config: BenchConfig, side: str) -> float:
-    """A side's peak memory in GiB, on a CPU beyond the imports."""
-    before = peak_rss()
-    call = make_call(config, make_sides(config)[side])
-    call()
-    call()
+# --------------------------------------------------------------------------------------- measuring
+
+LARGEST_PUBLISHED = 8  # images a step: with 16, the published step takes a GPU several seconds
+COUNTED_IMAGES = 16  # how many of them the teacher guides, and so the FLOP, varies
+
+
+def bench_train(config: BenchConfig, report: Report):
+    """A step of TDD on all sides for each batch size; returns our call with the first."""
+    sides = {
+        "published": partial(Published, config, torch.float32),
+        "ours": partial(Ours, config, config.dtype),
+    }
     if config.on_gpu:
-        return torch.cuda.max_memory_allocated() / 2**30
-    return (peak_rss() - before) / 2**20
+        sides["published_bf16"] = partial(Published, config, torch.bfloat16)
+    if config.compile:
+        sides["ours_compiled"] = partial(Ours, config, config.dtype, compile=True)
+    calls = compare_steps(config, report, sides)
+    if config.on_gpu or config.tiny:
+        for b in config.batch_sizes:
+            with report.part(f"batch {b}, kernels of ours") as figures:
+                figures |= measure.count_kernels(config, calls["ours", b])
+    return calls.get(("ours", config.batch_sizes[0]))
 
 
-def bench_train(config: BenchConfig):
-    """Seconds with all sides in one process, memory with each in its own; returns our call."""
-    sides = make_sides(config)
-    peaks = {name: run_alone(measure_peak, config, name) for name in sides}
-    calls = {name: make_call(config, make_side) for name, make_side in sides.items()}
-    seconds = alternate(calls, config.rounds, config.device)
+def compiled_step(config: BenchConfig, report: Report) -> None:
+    """Our step with torch.compile, batch 4."""
+    sides = {"ours_compiled": partial(Ours, config, config.dtype, compile=True)}
+    compare_steps(replace(config, batch_sizes=(4,)), report, sides)
+
+
+def compare_steps(config: BenchConfig, report: Report, sides: dict) -> dict:
+    """Memory and seconds of a step of each side, and what share of the matmul rate ours reaches.
+
+    sides: what builds each, by name. Returns the calls that take a step, by name and batch size.
+    """
+    if not config.on_gpu and not config.tiny:
+        # Before anything is built: a process inherits its parent's peak.
+        with report.part("peak GiB") as figures:
+            for b in config.batch_sizes:
+                for name, build in sides.items():
+                    peak = measure.run_alone(measure_rss, config, build, b)
+                    figures[f"{name}, batch {b}"] = peak
+    calls = {}
+    for name, build in sides.items():
+        with report.part(name) as figures:
+            others = measure.allocated_gib(config)
+            side, start = build(), time.perf_counter()
+            # The first step makes the optimizer's moments.
+            make_call(config, side, config.batch_sizes[0])()
+            figures["first_step_s"] = time.perf_counter() - start
+            for b in config.batch_sizes:
+                if name.startswith("ours") or b <= LARGEST_PUBLISHED:
+                    call = make_call(config, side, b)
+                    memory = measure.memory_gib(config, call, others)
+                    figures |= {f"batch {b}, {key}": value for key, value in memory.items()}
+                    calls[name, b] = call
+    if "ours" in sides:
+        with report.part("rates") as rates:
+            b = max(config.batch_sizes)
+            tflop = count_tflop(calls["ours", b], steps=math.ceil(COUNTED_IMAGES / b))
+            rates["tflop_an_image"] = tflop / b
+            rates["matmul_tflops"] = measure.matmul_rate(config)
+    for b in config.batch_sizes:
+        with report.part(f"batch {b}") as figures:
+            turns = {name: calls[name, b] for name in sides if (name, b) in calls}
+            figures |= measure.compare(config, turns)
+            if "ours" in turns:
+                images_per_s = figures["images_per_s"] = b / figures["ours_s"]
+                tflops = images_per_s * rates["tflop_an_image"]
+                figures["share_of_matmul_rate"] = tflops / rates["matmul_tflops"]
+    return calls
+
+
+def count_tflop(call, steps: int) -> float:
+    """TFLOP of a step, recomputation included, as a mean; on a CPU without attention."""
     with FlopCounterMode(display=False) as counter:
-        # A mean of four: the number of examples that the teacher guides varies from step to step.
-        for _ in range(4):
-            calls["ours"]()
-    flops = counter.get_total_flops() / 4
-    best = min(value for name, value in seconds.items() if name.startswith("ours"))
-    rate = matmul_rate(config.device, DTYPES[config.dtype])
-    theirs = peaks["diffusers"]
-    figures = {f"peak GiB {name}": f"{x:.2f} ({x / theirs:.2f})" for name, x in peaks.items()}
-    figures |= {
-        "ours, images/s": f"{config.batch_size / best:.3g}", "TFLOP a step": f"{flops / 1e12:.3g}",
-        "of the matmul rate": f"{flops / best / rate:.2f} ({rate / 1e12:.3g} TFLOP/s)",
-    }  # fmt: skip
-    title = f"training step, batch {config.batch_size}, {8 * config.side} pixels"
-    report(title, seconds, **figures)
-    return calls["ours"]
+        for _ in range(steps):
+            call()
+    return counter.get_total_flops() / 1e12 / steps
 
 
-def matmul_rate(device: str, dtype) -> float:
-    """FLOP/s of a large square product in this precision, the best that the machine can do."""
-    n = 8192 if device.startswith("cuda") else 2048
-    # Large enough that memory's speed does not count, small enough to take little time.
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / alternate({"matmul": lambda: a @ b}, 10, device)["matmul"]
+def measure_rss(config: BenchConfig, build, b: int) -> float:
+    """A side's peak memory in GiB on a CPU beyond the imports, in a process of its own."""
+    before = measure.peak_rss()
+    call = make_call(config, build(), b)
+    call()
+    call()
+    return (measure.peak_rss() - before) / 2**20
