@@ -104,36 +104,35 @@ def load_student(
     return model, network
 
 
-def load_control(folder: Path, image: Image.Image, dtype, device: str) -> tuple[ControlNet, Tensor]:
-    """The ControlNet of a folder, and an image of the picture's size for it."""
+def load_control(folder: Path, dtype: torch.dtype, device: str) -> ControlNet:
+    """The ControlNet of a folder."""
     controlnet = load_component(folder, ControlNet, ControlNetConfig, dtype)
-    controlnet.to(device, memory_format=torch.channels_last)
-    pixels = rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w")
-    return controlnet, pixels.to(device) / 255
+    return controlnet.to(device, memory_format=torch.channels_last)
 
 
 def build_network(args) -> tuple[SDXL, object, list[nn.Module]]:
     """The model, the network to sample, and the modules that it consists of."""
-    dtype, device = DTYPES[args.dtype], args.device
+    dtype = DTYPES[args.dtype]
+    # Where the weights stay while they are not needed.
+    home = "cpu" if args.low_memory else args.device
     # Read before the model is loaded, so that a bad image is refused at once.
     image = None if args.control_image is None else open_image(args.control_image)
     use_exact_float32(dtype)
     loras = [split_scale(entry) for entry in args.lora]
     model, network = load_student(
-        args.model, args.tokenizer, args.unet, loras, args.tcf, args.steps, dtype, device
+        args.model, args.tokenizer, args.unet, loras, args.tcf, args.steps, dtype, home
     )
     denoisers = [model.unet]
     if image is not None:
         image = image.resize((args.width, args.height), Image.Resampling.LANCZOS)
-        controlnet, pixels = load_control(args.controlnet, image, dtype, device)
+        controlnet = load_control(args.controlnet, dtype, home)
+        pixels = rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w")
+        pixels = pixels.to(args.device) / 255
         network = pipeline.with_controlnet(network, controlnet, pixels, args.control_scale)
         denoisers.append(controlnet)
     if args.compile:
         for module in denoisers:
             pipeline.compile_blocks(module)
-    if args.low_memory:
-        for module in (*denoisers, model.encoder_1, model.encoder_2, model.vae):
-            module.to("cpu")
     return model, network, denoisers
 
 

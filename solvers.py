@@ -87,7 +87,7 @@ def to_device(x: Tensor, device) -> Tensor:
     """
     if torch.device(device).type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+    return x.to(device, non_blocking=x.device.type == "cpu")
 
 
 def sdxl_schedule(T: int = 1000, beta_0: float = 0.00085, beta_T: float = 0.012) -> Schedule:

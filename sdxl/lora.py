@@ -119,7 +119,7 @@ class _CastAll(torch.autograd.Function):
 
 
 def _cast_all(tensors, dtype: torch.dtype) -> list[Tensor]:
-    if tensors[0].dtype == dtype:
+    if all(tensor.dtype == dtype for tensor in tensors):
         return list(tensors)
     result = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
     torch._foreach_copy_(result, tensors)
@@ -130,7 +130,7 @@ def compute_weights(lora: LoRA, weight: float, dtype: torch.dtype) -> dict:
     """Layer -> its down matrix, and its up matrix times weight and scale, in this precision."""
     adapters = lora.adapters.values()
     downs = [adapter.down for adapter in adapters]
-    if downs[0].dtype != dtype:
+    if any(down.dtype != dtype for down in downs):
         downs = _CastAll.apply(dtype, None, *downs)
     # The factor is applied to the small matrix: on the layer's output it would be another pass over
     # all activations.
@@ -155,7 +155,8 @@ class _LoRALayer:
         rows = x if isinstance(self, nn.Conv2d) else x.flatten(0, -2)
         y = super().forward(rows)
         for down, up in self.active:
-            y = self.add_product(y, rows, down, up)
+            # The same precision already, but for layers that stay in float32 beside half.
+            y = self.add_product(y, rows, down.to(rows.dtype), up.to(rows.dtype))
         return y.view(*x.shape[:-1], -1) if x.ndim == 3 else y
 
 

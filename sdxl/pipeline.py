@@ -92,7 +92,8 @@ def merge_loras(model: SDXL, loras: list[tuple[Path, float]], tcf: str, k: int):
             hint = "give --tcf s, and only then" if is_tcf_s else "leave --tcf s away"
             message = f"--lora {path} takes the {scalar} as an input: {hint}"
             raise ValueError(f"{message}, and give no second LoRA of its kind")
-        embedding.to(model.unet.conv_in.weight.device)
+        # A part of the UNet from here on, so that it moves where that moves.
+        model.unet.scalar_embedding = embedding.to(model.unet.conv_in.weight.device)
         # The last layer is linear: scaling it scales the whole embedding.
         for parameter in embedding.linear_2.parameters():
             parameter.mul_(scale)
@@ -116,9 +117,9 @@ def with_controlnet(network, controlnet, image: Tensor, scale: float):
 def on_device(device, *modules: nn.Module):
     """These modules on a device; their weights stay where they were, and are back there after."""
     homes = [(p, p.data) for module in modules for p in module.parameters()]
-    for module in modules:
-        module.to(device)
     try:
+        for module in modules:
+            module.to(device)
         yield
     finally:
         for p, data in homes:

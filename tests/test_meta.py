@@ -222,7 +222,10 @@ def test_training_waits_once_a_step(config, side, method, tmp_path, monkeypatch)
     monkeypatch.setattr(loop, "_read", look)
     monkeypatch.setattr(loop.TrainState, "save", lambda self, keep: None)
     optimizers = build_optimizers(distill_config, step)
-    state = loop.TrainState(tmp_path, step.modules, optimizers, generator, Loader(side), {})
+    scaler = loop.loss_scaler("cpu", True)
+    state = loop.TrainState(
+        tmp_path, step.modules, optimizers, generator, Loader(side), {}, scaler=scaler
+    )
     train_config = loop.TrainConfig(steps, lambda i: 1.0)
     without_waits(lambda: loop.fit(state, train_config, losses, step.after_step))
     parts = 1 + (method == "adv") * 2 + method.startswith("tdm")

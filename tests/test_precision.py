@@ -89,8 +89,8 @@ def kept(found, exact):
 def test_half_precision_over_16_seeds(stored):
     """fp16 keeps the effect, bf16 loses a good part of it: why fp16 is the default on GPUs."""
     name, root, lora = stored
-    if name in ("float32", "fp8"):
-        pytest.skip("half-precision files are what is sampled in half precision")
+    if name == "fp8":
+        pytest.skip("its numbers are coarser than either half's")
     seeds = range(16)
     exact, files = exact_effect(root, lora, seeds), [(root / "lora.safetensors", 1.0)]
     share, error = kept(effect(root, files, torch.float16, seeds), exact)
@@ -115,8 +115,9 @@ def test_sum_is_rounded_once(dtype):
     assert merged.dtype == dtype
     # float32's own rounding may tip a tie, so a few entries are off by a last digit.
     differ = merged.float() != exact.float().to(dtype).float()
-    assert differ.float().mean() < (0.5 if dtype == torch.float32 else 0.01)
-    assert torch.allclose(merged.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=2e-3)
+    assert dtype == torch.float32 or differ.float().mean() < 0.01
+    eps = torch.finfo(dtype).eps
+    assert torch.allclose(merged.double(), exact, rtol=eps, atol=0.1 * eps)
 
 
 def busy_linear(base, seed):
@@ -220,6 +221,39 @@ def test_an_overflow_halves_the_factor_and_changes_nothing_else(folder, tmp_path
     assert any(not torch.equal(start[name], w) for name, w in weights(step).items())
     # What is logged is the loss itself, and the gradient's norm without the factor.
     assert 0 < state.log[0]["loss"] < 10 and 0 < state.log[0]["grad_norm"] < 100
+
+
+def test_looking_for_the_factor_is_not_giving_up(folder, tmp_path):
+    """A gradient that wants a factor below 2^6 takes more than ten halvings; losses are finite."""
+    state, losses, step = fp16_state(folder, tmp_path)
+
+    def steep(batch):
+        parts = losses(batch)
+        parts["total"] = parts["total"] * 1e6
+        return parts
+
+    loop.fit(state, loop.TrainConfig(20, lambda i: 1.0), steep, step.after_step)
+    skipped = [line["skipped"] for line in state.log]
+    # More than MAX_SKIPPED_STEPS in a row.
+    assert skipped[:11] == [1] * 11 and 0 in skipped
+    assert state.scaler.get_scale() == 2.0 ** (16 - sum(skipped))
+
+
+def test_a_layer_that_stays_in_float32_can_have_an_adapter(folder):
+    """conv_out beside fp16: its LoRA changes eps by what up(down(h)) gives in float32."""
+    unet = load.load_sdxl(folder, dtype=torch.float16).unet
+    adapter = Adapter.init(unet.conv_out, 4, 4, torch.Generator().manual_seed(0))
+    adapter.up.data.normal_(generator=torch.Generator().manual_seed(1))
+    x_t, cond = example(2, torch.float16)
+    t, seen = torch.full((2,), 751), []
+    unet.conv_out.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    plain = unet(x_t, t, cond)
+    add_adapter(unet, "last", LoRA({"conv_out": adapter}))
+    with torch.no_grad(), active_adapters(unet, last=1.0):
+        changed = unet(x_t, t, cond)
+    h = torch.nn.functional.conv2d(seen[0], adapter.down, padding=1)
+    expected = torch.nn.functional.conv2d(h, adapter.up)
+    assert torch.allclose(changed - plain, expected, atol=2e-3 * expected.abs().max().item())
 
 
 def test_resumed_run_has_the_same_factor_and_ends_the_same(folder, tmp_path):

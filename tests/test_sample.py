@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -165,16 +166,31 @@ def test_a_batch_is_its_single_runs(folder, monkeypatch, capsys, tmp_path):
 
 
 def test_low_memory_is_the_same_with_a_part_at_a_time(folder, monkeypatch, capsys, tmp_path):
-    """Nothing changes but where the parts are: encoders, UNet and VAE visit the device in turn."""
+    """Encoders, UNet and VAE visit the device in turn; between visits their weights are NaN."""
     words = ["--prompt", "a fox", "--num-images", 5, "--batch-size", 2]
     expected = ours(monkeypatch, capsys, folder, tmp_path, *words, "--output", tmp_path / "a")
-    visits, on_device = [], sample.pipeline.on_device
+    visits, weights, build = [], {}, sample.build_network
 
-    def record(device, *modules):
+    def hide(modules):
+        for p in [p for module in modules for p in module.parameters()]:
+            weights[p] = p.data
+            p.data = torch.full_like(p, torch.nan)
+
+    def build_and_hide(args):
+        model, network, denoisers = build(args)
+        hide([model.encoder_1, model.encoder_2, model.vae, *denoisers])
+        return model, network, denoisers
+
+    @contextmanager
+    def visit(device, *modules):
         visits.append([type(module).__name__ for module in modules])
-        return on_device(device, *modules)
+        for p in [p for module in modules for p in module.parameters()]:
+            p.data = weights[p]
+        yield
+        hide(modules)
 
-    monkeypatch.setattr(sample.pipeline, "on_device", record)
+    monkeypatch.setattr(sample, "build_network", build_and_hide)
+    monkeypatch.setattr(sample.pipeline, "on_device", visit)
     monkeypatch.setattr(sample, "LOW_MEMORY_TURN", 4)
     words += ["--low-memory", "--output", tmp_path / "b"]
     assert torch.equal(ours(monkeypatch, capsys, folder, tmp_path, *words), expected)

@@ -116,7 +116,8 @@ class TrainState:
             state = _optimizer_state(key, optimizer, tensors)
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         self.generator.set_state(tensors[f"rng/{distributed.rank()}"])
-        self.scaler.load_state_dict(config.get("scaler", {}))
+        if config.get("scaler"):
+            self.scaler.load_state_dict(config["scaler"])
         self.step = config["step"]
 
     def _check_names(self, folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -265,7 +266,7 @@ def fit(
     batch["timesteps"]. after_step() follows each optimizer step. ddp_modules: what `wrap_ddp`
     returned. draw_samples(step) is called on rank 0, every sample_every steps.
     A step without a finite loss and gradient is skipped. Raises ValueError after MAX_SKIPPED_STEPS
-    of those in a row, and SystemExit after a signal, which leaves a checkpoint of its own.
+    of those in a row, not counting those that the loss scale is still too large for, and SystemExit after a signal, which leaves a checkpoint of its own.
     """
     is_main = distributed.is_main()
     # What a killed run logged after its last checkpoint is about to be done again.
@@ -277,7 +278,10 @@ def fit(
             start = time.perf_counter()
             batches = _backward(state, config.grad_accum, losses, ddp_modules)
             line = _optimizer_step(state, config, batches, after_step, start)
-            skipped = skipped + 1 if line["skipped"] else 0
+            if not line["skipped"]:
+                skipped = 0
+            elif not _only_overflowed(state, batches, line):
+                skipped += 1
             if is_main:
                 state.log.append(line)
                 write_line(state.output, line, bar)
@@ -364,6 +368,12 @@ def _optimizer_step(
     }  # fmt: skip
     # JSON knows no NaN.
     return {key: value if math.isfinite(value) else None for key, value in line.items()}
+
+
+def _only_overflowed(state: TrainState, batches: StepBatches, line: dict) -> bool:
+    """Whether a skipped step's losses are finite, and a smaller factor may help its gradient."""
+    losses_are_finite = all(line[name] is not None for name in batches.losses)
+    return losses_are_finite and state.scaler.is_enabled() and state.scaler.get_scale() > 1
 
 
 def _read(numbers: list[Tensor]) -> list[float]:
