@@ -265,7 +265,7 @@ def main(args) -> None:
     state = loop.TrainState(
         output, step.modules, build.build_optimizers(config, step), generator, loader, settings,
         partial(export, config, args.model, step),
-        loop.loss_scaler(device, args.dtype == "fp16"))  # fmt: skip
+        build.loss_scaler(device, args.dtype == "fp16"))  # fmt: skip
     if folder is not None:
         state.restore(folder, saved)
     step.distribute(distributed.wrap_ddp)

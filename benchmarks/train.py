@@ -21,8 +21,7 @@ from sdxl.lora import TARGET_MODULES
 from sdxl.pipeline import DTYPES, null_condition
 from solvers import integrate_eps, sdxl_schedule
 from tdd import StepSample, sample_step, targets_of
-from training import loop
-from training.build import DistillConfig, build_optimizers, build_step
+from training.build import DistillConfig, build_optimizers, build_step, loss_scaler
 from training.distill import TDDStepSample
 
 # -------------------------------------------------------------------------------------- both sides
@@ -48,7 +47,7 @@ class Published:
         for p in self.trained:
             p.data = p.data.float()
         self.optimizer = torch.optim.AdamW(self.trained, 1e-6, weight_decay=0)
-        self.scaler = loop.loss_scaler(config.device, False)
+        self.scaler = loss_scaler(config.device, False)
         self.autocast = torch.autocast("cuda", torch.bfloat16, config.on_gpu)
         self.schedule = sdxl_schedule()
 
@@ -79,7 +78,7 @@ class Ours:
         self.step = build_step(distill, base, config.device)
         self.trained = list(self.step.student.parameters())
         self.optimizer = build_optimizers(distill, self.step)["adam"]
-        self.scaler = loop.loss_scaler(config.device, dtype == "fp16")
+        self.scaler = loss_scaler(config.device, dtype == "fp16")
 
     def loss(self, x_0: Tensor, cond: dict, null: dict, sample: StepSample) -> Tensor:
         return self.step.losses(x_0, cond, null, TDDStepSample(sample, 3.5))["total"]

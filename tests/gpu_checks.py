@@ -26,7 +26,7 @@ from sdxl.lora import LoRA, merge, named_layers
 from sdxl.pipeline import DTYPES, SamplerConfig, null_condition, sample_latents
 from solvers import SOLVERS
 from training import cache, distributed, loop
-from training.build import DistillConfig, build_optimizers, build_step
+from training.build import DistillConfig, build_optimizers, build_step, loss_scaler
 from training.distill import LoRANetwork
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,7 +119,7 @@ class Training:
         set_effects(self.step)
         self.generator = torch.Generator().manual_seed(0)
         self.folder = tempfile.TemporaryDirectory()
-        scaler = loop.loss_scaler(config.device, dtype == "fp16" and not distill.full)
+        scaler = loss_scaler(config.device, dtype == "fp16" and not distill.full)
         self.state = UnsavedState(
             Path(self.folder.name), self.step.modules, build_optimizers(distill, self.step),
             self.generator, RandomLatents(config, b), {}, scaler=scaler,

@@ -24,7 +24,7 @@ from tdd import equidistant, guided
 from tests import count
 from tests.count import full_size_batch
 from training import loop
-from training.build import DistillConfig, build_optimizers, build_step
+from training.build import DistillConfig, build_optimizers, build_step, loss_scaler
 from unet import UNet, UNetConfig
 
 TINY = UNetConfig(
@@ -222,7 +222,7 @@ def test_training_waits_once_a_step(config, side, method, tmp_path, monkeypatch)
     monkeypatch.setattr(loop, "_read", look)
     monkeypatch.setattr(loop.TrainState, "save", lambda self, keep: None)
     optimizers = build_optimizers(distill_config, step)
-    scaler = loop.loss_scaler("cpu", True)
+    scaler = loss_scaler("cpu", True)
     state = loop.TrainState(
         tmp_path, step.modules, optimizers, generator, Loader(side), {}, scaler=scaler
     )

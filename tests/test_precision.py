@@ -13,7 +13,7 @@ from sdxl.lora_files import write_peft
 from sdxl.pipeline import SamplerConfig, on_device, sample_latents
 from tests.oracles import busy, example, tiny_tdd
 from training import loop
-from training.build import DistillConfig, build_optimizers, build_step
+from training.build import DistillConfig, build_optimizers, build_step, loss_scaler
 
 FILES = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FILES["fp8"] = torch.float8_e4m3fn
@@ -162,7 +162,7 @@ def fp16_state(folder, output, spoil=()):
     checkpoint, saved = loop.resume_point(output, True, settings)
     state = loop.TrainState(
         output, step.modules, build_optimizers(config, step), generator, Examples(), settings,
-        scaler=loop.loss_scaler("cpu", True),
+        scaler=loss_scaler("cpu", True),
     )  # fmt: skip
     if checkpoint:
         state.restore(checkpoint, saved)

@@ -171,6 +171,14 @@ def build_optimizers(config: DistillConfig, step: TDDStep | TDMStep) -> dict:
     return optimizers
 
 
+def loss_scaler(device: str, enabled: bool) -> torch.amp.GradScaler:
+    """What multiplies losses by up to 2^16 and more, so that fp16's gradients do not vanish.
+
+    The factor is halved after a step whose gradient overflows, and doubled after 2,000 others.
+    """
+    return torch.amp.GradScaler(torch.device(device).type, enabled=enabled)
+
+
 # ------------------------------------------------------------------------------------------ export
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from tqdm import tqdm
 
 from common import files
@@ -47,8 +48,8 @@ class TrainState:
 
     modules, optimizers: by name. loader: an endless iterator of batches, with .position (JSON-able)
     and .bad. settings: flags as strings; all but MAY_CHANGE must be the same on resume.
-    export(folder, step, tensors) writes the files for users, on rank 0. scaler: as from
-    `loss_scaler`.
+    export(folder, step, tensors) writes the files for users, on rank 0. scaler: of the
+    loss, for fp16.
     """
 
     output: Path
@@ -58,7 +59,7 @@ class TrainState:
     loader: object
     settings: dict
     export: Callable[[Path, int, dict], None] = lambda folder, step, tensors: None
-    scaler: torch.amp.GradScaler = field(default_factory=lambda: loss_scaler("cpu", False))
+    scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))
     step: int = 0
     log: list[dict] = field(default_factory=list)
 
@@ -142,14 +143,6 @@ def _optimizer_state(key: str, optimizer: torch.optim.Optimizer, tensors: dict) 
             like = parameters[int(i)] if tensor.ndim else tensor
             state.setdefault(int(i), {})[moment] = distributed.shard_like(tensor, like)
     return state
-
-
-def loss_scaler(device: str, enabled: bool) -> torch.amp.GradScaler:
-    """What multiplies losses by up to 2^16 and more, so that fp16's gradients do not vanish.
-
-    The factor is halved after a step whose gradient overflows, and doubled after 2,000 others.
-    """
-    return torch.amp.GradScaler(torch.device(device).type, enabled=enabled)
 
 
 def adamw(parameters, lr: float, weight_decay=0.0, betas=(0.9, 0.999)) -> torch.optim.AdamW:
@@ -266,7 +259,8 @@ def fit(
     batch["timesteps"]. after_step() follows each optimizer step. ddp_modules: what `wrap_ddp`
     returned. draw_samples(step) is called on rank 0, every sample_every steps.
     A step without a finite loss and gradient is skipped. Raises ValueError after MAX_SKIPPED_STEPS
-    of those in a row, not counting those that the loss scale is still too large for, and SystemExit after a signal, which leaves a checkpoint of its own.
+    of those in a row, unless a smaller loss scale may help, and SystemExit after a signal, which
+    leaves a checkpoint of its own.
     """
     is_main = distributed.is_main()
     # What a killed run logged after its last checkpoint is about to be done again.
