@@ -95,9 +95,9 @@ def init_scalar_embedding(base: UNet, kind: str, generator: torch.Generator) -> 
 
 # -------------------------------------------------------------------------- precision to compute in
 #
-# What is trained is in float32, beside a base in half precision. A LoRA has 1,600 matrices, each a
-# few thousand numbers: cast one by one, layer by layer, they would keep a GPU waiting for the host
-# for longer than it computes. So all are cast at once, whenever a pass begins.
+# What is trained is in float32, beside a base in half precision. A LoRA has 1,600 matrices, each
+# too small to occupy a GPU: cast layer by layer, they would keep it waiting for the host. So all
+# are cast at once, whenever a pass begins.
 
 
 class _CastAll(torch.autograd.Function):

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from benchmarks.models import random_batch
 from common import files
 from sdxl.clip import TextConfig, TextEncoder
 from sdxl.controlnet import ControlNet, ControlNetConfig
@@ -105,38 +106,25 @@ def measure(build) -> Cost:
 
 # -------------------------------------------------------------------------------------- what is run
 
-
+FULL = UNetConfig()
 TEXT_ENCODERS = (
     TextConfig(),
     TextConfig(1280, 5120, layers=32, heads=20, activation="gelu", projection=1280),
 )
 
 
-def full_size_unet(dtype=torch.float16) -> UNet:
-    """SDXL's UNet without values."""
+def meta_unet(config: UNetConfig = FULL) -> UNet:
+    """A UNet without values, in fp16."""
     with torch.device("meta"):
-        unet = UNet(UNetConfig()).requires_grad_(False)
-    cast(unet, dtype)
+        unet = UNet(config).requires_grad_(False)
+    cast(unet, torch.float16)
     return unet.to(memory_format=torch.channels_last)
-
-
-def full_size_batch(b: int, side: int, dtype=torch.float16) -> tuple[torch.Tensor, dict]:
-    """Latents x_0 (b, 4, side, side) and a condition without values."""
-    config = UNetConfig()
-    pooled = config.add_embedding_dim - 6 * config.time_ids_width
-    with torch.device("meta"):
-        cond = {
-            "prompt_embeds": torch.empty(b, 77, config.cross_attention_dim, dtype=dtype),
-            "pooled": torch.empty(b, pooled, dtype=dtype),
-            "time_ids": torch.empty(b, 6, dtype=torch.int64),
-        }
-        return torch.empty(b, 4, side, side), cond
 
 
 def training_step(config: DistillConfig, b: int, side: int):
     """A call of one training step, forward and backward, with the optimizers' moments beside it."""
-    step = build_step(config, full_size_unet(), "meta")
-    x_0, cond = full_size_batch(b, side)
+    step = build_step(config, meta_unet(), "meta")
+    x_0, cond = random_batch(FULL, b, side, "meta", torch.float16)
     generator, moments = torch.Generator().manual_seed(0), []
     for module in step.modules.values():
         for p in module.parameters():
@@ -148,19 +136,19 @@ def training_step(config: DistillConfig, b: int, side: int):
         step.losses(x_0, cond, null_condition(cond), sample)["total"].backward()
         step.after_step()
 
-    call.moments = moments
+    call.moments = moments  # in memory as long as the call is
     return call
 
 
 def denoising(config: SamplerConfig, side: int, controlled: bool = False):
     """A call of the sampler for one picture, under a ControlNet or not."""
-    network = unet = full_size_unet()
+    network = unet = meta_unet()
     if controlled:
         with torch.device("meta"):
             controlnet = ControlNet(ControlNetConfig()).half()
             image = torch.empty(1, 3, 8 * side, 8 * side)
         network = with_controlnet(unet, controlnet, image, 1.0)
-    _, cond = full_size_batch(1, side)
+    _, cond = random_batch(FULL, 1, side, "meta", torch.float16)
 
     def call():
         shape = (4, side, side)
@@ -169,7 +157,6 @@ def denoising(config: SamplerConfig, side: int, controlled: bool = False):
     return call
 
 
-@torch.no_grad()
 def encoding():
     """A call of both text encoders for one prompt."""
     with torch.device("meta"):

@@ -78,11 +78,6 @@ def set_effects(step, size: float = 0.02) -> None:
             set_effect(module_lora, step.base, size, "fake" if name == "fake" else "")
 
 
-def to_device(cond: dict, device) -> dict:
-    """A condition on a device."""
-    return {name: tensor.to(device) for name, tensor in cond.items()}
-
-
 class RandomLatents:
     """An endless loader of one batch in pinned memory, as training/images.py's Loader has it."""
 
@@ -119,7 +114,7 @@ class Training:
         set_effects(self.step)
         self.generator = torch.Generator().manual_seed(0)
         self.folder = tempfile.TemporaryDirectory()
-        scaler = loss_scaler(config.device, dtype == "fp16" and not distill.full)
+        scaler = loss_scaler(config.device, dtype == "fp16")
         self.state = UnsavedState(
             Path(self.folder.name), self.step.modules, build_optimizers(distill, self.step),
             self.generator, RandomLatents(config, b), {}, scaler=scaler,

@@ -14,18 +14,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.models import random_batch
 from common import files
 from sdxl.controlnet import ControlNet, ControlNetConfig
-from sdxl.load import cast
 from sdxl.pipeline import SamplerConfig, null_condition, sample_latents, with_controlnet
 from sdxl.vae import VAE, VAEConfig
 from solvers import CLEAN, SOLVERS, sdxl_schedule, solve
 from tdd import equidistant, guided
 from tests import count
-from tests.count import full_size_batch
+from tests.count import meta_unet
 from training import loop
 from training.build import DistillConfig, build_optimizers, build_step, loss_scaler
-from unet import UNet, UNetConfig
+from unet import UNetConfig
 
 TINY = UNetConfig(
     channels=(64, 128), transformer_depth=(0, 1), heads=(1, 2), mid_transformer_depth=1,
@@ -112,13 +112,6 @@ def test_what_needs_no_wait_passes():
 # ---------------------------------------------------------------------------------------- sampling
 
 
-def meta_unet(config):
-    with torch.device("meta"):
-        unet = UNet(config).requires_grad_(False)
-    cast(unet, torch.float16)
-    return unet
-
-
 @pytest.mark.parametrize("config, side", SIZES)
 @pytest.mark.parametrize("settings", [
     {}, {"gamma": 0.0}, {"w": 0.0}, {"clip_steps": 4}, {"clip_steps": 1, "gamma": 0.0},
@@ -127,7 +120,7 @@ def meta_unet(config):
 ], ids=str)  # fmt: skip
 def test_sampling(config, side, settings):
     network = meta_unet(config)
-    _, cond = full_size_batch(2, side)
+    _, cond = random_batch(config, 2, side, "meta", torch.float16)
     sampler = SamplerConfig(**settings)
     sample = partial(sample_latents, sampler, network, cond, null_condition(cond))
     x_0 = without_waits(lambda: sample((4, side, side), [0, 1], "meta"))
@@ -136,11 +129,12 @@ def test_sampling(config, side, settings):
 
 @pytest.mark.parametrize("config, side", SIZES)
 def test_controlnet_and_solvers_with_clipping(config, side):
-    unet, (_, cond) = meta_unet(config), full_size_batch(2, side)
+    unet = meta_unet(config)
+    x_T, cond = random_batch(config, 2, side, "meta", torch.float16)
     sizes = {name: getattr(config, name) for name in config.__dataclass_fields__}
     with torch.device("meta"):
         controlnet = ControlNet(ControlNetConfig(**sizes)).half()
-        image, x_T = torch.empty(1, 3, 8 * side, 8 * side), torch.empty(2, 4, side, side)
+        image = torch.empty(1, 3, 8 * side, 8 * side)
     network = with_controlnet(unet, controlnet, image, 0.5)
     stops = [*equidistant(4), CLEAN]
     eps = guided(network, cond, null_condition(cond), 1.0)
@@ -189,12 +183,11 @@ class Loader:
 
     position, bad = 0, 0
 
-    def __init__(self, side):
-        self.side = side
+    def __init__(self, config, side):
+        self.x_0, self.cond = random_batch(config, 2, side, "meta", torch.float16)
 
     def __next__(self):
-        x_0, cond = full_size_batch(2, self.side)
-        return {"x_0": x_0, "cond": cond, "names": ["a", "b"]}
+        return {"x_0": self.x_0, "cond": self.cond, "names": ["a", "b"]}
 
 
 @pytest.mark.parametrize("config, side", SIZES)
@@ -224,7 +217,7 @@ def test_training_waits_once_a_step(config, side, method, tmp_path, monkeypatch)
     optimizers = build_optimizers(distill_config, step)
     scaler = loss_scaler("cpu", True)
     state = loop.TrainState(
-        tmp_path, step.modules, optimizers, generator, Loader(side), {}, scaler=scaler
+        tmp_path, step.modules, optimizers, generator, Loader(config, side), {}, scaler=scaler
     )
     train_config = loop.TrainConfig(steps, lambda i: 1.0)
     without_waits(lambda: loop.fit(state, train_config, losses, step.after_step))

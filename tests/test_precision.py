@@ -8,27 +8,16 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from sdxl import load
-from sdxl.lora import Adapter, LoRA, active_adapters, add_adapter, merge, named_layers
+from sdxl.lora import Adapter, LoRA, active_adapters, add_adapter, merge
 from sdxl.lora_files import write_peft
-from sdxl.pipeline import SamplerConfig, on_device, sample_latents
-from tests.oracles import busy, example, tiny_tdd
+from sdxl.pipeline import SamplerConfig, null_condition, on_device, sample_latents
+from tests.gpu_checks import EFFECT, compare_effect, set_effect
+from tests.oracles import busy, example, ours, tiny_tdd
 from training import loop
 from training.build import DistillConfig, build_optimizers, build_step, loss_scaler
 
 FILES = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FILES["fp8"] = torch.float8_e4m3fn
-SIZE = 0.0016  # of dW / W, a distilled LoRA's
-
-
-def distilled(unet, size=SIZE):
-    """A LoRA that changes every layer's weight by the same share, in norm."""
-    lora = LoRA.init(unet, 4, 4, torch.Generator().manual_seed(1)).requires_grad_(False)
-    generator, layers = torch.Generator().manual_seed(2), named_layers(unet)
-    for name, adapter in lora.adapters.items():
-        adapter.up.data = torch.randn(adapter.up.shape, generator=generator)
-        product = adapter.up.flatten(1) @ adapter.down.flatten(1)
-        adapter.up.data *= size * layers[name].weight.float().norm() / product.norm()
-    return lora
 
 
 @pytest.fixture(scope="module", params=FILES)
@@ -41,8 +30,8 @@ def stored(request, folder, tmp_path_factory):
             tensors = {k: v.to(FILES[request.param]) for k, v in load_file(path).items()}
             save_file(tensors, path, {"format": "pt"})
     unet = load.load_sdxl(root).unet
-    lora = distilled(unet)
-    write_peft(root / "lora.safetensors", lora)
+    lora = LoRA.init(unet, 4, 4, torch.Generator().manual_seed(1)).requires_grad_(False)
+    write_peft(root / "lora.safetensors", set_effect(lora, unet, EFFECT))
     return request.param, root, lora
 
 
@@ -79,13 +68,6 @@ def test_effect_in_float32_is_whole_whatever_the_file(stored):
     assert exact.norm() > 1e-3  # and there is something to keep
 
 
-def kept(found, exact):
-    """The share of each example's effect, and the mean error in units of it."""
-    found, exact = found.flatten(1), exact.flatten(1)
-    share = (found * exact).sum(1) / exact.square().sum(1)
-    return share, ((found - exact).norm(dim=1) / exact.norm(dim=1)).mean()
-
-
 def test_half_precision_over_16_seeds(stored):
     """fp16 keeps the effect, bf16 loses a good part of it: why fp16 is the default on GPUs."""
     name, root, lora = stored
@@ -93,10 +75,21 @@ def test_half_precision_over_16_seeds(stored):
         pytest.skip("its numbers are coarser than either half's")
     seeds = range(16)
     exact, files = exact_effect(root, lora, seeds), [(root / "lora.safetensors", 1.0)]
-    share, error = kept(effect(root, files, torch.float16, seeds), exact)
-    assert 0.98 < share.mean() < 1.02 and error < 0.4
-    _, error_bf16 = kept(effect(root, files, torch.bfloat16, seeds), exact)
-    assert error_bf16 > 3 * error
+    fp16, bf16 = (
+        compare_effect(effect(root, files, dtype, seeds), exact)
+        for dtype in (torch.float16, torch.bfloat16)
+    )
+    assert 0.98 < fp16["kept"] < 1.02 and fp16["relative_error"] < 0.4
+    assert bf16["relative_error"] > 3 * fp16["relative_error"]
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [("float32", False), ("fp16", True)])
+def test_float32_means_float32_on_gpus_too(dtype, allowed, folder, tmp_path, monkeypatch, capsys):
+    """torch's default for convolutions is TF32: on for fp16's float32 decoder, else off."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not allowed)
+    flags = ["--prompt", "a fox", "--dtype", dtype, "--steps", 1, "--cfg", 1]
+    ours(monkeypatch, capsys, folder, tmp_path, *flags)
+    assert torch.backends.cudnn.allow_tf32 is allowed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -139,6 +132,18 @@ def test_modules_move_and_come_back():
     assert [p.data_ptr() for p in module.parameters()] == before
 
 
+def test_a_loras_scalar_embedding_moves_with_its_unet(folder, tmp_path):
+    lora = busy(load.load_sdxl(folder).unet, scalar="target_time")
+    path = tmp_path / "lora.safetensors"
+    write_peft(path, lora)
+    model, _ = sample.load_student(folder, None, None, [(path, 0.5)], "s", 4, torch.float32, "cpu")
+    weights = dict(model.unet.named_parameters())
+    for name, p in lora.scalar_embedding.named_parameters():
+        # At half its strength: its last layer is linear.
+        strength = 0.5 if name.startswith("linear_2") else 1.0
+        assert torch.equal(weights[f"scalar_embedding.{name}"], strength * p)
+
+
 # --------------------------------------------------------------------------------- training in fp16
 
 
@@ -171,11 +176,7 @@ def fp16_state(folder, output, spoil=()):
     def losses(batch):
         draw = step.sample(x_0.shape, generator, "cpu")
         batch["timesteps"] = draw.timesteps
-        null = {
-            **{k: torch.zeros_like(v[:1]) for k, v in cond.items()},
-            "time_ids": cond["time_ids"],
-        }
-        parts = step.losses(x_0.float(), cond, null, draw)
+        parts = step.losses(x_0.float(), cond, null_condition(cond), draw)
         if state.step in spoil:
             parts["total"] = parts["total"] * 1e35
         return parts
@@ -195,9 +196,10 @@ def test_scaled_gradients_are_those_of_float64(folder):
         nets.lora.float()
         x_0, cond = example(2, torch.float32)
         cond = {k: v if k == "time_ids" else v.to(dtype) for k, v in cond.items()}
-        null = {k: v if k == "time_ids" else torch.zeros_like(v) for k, v in cond.items()}
         draw = nets.sample(x_0.shape, torch.Generator().manual_seed(3), "cpu")
-        loss = nets.losses(x_0.to(torch.float64) if scale == 1.0 else x_0, cond, null, draw)
+        loss = nets.losses(
+            x_0.to(torch.float64) if scale == 1.0 else x_0, cond, null_condition(cond), draw
+        )
         (loss["total"] * scale).backward()
         parameters = nets.student.parameters()
         grads[dtype] = torch.cat([p.grad.double().flatten() / scale for p in parameters])

@@ -383,9 +383,9 @@ def _clip(optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
 
 def _give_up(step: int, batches: StepBatches) -> None:
     finite = all(value.isfinite().item() for value in batches.losses.values())
-    everywhere = distributed.gather((finite, torch.cat(batches.timesteps).tolist(), batches.names))
+    ranks = distributed.gather((finite, torch.cat(batches.timesteps).tolist(), batches.names))
     # If each loss was finite it was the gradient, and then it may have been anyone's.
-    failing_ranks = [each for each in everywhere if not each[0]] or everywhere
+    failing_ranks = [rank for rank in ranks if not rank[0]] or ranks
     if not distributed.is_main():
         raise SystemExit(2)
     timesteps, names = [], []
