@@ -7,9 +7,9 @@
 The sampler is tdd.gamma_sample, its settings are sdxl/pipeline.py's SamplerConfig.
 """
 
-import json
 import math
-import shlex
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,97 +17,117 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import cli, files
 from common.pictures import open_image, save_grid, to_images
-from sdxl import pipeline
-from sdxl.controlnet import ControlNet, ControlNetConfig
-from sdxl.load import SDXL, find_weights, load_component, load_sdxl, use_exact_float32
+from sdxl import pipeline, png
+from sdxl.load import SDXL, ModelPaths, load_controlnet, load_sdxl
 from sdxl.pipeline import DTYPES, SCHEDULES, SamplerConfig
+from sdxl.recipe import read_recipe
+from sdxl.weights import find_lora, find_weights, use_exact_float32
 from tcd import TCF
 from training import distributed
-from unet import UNet, UNetConfig
 
 LOW_MEMORY_TURN = 16  # pictures; so many are lost at most if the program is stopped
-SETTINGS_VERSION = 2  # of pictures' settings; in version 1 --tune-guidance was the paper's w'
+FROM_LORA = -1.0  # a bare --tune-guidance
 
 # -------------------------------------------------------------------------------------------- setup
 #
 # Flags are checked before the first gigabyte is read.
 
 
+# What the header of a distilled file decides unless a flag does, and what holds without a header.
+FROM_HEADER = {"steps": 4, "cfg": 2.0, "gamma": 0.2, "tcf": "1", "solver_steps": 250,
+               "kmin": 4, "kmax": 8}  # fmt: skip
+
+
 def check(args) -> None:
-    """Raise ValueError in one line for flags that do not go together; fill in --solver-steps."""
+    """Raise ValueError in one line for flags that do not go together; fill in what headers say."""
     for name in ("height", "width"):
         if getattr(args, name) % 8:
             raise ValueError(f"--{name} {getattr(args, name)} is not a multiple of 8")
     if (args.prompt is None) == (args.prompts is None):
         raise ValueError("give prompts by --prompt TEXT or by --prompts FILE, not both")
-    if (args.controlnet is None) != (args.control_image is None):
-        raise ValueError("--controlnet and --control-image go together")
-    if args.sampler != "tdd" and (args.clip_steps or args.tcf != "1"):
-        name = "clip-steps" if args.clip_steps else "tcf"
-        raise ValueError(f"--{name} works with --sampler tdd, not {args.sampler}")
+    controls = len(args.controlnet)
+    if len(args.control_image) != controls or len(args.control_scale) not in (0, controls):
+        raise ValueError("each --controlnet needs a --control-image, and a --control-scale or none")
     cli.check_device(args.device)
     if args.save_latents is not None:
         files.output_folder(args.save_latents.parent)
         if args.save_latents.is_dir():
             raise ValueError(f"--save-latents {args.save_latents} is a folder; name a file")
-    weights = [split_scale(entry)[0] for entry in args.lora]
-    weights += find_weights(args.unet) if args.unet else []
-    headers = {path: files.read_tensors(path)[1] for path in weights}
-    # Weights that were trained for another f would be sampled wrongly without a word.
-    for path, header in headers.items():
-        if (tcf := header.get("tdd_tcf", args.tcf)) != args.tcf:
-            raise ValueError(f"{path} was trained with --tcf {tcf}: sample it with that")
-    args.solver_steps = args.solver_steps or trained_solver_steps(headers)
-    SCHEDULES[args.schedule](args.steps, args.solver_steps)  # ValueError if there is none
+    read_headers(args)
+    if args.sampler != "tdd" and (args.clip_steps or args.tcf != "1"):
+        name = "clip-steps" if args.clip_steps else "tcf"
+        raise ValueError(f"--{name} works with --sampler tdd, not {args.sampler}")
+    # ValueError if there are none.
+    _ = build_config(args).timesteps
 
 
-def trained_solver_steps(headers: dict[Path, dict]) -> int:
-    """N of the files that say what they were trained with; else the paper's."""
-    key = "tdd_solver_steps"
-    trained = {header[key] for header in headers.values() if key in header}
-    if len(trained) > 1 or not all(N.isdecimal() for N in trained):
-        values = " and ".join(sorted(trained))
-        raise ValueError(f"--lora or --unet is of {values} solver steps: give --solver-steps")
-    return int(trained.pop()) if trained else 250
+def read_headers(args) -> None:
+    """Fill in FROM_HEADER's flags, and the g' of a bare --tune-guidance; a line says from where."""
+    paths = [find_lora(split_scale(entry)[0]) for entry in args.lora]
+    if args.unet is not None:
+        paths += find_weights(args.unet) if args.unet.is_dir() else [args.unet]
+    recipes = [read_recipe(path, files.read_tensors(path)[1]) for path in paths]
+    used = []
+    for name, default in {**FROM_HEADER, "tune_guidance": None}.items():
+        values = sorted({recipe[name] for recipe in recipes if name in recipe})
+        flag, asked = name.replace("_", "-"), getattr(args, name, None)
+        # Weights that were trained for another f would be sampled wrongly without a word.
+        if name == "tcf" and asked and values and values != [asked]:
+            trained = " and ".join(values)
+            raise ValueError(
+                f"--lora or --unet was trained with --tcf {trained}: sample it with that"
+            )
+        if asked == FROM_LORA or (asked is None and name != "tune_guidance"):
+            value = single_value(flag, values, default)
+            setattr(args, name, value)
+            if values:
+                used.append(f"{flag} {value}")
+    if used:
+        print(f"from the header of {', '.join(path.name for path in paths)}: {', '.join(used)}")
+
+
+def single_value(flag: str, values: list, default):
+    """What all headers say, or the default; ValueError if they differ, or if there is neither."""
+    if len(values) > 1:
+        differ = " and ".join(map(str, values))
+        raise ValueError(
+            f"--lora and --unet were trained for {differ}: give --{flag}, or one of them"
+        )
+    if not values and default is None:
+        raise ValueError(f"--{flag}: no header says a value: give it as a number")
+    return values[0] if values else default
 
 
 def build_config(args) -> SamplerConfig:
     """The flags as a SamplerConfig, with guidance as the paper's w = g - 1."""
     w_distilled = None if args.tune_guidance is None else args.tune_guidance - 1
     return SamplerConfig(
-        steps=args.steps, solver_steps=args.solver_steps, schedule=args.schedule, w=args.cfg - 1,
-        w_distilled=w_distilled, sampler=args.sampler, gamma=args.gamma, tcf=args.tcf,
-        clip_steps=args.clip_steps, clip_percentile=args.clip_percentile, clip_max=args.clip_max,
+        steps=args.steps, solver_steps=args.solver_steps, schedule=args.schedule,
+        kmin=args.kmin, kmax=args.kmax, w=args.cfg - 1, w_distilled=w_distilled,
+        sampler=args.sampler, gamma=args.gamma, tcf=args.tcf, clip_steps=args.clip_steps,
+        clip_percentile=args.clip_percentile, clip_max=args.clip_max,
     )  # fmt: skip
 
 
 def load_student(
-    path: Path, tokenizer: Path | None, unet: Path | None, loras: list[tuple[Path, float]],
-    tcf: str, steps: int, dtype: torch.dtype, device: str,
+    paths: ModelPaths, loras: list[tuple[Path, float]], tcf: str, steps: int, dtype: torch.dtype,
+    device: str,
 ) -> tuple[SDXL, object]:  # fmt: skip
     """The model with every LoRA merged in, and the network to sample in so many steps."""
-    model = load_sdxl(path, tokenizer, dtype)
-    if unet is not None:
-        model.unet = load_component(unet, UNet, UNetConfig, dtype)
+    model = load_sdxl(paths, dtype=dtype)
     if model.unet.config.scalar and tcf != "s":
-        raise ValueError(f"{unet or path}: its UNet takes a target time: give --tcf s")
+        raise ValueError(f"{paths.unet or paths.model}: its UNet takes a target time: give --tcf s")
     model.to(device)
     network = pipeline.merge_loras(model, loras, tcf, steps)
     # Pixels as rows of channels: transformers and convolutions then agree on the layout.
     model.unet.to(memory_format=torch.channels_last)
     return model, network
-
-
-def load_control(folder: Path, dtype: torch.dtype, device: str) -> ControlNet:
-    """The ControlNet of a folder."""
-    controlnet = load_component(folder, ControlNet, ControlNetConfig, dtype)
-    return controlnet.to(device, memory_format=torch.channels_last)
 
 
 def build_network(args) -> tuple[SDXL, object, list[nn.Module]]:
@@ -116,24 +136,38 @@ def build_network(args) -> tuple[SDXL, object, list[nn.Module]]:
     # Where the weights stay while they are not needed.
     home = "cpu" if args.low_memory else args.device
     # Read before the model is loaded, so that a bad image is refused at once.
-    image = None if args.control_image is None else open_image(args.control_image)
+    images = [control_pixels(path, args.width, args.height) for path in args.control_image]
     use_exact_float32(dtype)
-    loras = [split_scale(entry) for entry in args.lora]
-    model, network = load_student(
-        args.model, args.tokenizer, args.unet, loras, args.tcf, args.steps, dtype, home
-    )
-    denoisers = [model.unet]
-    if image is not None:
-        image = image.resize((args.width, args.height), Image.Resampling.LANCZOS)
-        controlnet = load_control(args.controlnet, dtype, home)
-        pixels = rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w")
-        pixels = pixels.to(args.device) / 255
-        network = pipeline.with_controlnet(network, controlnet, pixels, args.control_scale)
-        denoisers.append(controlnet)
+    loras = [(find_lora(path), scale) for path, scale in map(split_scale, args.lora)]
+    model, network = load_student(model_paths(args), loras, args.tcf, args.steps, dtype, home)
+    controlnets = [load_controlnet(path, model.unet.config, dtype) for path in args.controlnet]
+    if controlnets:
+        for controlnet in controlnets:
+            controlnet.to(home, memory_format=torch.channels_last)
+        scales = args.control_scale or [1.0] * len(images)
+        images = [pixels.to(args.device) for pixels in images]
+        controls = list(zip(controlnets, images, scales, strict=True))
+        network = pipeline.with_controlnets(network, controls)
+    denoisers = [model.unet, *controlnets]
     if args.compile:
         for module in denoisers:
             pipeline.compile_blocks(module)
     return model, network, denoisers
+
+
+def model_paths(args) -> ModelPaths:
+    """Where the model's parts are."""
+    return ModelPaths(args.model, args.tokenizer, args.unet, args.vae)
+
+
+def control_pixels(path: Path, width: int, height: int) -> Tensor:
+    """A control image of this size, (1, 3, H, W) in [0, 1]; a line says if its shape is another."""
+    image = open_image(path)
+    if abs(image.width * height / (image.height * width) - 1) > 0.02:
+        sizes = f"{image.width} x {image.height} is stretched to {width} x {height}"
+        print(f"--control-image {path}: {sizes}", file=sys.stderr)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w") / 255
 
 
 def split_scale(entry: str) -> tuple[Path, float]:
@@ -154,9 +188,27 @@ def expand_prompts(prompts: list[str] | None, file: Path | None, num_images: int
     return [prompt for prompt in prompts for _ in range(num_images)]
 
 
-# ----------------------------------------------------------------------------------------- pictures
+def read_contents(args) -> dict[str, str]:
+    """The content of every file that a picture depends on, as files.fingerprint by its part."""
+    contents = model_paths(args).fingerprints(DTYPES[args.dtype])
+    for i, entry in enumerate(args.lora):
+        path, scale = split_scale(entry)
+        content = files.fingerprint(find_lora(path))
+        # By mistake, more likely than not, and twice as strong without a word.
+        if any(other.startswith(content) for other in contents.values()):
+            raise ValueError(f"--lora {path} is given twice: give it once, with the scales' sum")
+        contents[f"lora {i + 1}"] = f"{content}:{scale:g}"
+    for i, path in enumerate(args.controlnet):
+        paths = [path / "config.json", *find_weights(path)] if path.is_dir() else [path]
+        contents[f"controlnet {i + 1}"] = files.fingerprint(*paths)
+    for i, path in enumerate(args.control_image):
+        contents[f"control image {i + 1}"] = files.fingerprint(path)
+    return contents
+
+
+# --------------------------------------------------------------------------------------------- main
 #
-# An image file carries its settings and a command line that makes the same image again.
+# Under torchrun every process takes each world-th prompt; processes need not communicate.
 
 
 @dataclass(frozen=True)
@@ -169,77 +221,31 @@ class Job:
     settings: dict
 
 
-def picture_settings(flags: dict, prompt: str, seed: int) -> dict:
-    """All that decides one picture, as it is kept in its file."""
-    settings = {**flags, "prompt": [prompt], "seed": seed, "num_images": 1}
-    # Its place and the number of pictures sampled with it change nothing about a picture.
-    for name in ("prompts", "output", "save_latents", "batch_size", "compile", "low_memory"):
-        del settings[name]
-    settings = {name: value for name, value in settings.items() if value not in (None, [])}
-    return {"version": SETTINGS_VERSION, **settings}
-
-
-def save_png(image: Image.Image, path: Path, settings: dict) -> None:
-    """A PNG with its settings and the command that makes it again."""
-    words = ["python", "sample.py"]
-    for name, value in settings.items():
-        if name != "version":
-            for each in value if isinstance(value, list) else [value]:
-                words.append(f"--{name.replace('_', '-')}={each}")
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt("settings", json.dumps(settings, default=str))
-    info.add_itxt("command", shlex.join([*words, f"--output={path.name}"]))
-    with files.atomic_write(path) as part:
-        image.save(part, "PNG", pnginfo=info)
-
-
-def is_finished(path: Path, settings: dict) -> bool:
-    """Whether a whole picture of these settings exists; ValueError if it has other settings."""
-    if not path.exists():
-        return False
-    try:
-        with Image.open(path) as image:
-            image.load()
-            saved = json.loads(getattr(image, "text", {}).get("settings", "{}"))
-    except (OSError, ValueError, SyntaxError):
-        return False
-    if not saved:
-        raise ValueError(f"{path} is not sample.py's: name another --output")
-    settings = json.loads(json.dumps(settings, default=str))
-    names = {**settings, **saved}.keys() - {"device"}
-    changed = ", ".join(sorted(k for k in names if settings.get(k) != saved.get(k)))
-    if changed:
-        raise ValueError(f"{path} was made with another {changed}: name another --output")
-    return True
-
-
-# --------------------------------------------------------------------------------------------- main
-#
-# Under torchrun every process takes each world-th prompt; processes need not communicate.
-
-
 def main(args) -> None:
     rank, world, args.device = distributed.get_dist_info(args.device)
     check(args)
     prompts = expand_prompts(args.prompt, args.prompts, args.num_images)
     if world > 1 and (args.save_latents or args.prompts is None):
         raise ValueError("several processes share a --prompts file, and save no latents")
-    # A single picture is a file and several are a folder, as is any file of prompts.
-    single = len(prompts) == 1 and args.prompts is None
-    if single and args.output.is_dir():
-        raise ValueError(f"--output {args.output} is a folder; name a PNG file for a picture")
-    files.output_folder(args.output.parent if single else args.output)
-    paths = [args.output if single else args.output / f"{i:05}.png" for i in range(len(prompts))]
+    # A single picture may be a file; several are a folder, as is any file of prompts.
+    output, several = Path(args.output), len(prompts) > 1 or args.prompts is not None
+    single = names_png(args.output, several)
+    files.output_folder(output.parent if single else output)
+    paths = [output if single else output / f"{i:05}.png" for i in range(len(prompts))]
     flags, seed = vars(args), args.seed
-    settings = [picture_settings(flags, prompt, seed + i) for i, prompt in enumerate(prompts)]
+    contents = read_contents(args)
+    settings = [
+        png.picture_settings(flags, contents, prompt, seed + i) for i, prompt in enumerate(prompts)
+    ]
     todo = list(range(rank, len(prompts), world))
     # A file of thirty thousand captions is resumed: finished pictures are kept.
     if args.prompts is not None and args.save_latents is None:
-        todo = [i for i in todo if not is_finished(paths[i], settings[i])]
+        todo = [i for i in todo if not png.is_finished(paths[i], settings[i])]
     latents = []
     if todo:
         config, size = build_config(args), (args.height, args.width)
         model, network, denoisers = build_network(args)
+        print_cut(model, [args.negative_prompt or "", *(prompts[i] for i in todo)])
         print(f"guidance g = {args.cfg:g} (w = {config.w:g}), applied as w = {config.w_tuned:.3g}")
         jobs = [Job(prompts[i], seed + i, paths[i], settings[i]) for i in todo]
         turn = LOW_MEMORY_TURN if args.low_memory else args.batch_size
@@ -251,9 +257,28 @@ def main(args) -> None:
                 latents.append(x_0)
     if args.save_latents:
         files.write_tensors(args.save_latents, {"latents": torch.cat(latents)})
-    if not single and args.prompts is None:
-        save_grid([Image.open(path) for path in paths], args.output / "grid.png")
-    print(f"{len(todo)} pictures sampled, {len(paths)} in {args.output}")
+    if len(prompts) > 1 and args.prompts is None:
+        save_grid([Image.open(path) for path in paths], output / "grid.png")
+    print(f"{len(todo)} pictures sampled, {len(paths)} in {output}")
+
+
+def print_cut(model: SDXL, prompts: list[str]) -> None:
+    """A line for each prompt whose end the text encoders have no room for."""
+    for prompt in dict.fromkeys(prompts):
+        if tail := model.tokenizer.tail(prompt):
+            print(f"prompt {prompt[:40]!r} ..: cut before {tail!r}, 75 tokens fit", file=sys.stderr)
+
+
+def names_png(output: str, several: bool) -> bool:
+    """Whether --output is a PNG file, and not a folder; ValueError if it is neither."""
+    suffix = "" if output.endswith(("/", os.sep)) or Path(output).is_dir() else Path(output).suffix
+    if suffix.lower() in Image.registered_extensions():
+        if suffix.lower() != ".png":
+            raise ValueError(f"--output {output}: pictures are PNG files: name it .png")
+        if several:
+            raise ValueError(f"--output {output}: several pictures need a folder")
+        return True
+    return False
 
 
 @torch.no_grad()
@@ -265,6 +290,7 @@ def sample_all(
 
     denoisers: the modules that the network consists of. turn: how many pictures are encoded,
     denoised and decoded together, with the modules for it on the device and no others need be.
+    Raises ValueError for latents that are not finite.
     """
     height, width = size
     shape = (4, height // 8, width // 8)
@@ -277,14 +303,20 @@ def sample_all(
                     conds.append(pipeline.make_conditions(model, prompts, negative, height, width))
             with pipeline.on_device(device, *denoisers):
                 latents = []
-                for batch, (cond, null) in zip(batches, conds, strict=True):
-                    seeds = [job.seed for job in batch]
+                for batch, (cond, negative_cond) in zip(batches, conds, strict=True):
+                    null, seeds = pipeline.null_condition(cond), [job.seed for job in batch]
                     latents.append(pipeline.sample_latents(
-                        config, network, cond, null, shape, seeds, device))  # fmt: skip
+                        config, network, cond, null, shape, seeds, device, negative_cond
+                    ))  # fmt: skip
             with pipeline.on_device(device, model.vae):
                 for batch, x_0 in zip(batches, latents, strict=True):
+                    if not x_0.isfinite().all():
+                        reason = "its latents are NaN or infinite; try --dtype float32"
+                        raise ValueError(
+                            f"{batch[0].path} would be black, with its batch: {reason}"
+                        )
                     for job, image in zip(batch, to_images(model.vae.decode(x_0)), strict=True):
-                        save_png(image, job.path, job.settings)
+                        png.save_png(image, job.path, job.settings)
                     bar.update(len(batch))
                     yield x_0.cpu()
 
@@ -296,18 +328,20 @@ def split(items: list, size: int) -> list[list]:
 
 def sampler_flags(add) -> None:
     """One way to sample: SamplerConfig's fields."""
-    add("--steps", type=cli.positive_int, default=4, help="number of steps, k")
-    add("--cfg", type=cli.non_negative, default=2.0, help="guidance g = 1 + w of Eq. 12; 1 is off")
-    add("--gamma", type=cli.share, default=0.2, help="gamma of Eq. 18 (--sampler tdd)")
+    # None: as the LoRA's header says, else FROM_HEADER.
+    add("--steps", type=cli.positive_int, help="number of steps, k: the LoRA's, or 4")
+    add("--cfg", type=cli.non_negative,
+        help="guidance g = 1 + w of Eq. 12, 1 is off: the LoRA's, or 2")  # fmt: skip
+    add("--gamma", type=cli.share, help="gamma of Eq. 18 (--sampler tdd): the LoRA's, or 0.2")
     add("--schedule", choices=SCHEDULES, default="equidistant",
-        help="rule for the k timesteps; the latter for 4 to 8 steps")  # fmt: skip
-    add("--tcf", choices=TCF, default="1", help="f, the jump that the LoRA was trained with")
+        help="rule for the k timesteps; the latter for K_min to K_max of the LoRA")  # fmt: skip
+    add("--tcf", choices=TCF, help="f, the jump that the LoRA was trained with: the LoRA's, or 1")
     add("--clip-steps", type=cli.count, default=0, help="number of first steps with C (Eq. 17)")
     add("--clip-percentile", type=cli.share, default=0.995, help="percentile of C")
     add("--clip-max", type=cli.number(float, 1), default=1.0, help="largest s of C")
-    add("--tune-guidance", type=cli.number(float, 1), metavar="G'",
-        help="g' = 1 + w' that the LoRA was distilled with: --cfg then acts as the "
-             "teacher's (Eq. 13)")  # fmt: skip
+    add("--tune-guidance", type=cli.number(float, 1), nargs="?", const=FROM_LORA, metavar="G'",
+        help="g' = 1 + w' that the LoRA was distilled with, as a number or from its header: --cfg "
+             "then acts as the teacher's (Eq. 13)")  # fmt: skip
     add("--solver-steps", type=cli.positive_int,
         help="grid of the schedules, N: that of the LoRA or --unet, or 250")  # fmt: skip
     add("--sampler", choices=["tdd", "ddim", "dpm++2m", "dpm++2s"], default="tdd",
@@ -320,21 +354,25 @@ def parser() -> cli.Parser:
     add = p.add_argument
     add("--model", type=Path, required=True, help="SDXL: a folder or one .safetensors")
     add("--tokenizer", type=Path, help="tokenizer's folder, where the model is a single file")
-    add("--unet", type=Path, metavar="DIR", help="folder of a --full UNet, instead of the model's")
+    add("--unet", type=Path, metavar="PATH", help="UNet instead of the model's: a folder or file")
+    add("--vae", type=Path, metavar="PATH", help="VAE instead of the model's: a folder or file")
     add("--lora", action="append", default=[], metavar="PATH[:SCALE]", help="LoRA file; repeatable")
     add("--prompt", action="append", metavar="TEXT", help="prompt; repeatable")
     add("--prompts", type=Path, metavar="FILE", help="file with a prompt a line; resumable")
     add("--negative-prompt", help="prompt for the null condition, instead of zeros")
     sampler_flags(add)
-    add("--controlnet", type=Path, metavar="DIR", help="folder of an SDXL ControlNet")
-    add("--control-image", type=Path, metavar="PNG", help="canny or depth image for it")
-    add("--control-scale", type=cli.non_negative, default=1.0, help="strength of the ControlNet")
+    add("--controlnet", action="append", type=Path, default=[], metavar="PATH",
+        help="SDXL ControlNet, a folder or file; repeatable")  # fmt: skip
+    add("--control-image", action="append", type=Path, default=[], metavar="PNG",
+        help="canny or depth image for each --controlnet, in their order")  # fmt: skip
+    add("--control-scale", action="append", type=cli.non_negative, default=[], metavar="S",
+        help="strength of each --controlnet: 1")  # fmt: skip
     add("--seed", type=cli.number(int, 0, 2**62), default=0, help="random seed of the first image")
     add("--num-images", type=cli.positive_int, default=1, help="number of images of each prompt")
     add("--height", type=cli.number(int, 8), default=1024, help="height in pixels, a multiple of 8")
     add("--width", type=cli.number(int, 8), default=1024, help="width in pixels, a multiple of 8")
     add("--batch-size", type=cli.positive_int, default=1, help="number of images sampled together")
-    add("--output", type=Path, default=Path("sample.png"), help="PNG file, or folder for several")
+    add("--output", default="sample.png", help="PNG file, or folder")
     add("--save-latents", type=Path, metavar="FILE", help="file for the latents before decoding")
     add("--device", default="cuda" if gpu else "cpu", help="cpu, cuda, cuda:1, ..")
     add("--dtype", choices=DTYPES, default="fp16" if gpu else "float32",

@@ -263,6 +263,23 @@ def tuned(w: float, w_distilled: float) -> float:
     return (1 + w) / (1 + w_distilled) - 1
 
 
+def tuned_with_negative(model, cond, null, negative, w: float, w_distilled: float):
+    """Eq. 13 as printed, [eps_hat_w + w' eps(x_t, t)] / (1 + w'), with a negative prompt.
+
+    The student's w' is of the null condition that it was trained with. A negative prompt takes that
+    one's place in eps_hat_w alone, so the two terms do not merge as in `tuned`: three passes.
+    """
+    eps_hat_w = guided(model, cond, negative, w)
+
+    def eps_hat(x_t: Tensor, t: Tensor, *extra: Tensor) -> Tensor:
+        empty = _map_cond(lambda c, empty: empty.expand_as(c), cond, null)
+        eps_u = conditioned(model, empty)(x_t, t, *extra)
+        eps_u = eps_u.to(torch.promote_types(eps_u.dtype, torch.float32))
+        return (eps_hat_w(x_t, t, *extra) + w_distilled * eps_u) / (1 + w_distilled)
+
+    return eps_hat
+
+
 def where_cond(keep_prompt: Tensor, cond, null):
     """cond where keep_prompt (b,) is true, null elsewhere."""
     return _map_cond(

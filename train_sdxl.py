@@ -9,8 +9,7 @@ training/loop.py; this file holds the flags and puts the parts together.
 """
 
 import argparse
-import zlib
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -19,22 +18,26 @@ import torch
 from common import cli, files
 from common.cli import count, non_negative, positive_int, share
 from common.files import read_lines
-from sdxl.load import SDXL, load_sdxl, use_exact_float32
+from sdxl.load import SDXL, ModelPaths, load_sdxl
 from sdxl.lora import LoRA
 from sdxl.lora_files import read_lora
 from sdxl.pipeline import DTYPES, encode_batch, make_conditions, null_condition
+from sdxl.recipe import RECOMMENDED
+from sdxl.weights import use_exact_float32
 from solvers import SOLVERS
 from tcd import TCF
 from tdd import equidistant
 from tdm import LOSSES, WEIGHTS
 from training import build, cache, distributed, loop
 from training.build import DISTANCES, DistillConfig
+from training.checkpoint import TrainState, resume_point
+from training.data import DataConfig, open_data
 from training.distill import TDDStep, TDMStep
-from training.images import Images, Loader, Prompts
 from training.preview import Pictures, PreviewConfig
 
-# The papers' batches: 512 images a step on 8 GPUs for TDD, 64 for TDM.
+# The papers' batches: 512 images a step on 8 GPUs for TDD, 448 with its adversary, 64 for TDM.
 TDD_DEFAULTS = {"steps": 20_000, "batch_size": 16, "grad_accum": 4}
+ADV_DEFAULTS = {"steps": 20_000, "batch_size": 14, "grad_accum": 4, "lr": 2e-6}
 TDM_DEFAULTS = {"steps": 1000, "batch_size": 8, "grad_accum": 1}
 # Fields of DistillConfig that only one of the two has a use for.
 TDD_FIELDS = ("kmin", "kmax", "rho", "eta")
@@ -68,10 +71,6 @@ def check(args) -> None:
     if args.sample_every or args.Ks:
         for k in preview_steps(build_config(args)):
             equidistant(k, args.solver_steps)
-    # Resolve paths, because caches and checkpoints compare them with the recorded ones.
-    for name in ("model", "data", "cache", "init"):
-        path = getattr(args, name)
-        setattr(args, name, path and path.resolve())
     if args.method == "tdm":
         read_lines("--data", args.data)
     else:
@@ -86,19 +85,35 @@ def check_method(args) -> None:
         useless = {"adv": args.adv, "ema": args.mu, "full": args.full, "tcf": args.tcf != "1"}
     else:
         defaults, names, others = TDD_DEFAULTS, TDD_FIELDS, TDM_FIELDS
+        if args.adv:
+            defaults = ADV_DEFAULTS
         useless = {"loss": args.loss not in (None, *DISTANCES),
                    "solver": args.solver not in ("ddim", "dpm++2s")}  # fmt: skip
     useless |= {name.lower().replace("_", "-"): getattr(args, name) is not None for name in others}
     for flag, was_given in useless.items():
         if was_given:
             raise ValueError(f"--method {args.method} has no use for --{flag} with this value")
-    defaults = {**defaults, "guidance": 1 + config.w[0]}
+    defaults = {"lr": config.lr, **defaults, "guidance": 1 + config.w[0]}
     defaults |= {name: getattr(config, name) for name in (*names, "loss")}
     if args.Ks is not None:
         args.Ks = tuple(args.Ks)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+
+
+def model_paths(args) -> ModelPaths:
+    """Where the model's parts are."""
+    return ModelPaths(args.model, args.tokenizer, vae=args.vae)
+
+
+def build_settings(args) -> dict[str, str]:
+    """All that a resumed run is compared by: flags, and the content of what paths lead to."""
+    contents = model_paths(args).fingerprints(DTYPES[args.dtype])
+    if args.init is not None:
+        contents["init"] = files.fingerprint(args.init)
+    settings = {name: str(value) for name, value in vars(args).items()}
+    return settings | {f"content of {name}": content for name, content in contents.items()}
 
 
 def build_config(args) -> DistillConfig:
@@ -153,13 +168,20 @@ def export(
     low, high = config.w
     settings = {
         "method": config.method, "w": low if low == high else [low, high], "tcf": config.tcf,
-        "solver_steps": config.solver_steps, "steps": steps, "base": model.name,
+        "solver_steps": config.solver_steps, "steps": steps, "base": model.resolve().name,
         "adversarial": config.adv, "ema": config.mu,
     }  # fmt: skip
-    if config.method == "tdm":
-        settings |= {"K": list(config.Ks)}
-    else:
-        settings |= {"K": f"{config.kmin}-{config.kmax}", "eta": config.eta, "rho": config.rho}
+    settings["cfg"], settings["gamma"] = RECOMMENDED[config.method]
+    # Eq. 5's range, PCM's number of segments, TDM's K; the others have none.
+    match config.method:
+        case "tdm":
+            settings["K"] = list(config.Ks)
+        case "tdd":
+            settings["K"] = f"{config.kmin}-{config.kmax}"
+        case "pcm":
+            settings["K"] = config.kmin
+    if config.method != "tdm":
+        settings |= {"eta": config.eta, "rho": config.rho}
     # A prefix, because other programs write into this header too.
     metadata = {f"tdd_{name}": str(value) for name, value in settings.items()}
     if config.full:
@@ -174,66 +196,20 @@ def export(
 # The autoencoder and the text encoders are the base model's and never trained.
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Where examples come from: a file of prompts, or images, directly or through a cache.
-
-    settings: what the cache's content depends on.
-    """
-
-    data: Path
-    is_prompts: bool
-    cache: Path | None
-    settings: dict
-    resolution: int
-    batch_size: int
-    seed: int
-    workers: int
-    max_bad: int
-
-
 def build_data(args) -> DataConfig:
     """The flags for the data."""
-    names = ("model", "data", "resolution", "dtype", "seed")
+    min_size = args.resolution // 4 if args.min_size is None else args.min_size
+    settings = {"resolution": str(args.resolution), "min_size": str(min_size),
+                "dtype": args.dtype, "seed": str(args.seed)}  # fmt: skip
+    if args.cache is not None:
+        parts = model_paths(args).fingerprints(DTYPES[args.dtype])
+        # Nothing of these is in a cache.
+        settings |= {name: parts[name] for name in parts if name not in ("unet", "scheduler")}
     return DataConfig(
-        data=args.data, is_prompts=args.method == "tdm", cache=args.cache,
-        settings={name: str(getattr(args, name)) for name in names},
-        resolution=args.resolution, batch_size=args.batch_size, seed=args.seed,
+        data=args.data, is_prompts=args.method == "tdm", cache=args.cache, settings=settings,
+        resolution=args.resolution, min_size=min_size, batch_size=args.batch_size, seed=args.seed,
         workers=args.workers, max_bad=args.max_bad,
     )  # fmt: skip
-
-
-def fill_cache(config: DataConfig, model: SDXL, rank: int, world: int, device) -> None:
-    """--cache: every image and caption through the autoencoder and the text encoders, once."""
-    images = Images(
-        config.data, config.resolution, config.batch_size, config.seed, rank, world, once=True
-    )
-
-    def encode(batch: dict) -> dict:
-        # Seeded by the names, so that a cache that was interrupted has the same noise in it.
-        seed = config.seed + zlib.crc32("\n".join(batch["names"]).encode())
-        generator = torch.Generator().manual_seed(seed)
-        x_0, cond = encode_batch(model, batch, generator, device)
-        return {name: tensor.cpu() for name, tensor in {"latents": x_0, **cond}.items()}
-
-    loader = Loader(images, config.workers, config.max_bad)
-    cache.fill(config.cache, loader, encode, config.settings, rank, world, distributed.barrier)
-
-
-def open_data(config: DataConfig, model: SDXL, rank: int, world: int, device, position) -> Loader:
-    """Prompts, images with captions, or --cache's latents, from where the run stands."""
-    share_of_rank = (config.batch_size, config.seed, rank, world)
-    if config.cache is not None:
-        if not cache.is_full(config.cache, config.settings):
-            fill_cache(config, model.to(device), rank, world, device)
-        dataset = cache.Cached(config.cache, *share_of_rank)
-    else:
-        model.to(device)
-        if config.is_prompts:
-            dataset = Prompts(config.data, *share_of_rank)
-        else:
-            dataset = Images(config.data, config.resolution, *share_of_rank)
-    return Loader(dataset, config.workers, config.max_bad, position)
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -243,13 +219,13 @@ def main(args) -> None:
     check(args)
     rank, world, device = distributed.init_distributed(args.device)
     output = files.output_folder(args.output)
-    settings = {name: str(value) for name, value in vars(args).items()}
-    folder, saved = loop.resume_point(output, args.resume, settings)
+    settings = build_settings(args)
+    folder, saved = resume_point(output, args.resume, settings)
     config = build_config(args)
     if rank == 0:
         print(describe_guidance(config))
     use_exact_float32(DTYPES[args.dtype])
-    model = load_sdxl(args.model, args.tokenizer, DTYPES[args.dtype])
+    model = load_sdxl(model_paths(args), dtype=DTYPES[args.dtype])
     step = build.build_step(config, model.unet, device, read_init(args.init, model))
     position = saved["positions"][rank] if folder else None
     loader = open_data(build_data(args), model, rank, world, device, position)
@@ -262,10 +238,10 @@ def main(args) -> None:
         model.vae.to("cpu")
     # Each process draws its own random numbers.
     generator = torch.Generator().manual_seed(args.seed * 10_000 + rank)
-    state = loop.TrainState(
+    state = TrainState(
         output, step.modules, build.build_optimizers(config, step), generator, loader, settings,
         partial(export, config, args.model, step),
-        build.loss_scaler(device, args.dtype == "fp16"))  # fmt: skip
+        build.loss_scaler(device, args.dtype == "fp16"), lambda: loader.left_out)  # fmt: skip
     if folder is not None:
         state.restore(folder, saved)
     step.distribute(distributed.wrap_ddp)
@@ -333,16 +309,17 @@ def parser() -> cli.Parser:
     add, gpu = p.add_argument, torch.cuda.is_available()
     add("--model", type=Path, required=True, help="SDXL: a folder or one .safetensors (phi)")
     add("--tokenizer", type=Path, help="tokenizer's folder, where the model is a single file")
+    add("--vae", type=Path, metavar="PATH", help="VAE instead of the model's: a folder or file")
     add("--data", type=Path, required=True,
         help="D: folder of images or .tar shards; for tdm a file, a prompt a line")  # fmt: skip
     add("--init", type=Path, metavar="LORA", help="LoRA to go on from, with its rank")
     add("--output", type=Path, default=Path("runs/sdxl"), help="folder of all that is written")
     add("--resolution", type=cli.number(int, 64), default=1024, help="side of crops in pixels")
-    add("--batch-size", type=positive_int, help="images a batch and process: 16, for tdm 8")
+    add("--batch-size", type=positive_int,
+        help="images a batch and process: 16, with --adv 14, for tdm 8")  # fmt: skip
     add("--grad-accum", type=positive_int, help="batches a step: 4 (of 8 x 16, TDD's 512), tdm 1")
     add("--steps", type=positive_int, help="optimizer steps: 20000, for tdm 1000")
-    add("--lr", type=non_negative, default=1e-6,
-        help="learning rate delta; the paper's adversarial run uses 2e-6")  # fmt: skip
+    add("--lr", type=non_negative, help="learning rate delta: 1e-6, with --adv 2e-6")
     add("--warmup", type=count, default=0, help="steps over which delta rises from 0")
     add("--rank", type=positive_int, default=64, help="r of a new LoRA")
     add("--full", action="store_true", help="whole UNet, sharded, instead of a LoRA: TCD's TCF(S+)")
@@ -363,6 +340,8 @@ def parser() -> cli.Parser:
     add("--cache", type=Path, metavar="DIR",
         help="folder of encoded latents and prompts: filled once, then read")  # fmt: skip
     add("--workers", type=positive_int, default=4, help="decoding threads a process")
+    add("--min-size", type=count, metavar="PIXELS",
+        help="short side below which images are left out: a quarter of --resolution")  # fmt: skip
     add("--max-bad", type=count, default=1000, help="broken examples that a process passes over")
     add("--save-every", type=count, default=500, help="steps between checkpoints; 0: the last only")
     add("--keep", type=positive_int, default=2, help="number of checkpoints to keep")

@@ -10,6 +10,7 @@ CIFAR-10; only the config differs. A condition is a dict of tensors, the last fo
 """
 
 import math
+import reprlib
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -41,40 +42,78 @@ class UNetConfig:
     add_embedding_dim: int = 2816
     scalar: str = ""
 
+    def __post_init__(self):
+        for c, heads in zip(self.channels, self.heads, strict=True):
+            if min(c, heads) < 1 or c % heads or c % self.groups:
+                raise ValueError(f"{c} channels do not make {heads} heads and {self.groups} groups")
+
     @classmethod
     def from_json(cls, config: dict) -> "UNetConfig":
-        """From a diffusers config.json; ValueError if it describes another family of models."""
-        required = {"addition_embed_type": "text_time", "use_linear_projection": True}
-        default = {"act_fn": "silu", "class_embed_type": None, "time_cond_proj_dim": None,
-                   "mid_block_type": "UNetMidBlock2DCrossAttn",
-                   "reverse_transformer_layers_per_block": None}  # fmt: skip
-        check_config(config, "an SDXL UNet", required, default)
+        """From a diffusers config.json; ValueError if it is broken or of another family."""
         if "told" in config:
             raise ValueError('its "told" was written by an older version: export the UNet again')
-        levels = len(config["block_out_channels"])
-        depth = _each(config["transformer_layers_per_block"], levels)
-        attends = ["CrossAttn" in name for name in config["down_block_types"]]
-        names = ("layers_per_block", "norm_num_groups", "cross_attention_dim",
-                 "addition_time_embed_dim", "projection_class_embeddings_input_dim")  # fmt: skip
-        sizes = [config[name] for name in names]
+        required = {"addition_embed_type": "text_time", "use_linear_projection": True}
+        check_config(config, "an SDXL UNet", required, UNET_DEFAULTS)
+        kinds = per_level(config, "down_block_types", ("DownBlock2D", "CrossAttnDownBlock2D"))
+        up = [kind.replace("Down", "Up") for kind in reversed(kinds)]
+        check_config(config, "an SDXL UNet", {}, {"up_block_types": up})
+        levels = range(len(kinds), len(kinds) + 1)
+        depth = per_level(config, "transformer_layers_per_block", range(33), levels)
         # diffusers' "attention_head_dim" holds the number of heads, for history's sake.
         return cls(
-            config["in_channels"], config["out_channels"], tuple(config["block_out_channels"]),
-            tuple(d if a else 0 for d, a in zip(depth, attends, strict=True)),
-            _each(config["attention_head_dim"], levels), depth[-1], *sizes,
-            config.get("scalar", ""),
+            entry(config, "in_channels"), entry(config, "out_channels"),
+            per_level(config, "block_out_channels", SIZES, levels),
+            tuple(d if "Attn" in kind else 0 for d, kind in zip(depth, kinds, strict=True)),
+            per_level(config, "attention_head_dim", SIZES, levels), depth[-1],
+            entry(config, "layers_per_block", range(1, 9)), entry(config, "norm_num_groups"),
+            entry(config, "cross_attention_dim"), entry(config, "addition_time_embed_dim"),
+            entry(config, "projection_class_embeddings_input_dim"),
+            entry({"scalar": "", **config}, "scalar", ("", "target_time", "num_steps")),
         )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- config.json
+#
+# JSON may hold anything anywhere. Sizes have limits that no such model comes near, since a billion
+# layers would take all memory, and what is not built here may not be asked for.
+
+SIZES = range(1, 2**14 + 1)
+UNET_DEFAULTS = {
+    "act_fn": "silu", "center_input_sample": False, "class_embed_type": None, "freq_shift": 0,
+    "downsample_padding": 1, "flip_sin_to_cos": True, "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-5, "num_attention_heads": None,
+    "resnet_out_scale_factor": 1, "resnet_skip_time_act": False, "timestep_post_act": None,
+    "resnet_time_scale_shift": "default", "reverse_transformer_layers_per_block": None,
+    "time_cond_proj_dim": None, "time_embedding_act_fn": None, "time_embedding_type": "positional",
+}  # fmt: skip
 
 
 def check_config(config: dict, family: str, required: dict, default: dict) -> None:
     """ValueError unless all values are as they must be; those in `default` may be left out."""
     for name, value in {**required, **default}.items():
-        if (actual := config.get(name, default.get(name))) != value:
-            raise ValueError(f"not {family}: {name} is {actual!r}, not {value!r}")
+        actual = config.get(name, default.get(name))
+        # 1 is not true, and in diffusers null is false.
+        pair = [False if x is None else x for x in (actual, value)]
+        if pair[0] != pair[1] or isinstance(pair[0], bool) != isinstance(pair[1], bool):
+            raise ValueError(f"not {family}: {name} is {reprlib.repr(actual)}, not {value!r}")
 
 
-def _each(value, levels: int) -> tuple[int, ...]:
-    return (value,) * levels if isinstance(value, int) else tuple(value)
+def entry(config: dict, name: str, allowed=SIZES):
+    """A config's entry, one of the allowed numbers or strings; ValueError for anything else."""
+    # 2.0 and true are in a range of whole numbers, but are none.
+    if type(value := config.get(name)) is not type(allowed[0]) or value not in allowed:
+        allowed = f"{allowed[0]!r} .. {allowed[-1]!r}"
+        raise ValueError(f"{name} is {reprlib.repr(value)}, not in {allowed}")
+    return value
+
+
+def per_level(config: dict, name: str, allowed=SIZES, levels: range = range(1, 7)) -> tuple:
+    """A config's list of so many allowed entries, or one for all; ValueError for anything else."""
+    values = config.get(name)
+    if isinstance(values, list) and len(values) not in levels:
+        raise ValueError(f"{name} has {len(values)} entries, not {levels[0]} to {levels[-1]}")
+    values = values if isinstance(values, list) else [values] * levels[0]
+    return tuple(entry({name: value}, name, allowed) for value in values)
 
 
 # ------------------------------------------------------------------------------------- embeddings
@@ -126,9 +165,8 @@ class ScalarEmbedding(Embedding):
 class Block(nn.Module):
     """A module whose activations may be checkpointed: recomputed in the backward pass."""
 
-    # A full UNet's activations at 1024 pixels are far larger than its weights, so time is traded
-    # for memory. recompute_context restores what was active in the forward pass (add_adapter sets
-    # it): a pair of context managers, for the forward pass and for the recomputation.
+    # A full UNet's activations at 1024 pixels are far larger than its weights. recompute_context
+    # (add_adapter sets it) restores what was active: managers for the forward pass and for this.
     checkpointing = False
     recompute_context = staticmethod(noop_context_fn)
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from benchmarks.measure import BenchConfig, alternate
 from common.files import atomic_write, output_folder
 from training import cache
-from training.images import Entry, Images, Loader, Stream
+from training.images import Images
+from training.streams import Entry, Loader, Stream
 
 PHOTOS, TARS, WIDTH, HEIGHT = 64, 4, 1600, 1200
 RESOLUTION, BATCH_SIZE, GPUS = 1024, 16, 8
@@ -127,8 +128,7 @@ def run_threads(function, entries: list[Entry], workers: int) -> int:
 
 def decode_jpeg(entry: Entry) -> None:
     """Pillow's decoding alone, of a loose image."""
-    _, locations = entry.source
-    Image.open(locations[".jpg"][0]).load()
+    Image.open(entry.source.image[0]).load()
 
 
 def make_calls(folder: Path) -> dict:

@@ -15,10 +15,18 @@ from benchmarks import measure, models
 from benchmarks.measure import BenchConfig, Report, compare
 from common import files
 from common.pictures import to_images
-from sdxl.load import build_on_meta, load_component
+from sdxl.load import load_component
 from sdxl.lora import merge
 from sdxl.lora_files import write_peft
-from sdxl.pipeline import DTYPES, SamplerConfig, compile_blocks, make_conditions, sample_latents
+from sdxl.pipeline import (
+    DTYPES,
+    SamplerConfig,
+    compile_blocks,
+    make_conditions,
+    null_condition,
+    sample_latents,
+)
+from sdxl.weights import build_on_meta
 from tdd import noise_stream
 from training.distill import LoRANetwork
 from unet import UNet, UNetConfig
@@ -119,7 +127,8 @@ class Ours:
         self.device = config.device
 
     def encode(self) -> tuple:
-        return make_conditions(self.model, [PROMPT], None, self.size, self.size)
+        cond, _ = make_conditions(self.model, [PROMPT], None, self.size, self.size)
+        return cond, null_condition(cond)
 
     def denoise(self, cond: dict, null: dict, gamma: float = SAMPLER.gamma) -> Tensor:
         sampler = replace(SAMPLER, gamma=gamma)

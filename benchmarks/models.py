@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from benchmarks.measure import TINY
 from common import files
 from sdxl.clip import TextConfig, TextEncoder, Tokenizer
-from sdxl.load import SDXL, cast
+from sdxl.load import SDXL
 from sdxl.lora import LoRA
 from sdxl.vae import VAE, VAEConfig
+from sdxl.weights import cast
 from unet import UNet, UNetConfig
 
 

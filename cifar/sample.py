@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from cifar.data import CLASSES, condition, to_bytes
 from cifar.stage import read_stage, weights_digest
 from common import cli, files
-from common.compare import Case
+from common.compare import Case, case_timesteps
 from common.pictures import save_grid
 from sdxl.load import load_component
 from sdxl.lora import merge
 from sdxl.lora_files import read_lora
 from sdxl.pipeline import DTYPES, SCHEDULES, null_condition, scalar_network
+from sdxl.recipe import RECOMMENDED
 from solvers import ddim, sdxl_schedule
 from tcd import TCF
 from tdd import clip_x0, gamma_sample, guided, noise_stream
@@ -41,6 +42,9 @@ class LoadedModel:
     scalar_embedding: ScalarEmbedding | None = None  # of students that take a scalar as an input
     jump: object = ddim
     solver_steps: int = 50  # N of a student's training, the grid of its schedules
+    kmin: int = 4  # K's range in a student's training
+    kmax: int = 8
+    gamma: float = 0.0  # that its method is sampled with
 
 
 def load_teacher(runs: Path, device, dtype: str = "float32") -> UNet:
@@ -66,8 +70,12 @@ def load_student(runs: Path, name: str, teacher: UNet) -> LoadedModel:
     lora, *_ = read_lora(path, teacher, no_encoder, no_encoder)
     # In half precision this would round small updates away.
     merge(student, [(lora, 1.0)])
-    jump = TCF[settings.get("tcf", "1")]
-    return LoadedModel(student, lora.scalar_embedding, jump, int(settings["solver_steps"]))
+    _, gamma = RECOMMENDED[settings["method"]]
+    return LoadedModel(
+        student, lora.scalar_embedding, TCF[settings.get("tcf", "1")],
+        int(settings["solver_steps"]), int(settings.get("kmin", 4)), int(settings.get("kmax", 8)),
+        gamma,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------- sampling
@@ -104,11 +112,14 @@ def main(args) -> None:
     model = LoadedModel(load_teacher(args.runs, args.device))
     if args.sample != "teacher":
         model = load_student(args.runs, args.sample, model.unet)
-    timesteps = SCHEDULES[args.schedule](args.steps, args.solver_steps or model.solver_steps)
     tune = None if args.tune_guidance is None else args.tune_guidance - 1
     clip_steps = args.steps if args.clip_steps is None else args.clip_steps
-    case = Case(args.steps, args.gamma, args.schedule, args.cfg - 1, tune, clip_steps)
-    print(f"guidance g = {args.cfg:g} (w = {case.w:g}), applied as w = {case.w_inference:.3g}")
+    gamma = model.gamma if args.gamma is None else args.gamma
+    case = Case(args.steps, gamma, args.schedule, args.cfg - 1, tune, clip_steps)
+    N = args.solver_steps or model.solver_steps
+    timesteps = case_timesteps(case, N, model.kmin, model.kmax)
+    print(f"guidance g = {args.cfg:g} (w = {case.w:g}), applied as w = {case.w_inference:.3g}; "
+          f"gamma = {gamma:g}")  # fmt: skip
     # All classes, then all again: a column of the grid is then a class.
     label = torch.tensor([CLASSES.index(name) for name in args.labels] * args.num_images)
     seeds = range(args.seed, args.seed + len(label))
@@ -133,9 +144,9 @@ def parser() -> cli.Parser:
     flag("--cfg", type=cli.non_negative, default=1.0, help="guidance g, Eq. 12; a teacher wants 3")
     flag("--tune-guidance", type=cli.number(float, 1), metavar="G'",
          help="guidance g' of the student; --cfg then acts as on the teacher (Eq. 13)")  # fmt: skip
-    flag("--gamma", type=cli.share, default=0.2, help="gamma of Eq. 18")
+    flag("--gamma", type=cli.share, help="gamma of Eq. 18: that of the student's method")
     flag("--schedule", choices=SCHEDULES, default="equidistant",
-         help="timesteps; nonequidistant for 4 to 8 steps")  # fmt: skip
+         help="timesteps; nonequidistant from the student's fewest to its most steps")  # fmt: skip
     flag("--solver-steps", type=count, help="N, grid of the schedules; the student's unless given")
     flag("--clip-steps", type=cli.count, help="first steps with C of Eq. 17; all unless given")
     flag("--seed", type=cli.number(int, 0, 2**62), default=0, help="seed of the first picture")

@@ -18,13 +18,19 @@ from torch import Tensor
 from cifar.data import Batches
 from common import files
 from training import loop
+from training.checkpoint import TrainState, checkpoints, resume_point
 
-# 2: `guidance` is g = 1 + w'. It was w' in version 1, which names no version.
-STAGE_VERSION = "2"
+# 2: `guidance` is g = 1 + w'. It was w' in version 1, which names no version. 3: stage.json holds
+# what the training wrote.
+STAGE_VERSION = "3"
+WEIGHTS = ("diffusion_pytorch_model", "lora", "model")  # of a teacher, a student, the classifier
 
 
 def read_stage(folder: Path, settings: dict | None = None) -> dict | None:
-    """stage.json of a finished stage, or None; ValueError if it was made with other settings."""
+    """stage.json of a finished stage, or None.
+
+    ValueError if it was made with other settings, or its weights are not those it was made with.
+    """
     path = folder / "stage.json"
     if not path.exists():
         return None
@@ -36,15 +42,19 @@ def read_stage(folder: Path, settings: dict | None = None) -> dict | None:
         raise ValueError(
             f"{folder} was made with {difference}: give the same, or train into another folder"
         )
+    if content.get("weights") != weights_digest(folder):
+        raise ValueError(
+            f"{folder}: its weights are not those that its training wrote: put them back, or "
+            "delete the folder to train again"
+        )
     return content
 
 
 def weights_digest(folder: Path) -> str:
-    """A finished teacher's or student's weights in a few letters, for what is made from them."""
-    path = folder / "diffusion_pytorch_model.safetensors"
-    if not path.exists():
-        path = folder / "lora.safetensors"
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    """A stage's weights, with a teacher's sizes, in a few letters; "" if there are none."""
+    paths = [folder / f"{name}.safetensors" for name in WEIGHTS] + [folder / "config.json"]
+    contents = [path.read_bytes() for path in paths if path.exists()]
+    return hashlib.sha256(b"".join(contents)).hexdigest()[:12] if contents else ""
 
 
 @dataclass
@@ -87,9 +97,11 @@ class Stage:
         files.output_folder(self.folder)
         checkpoint, content = self._resume_point()
         position = content["positions"][0] if checkpoint else 0
+        if type(position) is not int or position < 0:
+            raise ValueError(f"{checkpoint} is damaged: its position is {position!r}: delete it")
         loader = Batches(*self.data, self.batch_size, self.seed, position)
         generator = torch.Generator().manual_seed(self.seed)
-        state = loop.TrainState(self.folder, modules, optimizers, generator, loader, self.settings)
+        state = TrainState(self.folder, modules, optimizers, generator, loader, self.settings)
         if checkpoint:
             state.restore(checkpoint, content)
         print(f"{self.folder.name}: {self.steps} steps of {self.batch_size} pictures")
@@ -101,12 +113,13 @@ class Stage:
         # Seconds at the median speed: other programs may have slowed some of the steps.
         speed = statistics.median(line["images_per_s"] for line in state.log)
         seconds = round(self.steps * self.batch_size / speed, 1)
-        content = {"settings": self.settings, "seconds": seconds}
+        weights = weights_digest(self.folder)
+        content = {"settings": self.settings, "seconds": seconds, "weights": weights}
         files.write_json(self.folder / "stage.json", content)
-        for checkpoint in loop.checkpoints(self.folder):
+        for checkpoint in checkpoints(self.folder):
             shutil.rmtree(checkpoint)
 
     def _resume_point(self) -> tuple[Path | None, dict]:
         """The last checkpoint and its config.json, or (None, {})."""
         # No setting may change, the steps included: the learning rate depends on them.
-        return loop.resume_point(self.folder, True, self.settings, may_change=())
+        return resume_point(self.folder, True, self.settings, may_change=())

@@ -25,9 +25,9 @@ from cifar.sample import load_teacher
 from cifar.stage import Stage, read_stage, weights_digest
 from common import cli, files
 from common.compare import PASSES, equal_budget_steps
-from sdxl.load import load_strict
 from sdxl.lora_files import write_peft
 from sdxl.pipeline import compile_blocks, null_condition
+from sdxl.weights import load_strict
 from solvers import sdxl_schedule
 from tdd import ema_update, equidistant, targets_of
 from training import distributed, loop

@@ -32,14 +32,43 @@ class Parser(argparse.ArgumentParser):
 
 def run(main, parser: Parser) -> None:
     """main(args); an error that a user can mend becomes one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        # A prompt in a terminal that lacks its letters is no reason to stop.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         main(parser.parse_args())
     # This project raises ValueError for input that cannot be used.
     except (ValueError, OSError, SafetensorError) as problem:
         sys.exit(_print_error(problem))
+    except (RuntimeError, MemoryError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+        sys.exit(_print_error(f"out of memory: {memory_advice(parser)} ({problem})"))
     except KeyboardInterrupt:
         _print_error("interrupted; what was finished is kept")
         sys.exit(130)
+
+
+def is_out_of_memory(problem: BaseException) -> bool:
+    """Whether a GPU's memory or the machine's is exhausted, in any of torch's ways to say so."""
+    signs = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "bad_alloc")
+    is_memory_error = isinstance(problem, (MemoryError, torch.OutOfMemoryError))
+    return is_memory_error or any(sign in str(problem) for sign in signs)
+
+
+# What takes less memory, as far as a program has the flag.
+LESS_MEMORY = {
+    "--batch-size": "lower", "--resolution": "lower", "--height": "lower", "--width": "lower",
+    "--low-memory": "add", "--checkpointing": "add", "--cache": "add", "--rank": "lower",
+}  # fmt: skip
+
+
+def memory_advice(parser: Parser) -> str:
+    """The flags of a program that make it take less memory."""
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    advice = [f"{verb} {flag}" for flag, verb in LESS_MEMORY.items() if flag in flags]
+    return ", ".join(advice) or "close other programs, or use a machine with more"
 
 
 def _print_error(problem) -> int:

@@ -4,8 +4,11 @@ Nothing is ever unpickled: only safetensors, JSON and text are read.
 """
 
 import contextlib
+import hashlib
 import json
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -37,8 +40,10 @@ def read_json(path: Path) -> dict:
         return content
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: the folder is incomplete") from None
-    except (OSError, ValueError) as problem:
-        raise ValueError(f"{path} cannot be read: {problem}") from None
+    # Nested a hundred thousand deep, a file is a RecursionError.
+    except (OSError, ValueError, RecursionError) as problem:
+        reason = (path.is_file() and _other_format(path)) or f"cannot be read: {problem}"
+        raise ValueError(f"{path} {reason}") from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -48,16 +53,92 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
     except (SafetensorError, OSError) as problem:
-        if not Path(path).exists():
-            raise ValueError(f"{path} is missing") from None
-        raise ValueError(f"{path} is no whole safetensors file: {problem}") from None
+        if not Path(path).is_file():
+            reason = "is a folder: name a file" if Path(path).is_dir() else "is missing"
+            raise ValueError(f"{path} {reason}") from None
+        reason = _other_format(path) or f"is no whole safetensors file: {problem}"
+        raise ValueError(f"{path} {reason}") from None
+
+
+def check_finite(path: Path, tensors: dict[str, Tensor], reason="it is a broken file") -> None:
+    """ValueError that names the first tensor of a file with NaN or infinity in it."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+            # Both are NaN if any number is; a gigabyte takes a twentieth of a second. Eight bits
+            # have no minimum in torch.
+            low, high = (tensor if tensor.itemsize > 1 else tensor.half()).aminmax()
+            if not (low.isfinite() and high.isfinite()):
+                raise ValueError(f"{path}: its tensor {name} holds NaN or infinity: {reason}")
+
+
+def _other_format(path: Path) -> str:
+    """What a file is that is often met in the place of weights; "" for anything else."""
+    with open(path, "rb") as file:
+        start = file.read(512)
+    # Where a safetensors file's header begins.
+    if start[8:9] == b"{":
+        return ""
+    kinds = {
+        b"version https://git-lfs": "is a git-LFS pointer, not the file: run git lfs pull",
+        b"<": "is a web page, not the file: download it again, logged in if need be",
+        b"PK": "is a pickle (.ckpt, .pt, .bin), which is never read: convert it to .safetensors",
+        b"\x80": "is a pickle (.ckpt, .pt, .bin), which is never read: convert it to .safetensors",
+        b"GGUF": "is a GGUF file: quantised models are not read",
+    }
+    return next((kind for mark, kind in kinds.items() if start.lstrip().startswith(mark)), "")
+
+
+# --------------------------------------------------------------------------------------- contents
+#
+# What is used again is known by its content: a path may lead to something else tomorrow, and the
+# same may lie elsewhere.
+
+SMALL = 2**20  # bytes; a file up to here is read whole
+BLOCKS = 256  # so many, of 4 KiB each, of a larger one
+
+
+def fingerprint(*paths: Path) -> str:
+    """The contents of files in 16 hexadecimal digits, whatever their names.
+
+    Of a large file that is its size and evenly spaced blocks, and of a large safetensors file also
+    its header and a few bytes of every tensor: gigabytes take milliseconds.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{size} ".encode())
+        with open(path, "rb") as file:
+            for start, length in _sampled_parts(path, size):
+                file.seek(start)
+                digest.update(file.read(length))
+    return digest.hexdigest()[:16]
+
+
+def _sampled_parts(path: Path, size: int) -> Iterator[tuple[int, int]]:
+    """(start, length) of the parts of a file that stand for all of it."""
+    if size <= SMALL:
+        yield 0, size
+        return
+    for i in range(BLOCKS):
+        yield (size - 4096) * i // (BLOCKS - 1), 4096
+    if path.suffix == ".safetensors":
+        with open(path, "rb") as file:
+            length = min(int.from_bytes(file.read(8), "little"), size - 8)
+            header = file.read(length)
+        yield 0, 8 + length
+        # A fine-tuned layer between two blocks would go unnoticed otherwise.
+        for start, end in re.findall(rb'"data_offsets":\s*\[(\d+),\s*(\d+)\]', header):
+            yield 8 + length + int(start), 64
+            yield 8 + length + (int(start) + int(end)) // 2, 64
 
 
 def first_difference(recorded: dict, requested: dict, may_change=()) -> str:
     """The first setting that differs, as "NAME RECORDED, not REQUESTED"; "" if none does."""
     for name in {**requested, **recorded}:
         if name not in may_change and recorded.get(name) != requested.get(name):
-            return f"{name.replace('_', '-')} {recorded.get(name)}, not {requested.get(name)}"
+            # "batch_size" is a flag, "content of text_encoder" is not.
+            flag = name if " " in name else name.replace("_", "-")
+            return f"{flag} {recorded.get(name)}, not {requested.get(name)}"
     return ""
 
 
@@ -83,10 +164,18 @@ def output_folder(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_write(path: Path):
-    """A temporary name to write to, renamed to `path` when the block ends without an error."""
+    """A temporary name to write to, renamed to `path` when the block ends without an error.
+
+    ValueError that names the file if it cannot be written, on a full disk for instance.
+    """
     part = Path(f"{path}.part")
-    yield part
-    part.replace(path)
+    try:
+        yield part
+        part.replace(path)
+    except (OSError, SafetensorError) as problem:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise ValueError(f"{path} cannot be written: {problem}") from problem
 
 
 def write_json(path: Path, content) -> None:

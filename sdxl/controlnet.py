@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet import Encoder, UNetConfig, check_config
+from unet import Encoder, UNetConfig, check_config, per_level
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,25 @@ class ControlNetConfig(UNetConfig):
 
     @classmethod
     def from_json(cls, config: dict) -> "ControlNetConfig":
-        """From a diffusers config.json; ValueError if it describes another family of models."""
+        """From a diffusers config.json; ValueError if it is broken or of another family."""
         required = {"controlnet_conditioning_channel_order": "rgb",
                     "addition_embed_type": "text_time"}  # fmt: skip
-        check_config(config, "an SDXL ControlNet", required, {"global_pool_conditions": False})
+        default = {"global_pool_conditions": False, "conditioning_channels": 3}
+        check_config(config, "an SDXL ControlNet", required, default)
         # The rest are the UNet's fields, except that a ControlNet has no out_channels.
-        sizes = super().from_json({**config, "out_channels": config["in_channels"]})
-        return replace(sizes, embedding=tuple(config["conditioning_embedding_out_channels"]))
+        sizes = super().from_json({**config, "out_channels": config.get("in_channels")})
+        # Three convolutions of stride 2 lead from an image to the latents' size.
+        name, four = "conditioning_embedding_out_channels", range(4, 5)
+        return replace(sizes, embedding=per_level(config, name, levels=four))
+
+    def check_fits(self, unet: UNetConfig) -> None:
+        """ValueError unless the residuals are those of the UNet's skip connections."""
+        # Its transformers may be shallower than the UNet's.
+        for name in ("in_channels", "channels", "layers_per_block", "cross_attention_dim",
+                     "time_ids_width", "add_embedding_dim"):  # fmt: skip
+            size, expected = getattr(self, name), getattr(unet, name)
+            if size != expected:
+                raise ValueError(f"its {name} is {size}, not {expected} as in the UNet")
 
 
 # ---------------------------------------------------------------------------------------- network

@@ -129,77 +129,101 @@ def to_original_key(name: str, modules: dict[str, str]) -> str:
 
 
 def convert_tensor(tensors: dict[str, Tensor], name: str, source: str) -> Tensor:
-    """Our tensor `name` out of the original tensor `source`, whose layout may differ."""
+    """Our tensor `name` out of the original tensor `source`, whose layout may differ.
+
+    A tensor of a wrong shape is left as it is, for `load_strict` to name it.
+    """
     tensor = tensors[source]
-    if ".attn.in_proj_" in source:
-        return tensor.chunk(3)[["q_proj", "k_proj", "v_proj"].index(name.split(".")[-2])]
-    if source == TEXT_2 + "text_projection":
+    if ".attn.in_proj_" in source and tensor.ndim and len(tensor) % 3 == 0:
+        part = ["q_proj", "k_proj", "v_proj"].index(name.split(".")[-2])
+        return tensor[part * len(tensor) // 3 : (part + 1) * len(tensor) // 3]
+    if source == TEXT_2 + "text_projection" and tensor.ndim == 2:
         return tensor.T.contiguous()
     # The original autoencoder's attention is made of 1x1 convolutions.
-    if ".attn_1." in source and tensor.ndim == 4:
+    if ".attn_1." in source and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
         return tensor[:, :, 0, 0]
     return tensor
 
 
 def infer_configs(tensors: dict[str, Tensor]) -> tuple:
-    """The UNet's, VAE's and both text encoders' sizes; KeyError names a missing tensor."""
+    """The UNet's and both text encoders' sizes; KeyError or ValueError names a tensor at fault."""
     text_1 = _text_config(tensors, TEXT_1, {}, "quick_gelu", None)
-    projection = tensors[TEXT_2 + "text_projection"].shape[1]
+    projection = _shape(tensors, TEXT_2 + "text_projection", 2)[1]
     text_2 = _text_config(tensors, TEXT_2, text_modules(TextConfig()), "gelu", projection)
-    return _unet_config(tensors, projection), _vae_config(tensors), text_1, text_2
+    return _unet_config(tensors, projection), text_1, text_2
 
 
 def _text_config(tensors, prefix: str, table: dict, activation: str, projection) -> TextConfig:
-    def original(name: str) -> str:
-        return prefix + to_original_key(f"text_model.{name}", table)
+    def shape(name: str, rank: int = 2) -> tuple[int, ...]:
+        return _shape(tensors, prefix + to_original_key(f"text_model.{name}", table), rank)
 
-    vocab, hidden = tensors[original("embeddings.token_embedding.weight")].shape
+    vocab, hidden = shape("embeddings.token_embedding.weight")
+    layers = prefix + to_original_key("text_model.encoder.layers", table)
     return TextConfig(
-        hidden=hidden, intermediate=len(tensors[original("encoder.layers.0.mlp.fc1.weight")]),
-        layers=_count(tensors, original("encoder.layers")), heads=hidden // 64, vocab=vocab,
-        positions=len(tensors[original("embeddings.position_embedding.weight")]),
-        activation=activation, projection=projection, end=vocab - 1,
+        hidden=hidden, intermediate=shape("encoder.layers.0.mlp.fc1.weight")[0],
+        layers=_count(tensors, layers), heads=_heads(hidden), vocab=vocab,
+        positions=shape("embeddings.position_embedding.weight")[0],
+        activation=activation, projection=projection,
     )  # fmt: skip
 
 
 def _unet_config(tensors: dict[str, Tensor], pooled: int) -> UNetConfig:
-    shape = _shapes(tensors, UNET)
     # Down the numbered blocks: number 0 is `conv_in`, and one with "op" in it ends a level.
-    total, step = _count(shape, "input_blocks"), 1
-    while step < total and f"input_blocks.{step}.0.op.weight" not in shape:
+    total, step = _count(tensors, UNET + "input_blocks"), 1
+    while step < total and f"{UNET}input_blocks.{step}.0.op.weight" not in tensors:
         step += 1
-    blocks = [f"input_blocks.{n}" for n in range(step - 1, total, step)]
-    channels = [shape[f"{block}.0.in_layers.2.weight"][0] for block in blocks]
-    depth = [_count(shape, f"{block}.1.transformer_blocks") for block in blocks]
-    middle = "middle_block.1.transformer_blocks"
+    channels, depth = [], []
+    for n in range(step - 1, total, step):
+        block = f"{UNET}input_blocks.{n}"
+        channels.append(_shape(tensors, f"{block}.0.in_layers.2.weight", 4)[0])
+        depth.append(_count(tensors, f"{block}.1.transformer_blocks"))
+    middle = UNET + "middle_block.1.transformer_blocks"
     # The embedding that is added to the time's takes the pooled prompt and six sizes as sinusoids.
-    add_embedding_dim = shape["label_emb.0.0.weight"][1]
+    add_embedding_dim = _shape(tensors, UNET + "label_emb.0.0.weight", 2)[1]
+    width, rest = divmod(add_embedding_dim - pooled, 6)
+    if rest or width < 2 or width % 2:
+        raise ValueError(f"label_emb takes {add_embedding_dim}, not {pooled} and six sizes")
     return UNetConfig(
-        in_channels=shape["input_blocks.0.0.weight"][1], out_channels=shape["out.2.weight"][0],
-        channels=tuple(channels), heads=tuple(c // 64 for c in channels),
-        transformer_depth=tuple(depth), mid_transformer_depth=_count(shape, middle),
-        layers_per_block=step - 1, cross_attention_dim=shape[f"{middle}.0.attn2.to_k.weight"][1],
-        time_ids_width=(add_embedding_dim - pooled) // 6, add_embedding_dim=add_embedding_dim,
+        in_channels=_shape(tensors, UNET + "input_blocks.0.0.weight", 4)[1],
+        out_channels=_shape(tensors, UNET + "out.2.weight", 4)[0],
+        channels=tuple(channels), heads=tuple(map(_heads, channels)),
+        transformer_depth=tuple(depth), mid_transformer_depth=_count(tensors, middle),
+        layers_per_block=step - 1, time_ids_width=width, add_embedding_dim=add_embedding_dim,
+        cross_attention_dim=_shape(tensors, f"{middle}.0.attn2.to_k.weight", 2)[1],
     )  # fmt: skip
 
 
-def _vae_config(tensors: dict[str, Tensor]) -> VAEConfig:
-    shape = _shapes(tensors, VAE)
-    levels = [f"encoder.down.{i}" for i in range(_count(shape, "encoder.down"))]
-    channels = [shape[f"{level}.block.0.conv1.weight"][0] for level in levels]
+def infer_vae_config(tensors: dict[str, Tensor]) -> VAEConfig:
+    """The autoencoder's sizes; KeyError or ValueError names a tensor at fault."""
+    channels = []
+    for i in range(_count(tensors, VAE + "encoder.down")):
+        name = f"{VAE}encoder.down.{i}.block.0.conv1.weight"
+        channels.append(_shape(tensors, name, 4)[0])
     return VAEConfig(
-        channels=tuple(channels), layers_per_block=_count(shape, "encoder.down.0.block"),
-        latent_channels=shape["post_quant_conv.weight"][0],
-    )  # fmt: skip
+        channels=tuple(channels),
+        layers_per_block=_count(tensors, VAE + "encoder.down.0.block"),
+        latent_channels=_shape(tensors, VAE + "post_quant_conv.weight", 4)[0],
+    )
 
 
-def _shapes(tensors: dict[str, Tensor], prefix: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors below a prefix, by the rest of their names."""
-    below = [name for name in tensors if name.startswith(prefix)]
-    return {name.removeprefix(prefix): tuple(tensors[name].shape) for name in below}
+def _shape(tensors: dict[str, Tensor], name: str, rank: int) -> tuple[int, ...]:
+    """A tensor's shape; KeyError if there is none, ValueError if it has another rank or no rows."""
+    shape = tuple(tensors[name].shape)
+    if len(shape) != rank or not all(shape):
+        raise ValueError(f"{name} has the shape {shape}, not {rank} dimensions")
+    return shape
+
+
+def _heads(width: int) -> int:
+    """The number of heads, which are 64 wide."""
+    if width % 64:
+        raise ValueError(f"a width of {width} does not make heads of 64")
+    return width // 64
 
 
 def _count(names, prefix: str) -> int:
-    """The number of numbered modules below a prefix."""
+    """The number of numbered modules below a prefix; ValueError for more than any model has."""
     matches = map(re.compile(re.escape(prefix) + r"\.(\d+)\.").match, names)
-    return len({match[1] for match in matches if match})
+    if (number := len({match[1] for match in matches if match})) > 128:
+        raise ValueError(f"{prefix} has {number} modules")
+    return number

@@ -1,19 +1,26 @@
 """LoRA files: every common naming is read; PEFT/diffusers and kohya naming are written."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from common import files
-from sdxl import keys, load
+from sdxl import keys, lora_kinds, lora_peft
 from sdxl.lora import Adapter, LoRA, named_layers
-from unet import ScalarEmbedding, UNet
+from sdxl.weights import find_lora, load_strict, summary
+from unet import ScalarEmbedding, UNet, UNetConfig
 
-# The start of a layer's key in PEFT's and diffusers' naming, and in kohya's.
+# The start of a layer's name in kohya's naming, and in ComfyUI's for whole models.
 KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+COMFYUI = {
+    "unet": "diffusion_model", "text_encoder": "text_encoders.clip_l.transformer",
+    "text_encoder_2": "text_encoders.clip_g.transformer",
+}  # fmt: skip
 
 # A student's scalar embedding has keys that only this project reads, and a header entry "told" with
 # the paper's symbol for the scalar.
@@ -27,40 +34,43 @@ SCALAR_SYMBOLS = {kind: symbol for symbol, kind in SCALAR_KINDS.items()}
 # read completely or not at all: a key that fits no layer is an error, since a LoRA applied in part
 # looks like a bad LoRA.
 
-SUFFIXES = {
-    ".lora_A.weight": "down", ".lora_B.weight": "up",
-    ".lora.down.weight": "down", ".lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",
-    ".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha",
-}  # fmt: skip
+PART = re.compile(
+    r"\.(?P<down>(lora_A|lora\.down|lora_linear_layer\.down|lora_down)(\.default)?\.weight)$"
+    r"|\.(?P<up>(lora_B|lora\.up|lora_linear_layer\.up|lora_up)(\.default)?\.weight)$"
+    r"|\.(?P<alpha>alpha)$"
+)
 RAW_PEFT = "base_model.model."
 # The oldest diffusers files hold attention processors: .processor.to_out_lora.up.weight
 PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Read as float32, which torch computes with.
+OTHER_FLOATS = (torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module) -> list[LoRA]:
-    """A file's LoRAs for the UNet and both text encoders (empty where it has none).
+    """The LoRAs of a file or its folder for the UNet and both text encoders, empty for one without.
 
-    PEFT/diffusers, older diffusers and kohya naming, with our module names or the original ones.
-    Raises ValueError naming keys that fit no layer, halves without the other, and wrong shapes.
+    PEFT/diffusers, older diffusers, kohya and ComfyUI naming, with our module names or the original
+    ones. Raises ValueError in one line for other kinds of adapters, for other models, and for keys
+    that fit no layer, halves without the other, wrong shapes and numbers that are none.
     """
-    tensors, metadata = files.read_tensors(path)
-    embedding = _build_scalar_embedding(path, tensors, metadata.get("told"), unet)
+    path = find_lora(Path(path))
+    tensors, header = files.read_tensors(path)
+    lora_kinds.check_header(path, header)
+    lora_kinds.check_keys(path, tensors)
+    files.check_finite(path, tensors)
+    embedding = _build_scalar_embedding(path, tensors, header.get("told"), unet)
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(SCALAR)}
     bases = {"unet": unet, "text_encoder": encoder_1, "text_encoder_2": encoder_2}
     groups = _group_by_layer(path, tensors, bases)
-    settings = _peft_settings(path, metadata)
     # Raw PEFT files have their settings in a file beside them, and only there.
-    if any(key.startswith(RAW_PEFT) for key in tensors):
-        config = files.read_json(Path(path).parent / "adapter_config.json")
-        settings = {f"unet.{name}": value for name, value in config.items()}
+    beside = any(RAW_PEFT in key for key in tensors)
+    settings = lora_peft.read_settings(path, header, beside)
     loras = []
     for component, base in bases.items():
-        layers, adapters = named_layers(base), {}
-        for name, parts in groups[component].items():
-            if "alpha" not in parts and "down" in parts:
-                parts["alpha"] = _peft_alpha(settings, component, name, rank=len(parts["down"]))
-            adapters[name] = _build_adapter(f"{path}: {name}", layers[name], parts)
+        adapters = {}
+        if groups[component]:
+            adapters = _build_adapters(path, base, groups[component], settings[component])
         loras.append(LoRA(adapters, embedding if component == "unet" else None))
     return loras
 
@@ -68,12 +78,14 @@ def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module
 def _build_scalar_embedding(path: Path, tensors, symbol: str | None, unet: UNet):
     """The student's ScalarEmbedding, None if the file has none."""
     weights = {k.removeprefix(SCALAR): v for k, v in tensors.items() if k.startswith(SCALAR)}
-    if not weights:
+    if not weights and symbol is None:
         return None
+    if not weights:
+        raise ValueError(f"{path} has lost the embedding that its header names: use the original")
     if symbol not in SCALAR_KINDS:
         raise ValueError(f"{path} has a scalar embedding, but its header does not say of what")
     embedding = ScalarEmbedding(unet.config.channels[0], SCALAR_KINDS[symbol])
-    return load.load_strict(embedding, weights, path)
+    return load_strict(embedding, weights, path)
 
 
 def _group_by_layer(path: Path, tensors: dict[str, Tensor], bases: dict[str, nn.Module]) -> dict:
@@ -82,16 +94,21 @@ def _group_by_layer(path: Path, tensors: dict[str, Tensor], bases: dict[str, nn.
     groups, unexpected_keys = {component: {} for component in bases}, []
     for key, tensor in tensors.items():
         spelled = PROCESSOR.sub(r".\1.lora.\2", key).replace(".to_out.lora.", ".to_out.0.lora.")
-        suffix = next((suffix for suffix in SUFFIXES if spelled.endswith(suffix)), "")
-        spelled = spelled.removesuffix(suffix).removeprefix(RAW_PEFT)
-        if suffix and spelled in spellings:
+        part = PART.search(spelled)
+        spelled = PART.sub("", spelled).replace(RAW_PEFT, "")
+        if part and spelled in spellings:
             component, name = spellings[spelled]
-            groups[component].setdefault(name, {})[SUFFIXES[suffix]] = tensor
+            parts = groups[component].setdefault(name, {})
+            if part.lastgroup in parts:
+                raise ValueError(f"{path} holds {component} {name} twice, the second as {key}")
+            parts[part.lastgroup] = tensor
         else:
             unexpected_keys.append(key)
     if unexpected_keys:
-        message = load.summary("keys that fit nothing", unexpected_keys)
-        raise ValueError(f"{path} is no LoRA for this model: {message}")
+        family = lora_kinds.other_family(unexpected_keys)
+        family = f" but for {family}" if family else ""
+        message = summary("keys that fit nothing", unexpected_keys)
+        raise ValueError(f"{path} is no LoRA for this model{family}: {message}")
     if not any(groups.values()):
         raise ValueError(f"{path} is no LoRA for this model: it has no LoRA keys")
     return groups
@@ -103,69 +120,97 @@ def _layer_spellings(bases: dict[str, nn.Module]) -> dict[str, tuple[str, str]]:
     spellings = {}
     original = keys.unet_modules(bases["unet"].config)
     for component, base in bases.items():
+        dotted = [f"{component}.", f"{COMFYUI[component]}."]
+        underscored = [f"{KOHYA[component]}_"]
+        if component == "unet":
+            # Raw PEFT files name no component. LyCORIS' own prefix is SimpleTuner's.
+            dotted += ["", "model.diffusion_model."]
+            underscored += ["lycoris_"]
         for name in named_layers(base):
-            # Transformers 5 leaves out text_model; kohya's may be the UNet's original names.
-            short_name = name.removeprefix("text_model.")
-            kohya_name = short_name
+            # Transformers 5 leaves out text_model; the UNet may have its original names.
+            names = [name, name.removeprefix("text_model.")]
             if component == "unet":
-                kohya_name = keys.to_original_key(name, original)
-                # Raw PEFT files name no component.
-                spellings[name] = component, name
-            for each in (name, kohya_name):
-                spellings[f"{KOHYA[component]}_{each.replace('.', '_')}"] = component, name
-            for each in (name, short_name):
-                spellings[f"{component}.{each}"] = component, name
+                names.append(keys.to_original_key(name, original))
+            for spelled in names:
+                for prefix in dotted:
+                    spellings[prefix + spelled] = component, name
+                for prefix in underscored:
+                    spellings[prefix + spelled.replace(".", "_")] = component, name
     return spellings
 
 
-def _build_adapter(source: str, layer: nn.Module, parts: dict) -> Adapter:
-    """A layer's adapter from its matrices and alpha, where None means its rank.
+def _build_adapters(path: Path, base: nn.Module, groups: dict, content: dict) -> dict[str, Adapter]:
+    """One component's adapters by layer, for its base as it is; content: PEFT's settings."""
+    settings = lora_peft.parse_settings(f"{path} by PEFT's settings", content, list(groups))
+    layers, adapters, start = named_layers(base), {}, settings.start
+    if start:
+        _check_convertible(path, {name: layers[name].weight for name in groups}, start)
+    # A large layer's singular value decomposition takes a second on a CPU.
+    for name, parts in tqdm(groups.items(), f"{path.name} from {start}", disable=not start):
+        source, layer = f"{path}: {name}", layers[name]
+        down, up = _read_matrices(source, layer, parts)
+        rank = len(down)
+        alpha = settings.alpha_of(name, rank)
+        if "alpha" in parts:
+            alpha = _read_alpha(source, parts["alpha"])
+        adapters[name] = Adapter(down, up, rank if alpha is None else alpha)
+        if start:
+            adapters[name] = lora_peft.subtract_start(adapters[name], layer.weight, start)
+    return adapters
 
-    Raises ValueError, beginning with `source`, unless both matrices are there and fit the layer.
+
+def _check_convertible(path: Path, weights: dict[str, Tensor], start: str) -> None:
+    """ValueError unless a LoRA that began this way can be converted with the help of its base."""
+    for name, weight in weights.items():
+        if weight.ndim != 2:
+            raise ValueError(f"{path}: {name} is a convolution, which PEFT cannot begin as {start}")
+        # Rounding to half precision moves W's singular vectors by as much as a LoRA's effect.
+        if weight.dtype != torch.float32:
+            raise ValueError(
+                f"{path} began as {start} of its base's weights, which must be in float32 to "
+                "convert it: sample it with --dtype float32"
+            )
+
+
+def _read_matrices(source: str, layer: nn.Module, parts: dict) -> tuple[Tensor, Tensor]:
+    """A layer's down and up matrix, shaped for it.
+
+    Raises ValueError, beginning with `source`, unless both are there, of numbers, and fit.
     """
     if "down" not in parts or "up" not in parts:
         raise ValueError(f"{source} has an up or a down matrix only: the file is incomplete")
-    down, up, alpha = parts["down"], parts["up"], parts["alpha"]
-    # Some tools write linear layers as 1x1 convolutions.
-    if layer.weight.ndim == 2:
-        down, up = down.flatten(1), up.flatten(1)
+    matrices = []
+    for tensor in (parts["down"], parts["up"]):
+        if tensor.dtype not in FLOATS + OTHER_FLOATS:
+            raise ValueError(f"{source} is {tensor.dtype}: quantised LoRAs are not read")
+        tensor = tensor.float() if tensor.dtype in OTHER_FLOATS else tensor
+        # Some tools write linear layers as 1x1 convolutions, others the other way round.
+        is_matrix = tensor.ndim == 4 and tensor.shape[2:] == (1, 1)
+        matrices.append(tensor.flatten(1) if is_matrix else tensor)
+    down, up = matrices
     out, *fan_in = layer.weight.shape
-    if list(down.shape[1:]) != fan_in or len(up) != out or up.shape[1] != len(down):
+    expected = fan_in if math.prod(fan_in[1:]) > 1 else fan_in[:1]
+    rank = down.shape[0] if down.ndim else 0
+    if not rank or list(down.shape[1:]) != expected or list(up.shape) != [out, rank]:
         sizes = f"{tuple(up.shape)} x {tuple(down.shape)}, its layer {tuple(layer.weight.shape)}"
-        raise ValueError(f"{source} is {sizes}: a LoRA for another model")
-    if not (down.is_floating_point() and up.is_floating_point()):
-        raise ValueError(f"{source} is {down.dtype}: quantised LoRAs are not read")
-    alpha = len(down) if alpha is None else torch.as_tensor(alpha).flatten()[0]
-    return Adapter(down, up, float(alpha))
+        is_prompt = down.ndim == 2 and source.endswith((".attn2.to_k", ".attn2.to_v"))
+        family = lora_kinds.WIDTHS.get(down.shape[1], "") if is_prompt else ""
+        raise ValueError(f"{source} is {sizes}: a LoRA for {family or 'another model'}")
+    return down.reshape(rank, *fan_in), up.reshape(out, rank, *[1] * (len(fan_in) - 1))
 
 
-def _peft_settings(path: Path, metadata: dict[str, str]) -> dict:
-    """PEFT's settings in a file's header, as "component.name"; {} if it has none."""
-    try:
-        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: its header's lora_adapter_metadata is broken")
-    return settings
-
-
-def _peft_alpha(settings: dict, component: str, name: str, rank: int) -> float | None:
-    """A layer's alpha by PEFT's rules, None if the settings have none."""
-    patterns = settings.get(f"{component}.alpha_pattern") or {}
-    # A pattern names layers by the end of their name, as a regular expression; the first counts.
-    values = [value for end, value in patterns.items() if re.match(rf"(.*\.)?({end})$", name)]
-    alpha = values[0] if values else settings.get(f"{component}.lora_alpha")
-    # Rank-stabilised LoRA: alpha / sqrt(rank) instead of alpha / rank.
-    if alpha is not None and settings.get(f"{component}.use_rslora"):
-        return alpha * rank**0.5
-    return alpha
+def _read_alpha(source: str, alpha: Tensor) -> float:
+    is_number = alpha.numel() == 1 and not alpha.is_complex() and alpha.dtype != torch.bool
+    if not is_number or not float(alpha):
+        value = alpha.item() if alpha.numel() == 1 else f"of shape {tuple(alpha.shape)}"
+        raise ValueError(f"{source}: its alpha is {value}, not one number other than 0")
+    return float(alpha)
 
 
 # ----------------------------------------------------------------------------------------- writing
 #
 # alpha / rank is folded into the up matrices, so alpha = rank: right in every loader, also in those
-# that never look for alpha. Published LoRAs read without their alpha are eight times too strong.
+# that never look for alpha. TDD's FLUX LoRA lost its alpha, and is eight times too strong.
 
 
 def write_peft(path: Path, lora: LoRA, **metadata: str) -> None:
@@ -190,12 +235,44 @@ def write_peft(path: Path, lora: LoRA, **metadata: str) -> None:
     files.write_tensors(path, tensors, format="pt", **metadata)
 
 
+# What sd-scripts writes and other programs go by: without ss_base_model_version AUTOMATIC1111 takes
+# a LoRA for one of Stable Diffusion 1, and does not list it.
+KOHYA_HEADER = {
+    "ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False",
+    "ss_network_module": "networks.lora", "modelspec.sai_model_spec": "1.0.0",
+    "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+    "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+    "modelspec.resolution": "1024x1024", "modelspec.prediction_type": "epsilon",
+}  # fmt: skip
+
+
 def write_kohya(path: Path, lora: LoRA, **metadata: str) -> None:
-    """A UNet's LoRA in kohya naming, which ComfyUI and diffusers read, without the embedding."""
-    tensors = {}
+    """An SDXL UNet's LoRA in kohya naming, without the embedding; metadata: the header's entries.
+
+    Layers have the names of the original code, which sd-scripts knows alone; AUTOMATIC1111, ComfyUI
+    and diffusers read them too.
+    """
+    tensors, ranks, conv_ranks = {}, set(), set()
+    # Sizes do not matter for the names, and the arrangement of blocks is the same in all of SDXL.
+    original = keys.unet_modules(UNetConfig())
     for name, adapter in lora.adapters.items():
-        key = f"lora_unet_{name.replace('.', '_')}"
+        key = f"lora_unet_{keys.to_original_key(name, original).replace('.', '_')}"
+        rank = len(adapter.down)
         tensors[f"{key}.lora_down.weight"] = adapter.down
         tensors[f"{key}.lora_up.weight"] = adapter.scale * adapter.up
-        tensors[f"{key}.alpha"] = torch.tensor(float(len(adapter.down)))
-    files.write_tensors(path, tensors, format="pt", **metadata)
+        tensors[f"{key}.alpha"] = torch.tensor(float(rank))
+        ranks.add(rank)
+        if adapter.down.shape[2:] == (3, 3):
+            conv_ranks.add(rank)
+    title = f"{metadata.get('tdd_method', '').upper()} LoRA".strip()
+    header = KOHYA_HEADER | {"modelspec.title": title}
+    header["ss_network_dim"] = header["ss_network_alpha"] = _shared_rank(ranks)
+    if conv_ranks:
+        conv_rank = _shared_rank(conv_ranks)
+        header["ss_network_args"] = json.dumps({"conv_dim": conv_rank, "conv_alpha": conv_rank})
+    files.write_tensors(path, tensors, format="pt", **header | metadata)
+
+
+def _shared_rank(ranks: set[int]) -> str:
+    """The rank of all layers as sd-scripts writes it."""
+    return str(min(ranks)) if len(ranks) == 1 else "Dynamic"

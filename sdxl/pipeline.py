@@ -17,23 +17,23 @@ from solvers import CLEAN, SOLVERS, sdxl_schedule, solve, to_device
 from tcd import TCF
 from unet import Block, Encoder, ScalarEmbedding
 
-SCHEDULES = {"equidistant": tdd.equidistant, "nonequidistant": tdd.nonequidistant}
+SCHEDULES = ("equidistant", "nonequidistant")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # -------------------------------------------------------------------------------------- conditions
 
 
 def make_conditions(model: SDXL, prompts: list[str], negative: str | None, height: int, width: int):
-    """The condition of each prompt and the null condition: zeros, or the negative prompt's."""
+    """The condition of each prompt, and the negative prompt's (None without one)."""
     cond = encode_prompts(prompts, model.tokenizer, model.encoder_1, model.encoder_2)
     # As if the picture had that size from the start and nothing was cropped.
     sizes = torch.tensor([[height, width, 0, 0, height, width]])
     sizes = to_device(sizes, cond["pooled"].device)
     cond = {**cond, "time_ids": sizes.expand(len(prompts), 6)}
     if negative is None:
-        return cond, null_condition(cond)
-    null = encode_prompts([negative], model.tokenizer, model.encoder_1, model.encoder_2)
-    return cond, {**null, "time_ids": sizes}
+        return cond, None
+    encoded = encode_prompts([negative], model.tokenizer, model.encoder_1, model.encoder_2)
+    return cond, {**encoded, "time_ids": sizes}
 
 
 def null_condition(cond: dict) -> dict:
@@ -103,12 +103,20 @@ def merge_loras(model: SDXL, loras: list[tuple[Path, float]], tcf: str, k: int):
     return network
 
 
-def with_controlnet(network, controlnet, image: Tensor, scale: float):
-    """The network with a ControlNet's residuals of an image (1, 3, H, W) in [0, 1]."""
+def with_controlnets(network, controls: list[tuple]):
+    """The network with the sum of ControlNets' residuals.
+
+    controls: (ControlNet, image (1, 3, H, W) in [0, 1], scale) of each.
+    """
 
     def model(x_t: Tensor, t: Tensor, cond: dict, *scalar: Tensor) -> Tensor:
-        control = controlnet(x_t, t, cond, image.expand(len(x_t), -1, -1, -1), scale)
-        return network(x_t, t, cond, *scalar, control)
+        total = None
+        for controlnet, image, scale in controls:
+            control = controlnet(x_t, t, cond, image.expand(len(x_t), -1, -1, -1), scale)
+            total = (
+                control if total is None else [a + b for a, b in zip(total, control, strict=True)]
+            )
+        return network(x_t, t, cond, *scalar, total)
 
     return model
 
@@ -145,12 +153,15 @@ class SamplerConfig:
     """One way to sample: w of Eq. 12, gamma of Eq. 18, C of Eq. 17 in the first clip_steps steps.
 
     w_distilled: w' of the student, for Eq. 13's tuning, or None. sampler: "tdd", the gamma-sampler,
-    or one of solvers.SOLVERS for the plain model. solver_steps: N. tcf: one of tcd.TCF.
+    or one of solvers.SOLVERS for the plain model. solver_steps: N. kmin, kmax: of the
+    non-equidistant schedule. tcf: one of tcd.TCF.
     """
 
     steps: int = 4
     solver_steps: int = 250
     schedule: str = "equidistant"
+    kmin: int = 4
+    kmax: int = 8
     sampler: str = "tdd"
     w: float = 1.0
     w_distilled: float | None = None
@@ -163,7 +174,9 @@ class SamplerConfig:
     @property
     def timesteps(self) -> list[int]:
         """The k timesteps of the schedule; ValueError if it has none for this k."""
-        return SCHEDULES[self.schedule](self.steps, self.solver_steps)
+        if self.schedule == "nonequidistant":
+            return tdd.nonequidistant(self.steps, self.solver_steps, self.kmin, self.kmax)
+        return tdd.equidistant(self.steps, self.solver_steps)
 
     @property
     def w_tuned(self) -> float:
@@ -171,9 +184,18 @@ class SamplerConfig:
         return self.w if self.w_distilled is None else tdd.tuned(self.w, self.w_distilled)
 
 
-def sample_latents(config: SamplerConfig, network, cond, null, shape, seeds, device) -> Tensor:
-    """Final latents (b, *shape), float32; each depends on its own prompt and seed alone."""
-    eps = tdd.guided(network, cond, null, config.w_tuned)
+def sample_latents(
+    config: SamplerConfig, network, cond, null, shape, seeds, device, negative=None
+) -> Tensor:
+    """Final latents (b, *shape), float32; each depends on its own prompt and seed alone.
+
+    null: the condition that training dropped prompts to. negative: what guidance leads away from in
+    its place, if anything.
+    """
+    if negative is None or config.w_distilled is None:
+        eps = tdd.guided(network, cond, null if negative is None else negative, config.w_tuned)
+    else:
+        eps = tdd.tuned_with_negative(network, cond, null, negative, config.w, config.w_distilled)
     # Image i has its own CPU generator, so it is the same alone, in a batch or on a GPU.
     noise = tdd.noise_stream(seeds, shape, device)
     x_T = next(noise)

@@ -1,5 +1,6 @@
 """SDXL's autoencoder: images in [-1, 1] to latents and back, (b, 3, 8h, 8w) <-> (b, 4, h, w)."""
 
+import reprlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from solvers import to_device
-from unet import ResnetBlock, check_config
+from unet import ResnetBlock, check_config, entry, per_level
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,37 @@ class VAEConfig:
     latent_channels: int = 4
     scaling_factor: float = 0.13025
 
+    def __post_init__(self):
+        for c in self.channels:
+            if c < 1 or c % self.groups:
+                raise ValueError(f"{c} channels do not make {self.groups} groups")
+
     @classmethod
     def from_json(cls, config: dict) -> "VAEConfig":
-        """From a diffusers config.json; ValueError if it describes another kind of autoencoder."""
+        """From a diffusers config.json; ValueError if it is broken or of another kind."""
         default = {
             "_class_name": "AutoencoderKL", "use_quant_conv": True, "use_post_quant_conv": True,
             "mid_block_add_attention": True, "shift_factor": None, "latents_mean": None,
+            "latents_std": None, "act_fn": "silu", "in_channels": 3, "out_channels": 3,
         }  # fmt: skip
         check_config(config, "SDXL's AutoencoderKL", {}, default)
+        channels = per_level(config, "block_out_channels")
+        levels = range(len(channels), len(channels) + 1)
+        for name, kind in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")):
+            per_level(config, f"{name}_block_types", (kind,), levels)
         return cls(
-            channels=tuple(config["block_out_channels"]),
-            layers_per_block=config["layers_per_block"], groups=config["norm_num_groups"],
-            latent_channels=config["latent_channels"], scaling_factor=config["scaling_factor"],
+            channels, entry(config, "layers_per_block", range(1, 9)),
+            entry(config, "norm_num_groups"), entry(config, "latent_channels"),
+            real_number(config, "scaling_factor", 1e-3, 1e3),
         )  # fmt: skip
+
+
+def real_number(config: dict, name: str, low: float, high: float) -> float:
+    """A config's entry that is a number from low to high; ValueError for anything else."""
+    value = config.get(name)
+    if type(value) not in (int, float) or not low <= value <= high:
+        raise ValueError(f"{name} is {reprlib.repr(value)}, not a number from {low:g} to {high:g}")
+    return float(value)
 
 
 # ------------------------------------------------------------------------------- encoder, decoder

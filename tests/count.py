@@ -25,9 +25,9 @@ from benchmarks.models import random_batch
 from common import files
 from sdxl.clip import TextConfig, TextEncoder
 from sdxl.controlnet import ControlNet, ControlNetConfig
-from sdxl.load import cast
-from sdxl.pipeline import SamplerConfig, null_condition, sample_latents, with_controlnet
+from sdxl.pipeline import SamplerConfig, null_condition, sample_latents, with_controlnets
 from sdxl.vae import VAE, VAEConfig
+from sdxl.weights import cast
 from training.build import DistillConfig, build_step
 from unet import UNet, UNetConfig
 
@@ -147,7 +147,7 @@ def denoising(config: SamplerConfig, side: int, controlled: bool = False):
         with torch.device("meta"):
             controlnet = ControlNet(ControlNetConfig()).half()
             image = torch.empty(1, 3, 8 * side, 8 * side)
-        network = with_controlnet(unet, controlnet, image, 1.0)
+        network = with_controlnets(unet, [(controlnet, image, 1.0)])
     _, cond = random_batch(FULL, 1, side, "meta", torch.float16)
 
     def call():

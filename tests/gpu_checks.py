@@ -21,12 +21,13 @@ from torch import Tensor
 
 from benchmarks.measure import TINY, BenchConfig, Report, relative_error
 from benchmarks.models import random_batch, random_unet
-from sdxl.load import cast, use_exact_float32
 from sdxl.lora import LoRA, merge, named_layers
 from sdxl.pipeline import DTYPES, SamplerConfig, null_condition, sample_latents
+from sdxl.weights import cast, use_exact_float32
 from solvers import SOLVERS
 from training import cache, distributed, loop
 from training.build import DistillConfig, build_optimizers, build_step, loss_scaler
+from training.checkpoint import TrainState
 from training.distill import LoRANetwork
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +80,7 @@ def set_effects(step, size: float = 0.02) -> None:
 
 
 class RandomLatents:
-    """An endless loader of one batch in pinned memory, as training/images.py's Loader has it."""
+    """An endless loader of one batch in pinned memory, as training/streams.py's Loader has it."""
 
     bad = position = 0
 
@@ -94,7 +95,7 @@ class RandomLatents:
         return dict(self.batch)
 
 
-class UnsavedState(loop.TrainState):
+class UnsavedState(TrainState):
     """A TrainState without checkpoints."""
 
     def save(self, keep: int) -> None:

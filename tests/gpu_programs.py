@@ -19,7 +19,7 @@ from benchmarks.measure import TINY, BenchConfig, Report, relative_error
 from cifar.data import RECORD
 from common import files
 from tests.gpu_checks import ROOT, compare_logs
-from training import loop
+from training.checkpoint import checkpoint_step, checkpoints
 
 
 def start_script(name: str, flags: dict, *switches: str) -> subprocess.Popen:
@@ -58,7 +58,7 @@ def resume(config: BenchConfig, report: Report) -> None:
         if child.wait() != -signal.SIGKILL:
             raise ValueError(f"train_sdxl.py ended with {child.returncode} before it was killed")
         report.save(killed_after=len(read_log(killed)))
-        report.save(resumed_from=loop.checkpoint_step(loop.checkpoints(killed)[-1]))
+        report.save(resumed_from=checkpoint_step(checkpoints(killed)[-1]))
         children[killed] = start_training(config, folder, killed, "--resume")
         for output, each in children.items():
             if each.wait():

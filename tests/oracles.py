@@ -192,7 +192,9 @@ class Reference:
             e_c, e_u, w = eps(x, t, cond), eps(x, t, null), cfg - 1
             e = (1 + w) * e_c - w * e_u
             if tune is not None:
-                e = (e + tune * e_u) / (1 + tune)
+                # Eq. 13's eps(x_t, t): of the null condition that was trained, not the negative's.
+                e_0 = eps(x, t, tuple(torch.zeros_like(c) for c in cond))
+                e = (e + tune * e_0) / (1 + tune)
             x_0 = (x - SIGMA[t + 1] * e) / ALPHA[t + 1]
             if i < clip_steps:
                 limit = np.quantile(np.abs(x_0.numpy()), percentile).clip(1, highest)

@@ -21,7 +21,8 @@ from benchmarks.data import Rate
 from benchmarks.measure import BenchConfig, Report, count_kernels, errors
 from tests.gpu_checks import count_waits
 from training.cache import Cached
-from training.images import Images, Loader
+from training.images import Images
+from training.streams import Loader
 
 # ------------------------------------------------------------------------------------------- data
 

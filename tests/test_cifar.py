@@ -24,11 +24,12 @@ from cifar import evaluate as cifar_eval
 from cifar import sample as cifar_sample
 from cifar import train as cifar_train
 from cifar.config import STUDENTS
+from cifar.stage import weights_digest
 from common import plots
 from common.compare import W_ADDED
 from solvers import sdxl_schedule
 from tests.helpers import ALPHA, SIGMA, randn, read_table, run
-from training import loop
+from training.checkpoint import checkpoints
 
 HERE = Path(__file__).parent.parent
 # 32 channels alone would be groups of one each, from which GroupNorm takes all that temb has added.
@@ -241,7 +242,7 @@ def test_an_interrupted_stage_goes_on_bit_by_bit(
         trained(tmp_path / "cut", data, name, steps=6)
     assert stop.value.code == 128 + signal.SIGTERM
     assert f"stopped after step {cut}; the same command goes on" in capsys.readouterr().err
-    assert loop.checkpoints(tmp_path / "cut" / name)[0].name == f"checkpoint-{cut}"
+    assert checkpoints(tmp_path / "cut" / name)[0].name == f"checkpoint-{cut}"
     # Not even half of it is used under other settings.
     with pytest.raises(ValueError, match="was made with seed 0, not 1"):
         trained(tmp_path / "cut", data, name, steps=6, seed=1)
@@ -347,6 +348,31 @@ def test_every_flag_is_among_the_settings_or_makes_no_difference(runs, data):
         assert settings(**{name: value}) == plain, name
 
 
+def retrained(folder):
+    """stage.json as if the training had written the weights that are there now."""
+    path = folder / "stage.json"
+    stage = json.loads(path.read_text())
+    path.write_text(json.dumps(stage | {"weights": weights_digest(folder)}))
+
+
+@pytest.mark.parametrize("name", ["classifier", "teacher", "tdd"])
+def test_weights_of_elsewhere_are_no_finished_stage(
+    name, runs, data, tmp_path, monkeypatch, capsys
+):
+    """A judge, teacher or student that was exchanged under its path; config.json counts as well."""
+    output = tmp_path / "cifar10"
+    shutil.copytree(runs[0], output)
+    (path,) = (output / name).glob("*.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    changed = {k: v * 2 for k, v in load_file(path).items()}
+    save_file(changed, path, metadata)
+    code, _, err = run(cifar_train, monkeypatch, capsys, *flags(output, data, methods="tdd"))
+    assert code == 2 and f"{name}: its weights are not those that its training wrote" in err
+    shutil.copy(runs[0] / name / path.name, path)
+    assert run(cifar_train, monkeypatch, capsys, *flags(output, data, methods="tdd"))[0] == 0
+
+
 def test_samples_of_other_weights_are_not_used_again(runs, data, tmp_path, monkeypatch, capsys):
     output = tmp_path / "cifar10"
     shutil.copytree(runs[0], output)
@@ -354,6 +380,7 @@ def test_samples_of_other_weights_are_not_used_again(runs, data, tmp_path, monke
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     save_file({key: 3 * value for key, value in load_file(path).items()}, path, metadata)
+    retrained(path.parent)
     before = set((output / "samples").iterdir())
     words = flags(output, data, methods="cm tdd")
     assert run(cifar_train, monkeypatch, capsys, *words)[0] == 0
@@ -379,7 +406,7 @@ def test_a_stage_of_another_version_is_refused(runs, data, tmp_path, monkeypatch
     shutil.copytree(runs[0] / "teacher", tmp_path / "teacher")
     path = tmp_path / "teacher/stage.json"
     stage = json.loads(path.read_text())
-    assert stage["settings"].pop("version") == "2"
+    assert stage["settings"].pop("version") == "3"
     path.write_text(json.dumps(stage))
     for script, words in (
         (cifar_train, flags(tmp_path, data)),
@@ -387,7 +414,7 @@ def test_a_stage_of_another_version_is_refused(runs, data, tmp_path, monkeypatch
     ):
         code, _, err = run(script, monkeypatch, capsys, *words)
         assert code == 2 and err.count("\n") == 1
-        assert "teacher was made with version 1, not 2" in err
+        assert "teacher was made with version 1, not 3" in err
 
 
 def test_students_of_another_teacher_are_refused(runs, data, tmp_path):
@@ -407,6 +434,7 @@ def test_a_student_is_not_sampled_on_another_teacher(runs, tmp_path, monkeypatch
     shutil.copytree(runs[0] / "teacher", tmp_path / "teacher")
     path = tmp_path / "teacher/diffusion_pytorch_model.safetensors"
     save_file({key: 1.01 * value for key, value in load_file(path).items()}, path)
+    retrained(path.parent)
     code, _, err = run(cifar_sample, monkeypatch, capsys, "--sample", "tdd", "--runs", tmp_path)
     assert code == 2 and err.count("\n") == 1 and "is the student of another teacher than" in err
 
@@ -595,6 +623,7 @@ def test_students_with_a_scalar_are_sampled_as_diffusers_with_a_hook(
     last = weights["unet.told.linear_2.weight"]
     weights["unet.told.linear_2.weight"] = 0.3 * randn(*last.shape, seed=3).float()
     save_file(weights, path, metadata)
+    retrained(path.parent)
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "teacher")
     lora = {k: v for k, v in weights.items() if ".told." not in k}
     unet.load_lora_adapter(lora, prefix="unet")

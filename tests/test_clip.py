@@ -4,16 +4,22 @@
 # ruff: noqa: RUF001
 import json
 import random
+import time
 import unicodedata
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdxl.clip import END, START, TextConfig, TextEncoder, Tokenizer, encode_prompts
+from sdxl import keys
+from sdxl.added_tokens import END, START
+from sdxl.clip import TextConfig, TextEncoder, check_same, check_vocabulary, encode_prompts
+from sdxl.load import load_sdxl
+from sdxl.tokenizer import Tokenizer
 
 SAMPLE = """
 a photo of an astronaut riding a horse on mars, highly detailed, 8k!! it's the cat's hat, we're
@@ -187,7 +193,8 @@ def test_unusable_tokenizers(files, tmp_path):
         for file in tmp_path.iterdir():
             file.unlink()
         for name, content in contents.items():
-            (tmp_path / name.replace("_", ".")).write_text(content, encoding="utf-8")
+            stem, _, suffix = name.rpartition("_")
+            (tmp_path / f"{stem}.{suffix}").write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match=match) as error:
             Tokenizer.from_folder(tmp_path)
         assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
@@ -200,17 +207,197 @@ def test_unusable_tokenizers(files, tmp_path):
     refused("cannot use .*vocab.json.*download", vocab_json=good[:-9], merges_txt=lines)
     refused("cannot use .*vocab.json.*not CLIP", vocab_json=plain, merges_txt=lines)
     refused("cannot use .*vocab.json", vocab_json="[1, 2]", merges_txt=lines)
-    refused("not CLIP", vocab_json=good.replace(": 7,", ': "7",'), merges_txt=lines)
-    refused("not have two symbols", vocab_json=good, merges_txt=lines + "\nt h e")
+    for i in ("-1", '"7"', "7.0", "true", "null", "[7]", "1000000000000", "8"):
+        changed = good.replace(": 7,", f": {i},")
+        refused("not CLIP's vocabulary: .* number", vocab_json=changed, merges_txt=lines)
+    refused("does not have two symbols", vocab_json=good, merges_txt=lines + "\nt h e")
     refused("'q' and 'x' is not in", vocab_json=good, merges_txt=lines + "\nq x")
+    # Cut short, it would split words otherwise than in training.
+    half = lines[: len(lines) // 2].rpartition("\n")[0]
+    refused(r"symbols, such as .* are made by no merge", vocab_json=good, merges_txt=half)
+    refused("are made by no merge", vocab_json=good, merges_txt="")
     refused("cannot use .*tokenizer.json", tokenizer_json="{")
-    refused("cannot use .*tokenizer.json.*not CLIP", tokenizer_json="{}")
+    refused("cannot use .*tokenizer.json: added_tokens is None, no list", tokenizer_json="{}")
     refused("cannot use .*tokenizer.json", tokenizer_json="[]")
-    for merges in (None, [5], [{"a": "b"}], [[5, 5]]):
-        broken = json.dumps({"model": {"vocab": vocab, "merges": merges}})
+    for model in (None, 7, {"vocab": [], "merges": []}):
+        refused("cannot use .*tokenizer.json", tokenizer_json=json.dumps({"model": model}))
+    for wrong in (None, [5], [{"a": "b"}], [[5, 5]], "a b", [None], [["a", "b", "c"]]):
+        broken = json.dumps({"model": {"vocab": vocab, "merges": wrong}})
         refused("cannot use .*tokenizer.json", tokenizer_json=broken)
     with pytest.raises(ValueError, match="no tokenizer in"):
         Tokenizer.from_folder(tmp_path / "nowhere")
+    for name, content in (
+        ("added_tokens_json", '{"<sks>": 7}'), ("added_tokens_json", '{"<sks>": -1}'),
+        ("added_tokens_json", '{"<sks>": 1e9}'), ("added_tokens_json", "[]"),
+        ("special_tokens_map_json", '{"bos_token": 7}'),
+        ("special_tokens_map_json", '{"eos_token": "<s>"}'),
+        ("tokenizer_config_json", '{"added_tokens_decoder": []}'),
+        ("tokenizer_config_json", '{"added_tokens_decoder": {"x": {"content": "<a>"}}}'),
+        ("tokenizer_config_json", '{"added_tokens_decoder": {"9999": {"content": 7}}}'),
+        ("tokenizer_config_json", '{"added_tokens_decoder": {"9": {"content": "!"}}}'),
+        ("tokenizer_config_json", '{"bos_token": {"content": "<|startoftext|>", "lstrip": 1}}'),
+    ):  # fmt: skip
+        refused("cannot use", vocab_json=good, merges_txt=lines, **{name: content})
+
+
+# -------------------------------------------------------------------------------- added tokens
+
+ADDED = ["<sks>", "sks", "cat", "<Cat>", "My Tok", "é", "<a b>", "!!", "'s", "ing", "ΑΣ"]
+ADDED += ["\u0338x"]
+ADDED += ["  y", "z ", "ca", "cats", "A\u030a", "<|x|>", "1", "名", "ǅ"]
+PIECES = [*ADDED, *(t.upper() for t in ADDED), *(t.lower() for t in ADDED), "concat", "<A  b>"]
+PIECES += [
+    "my\n tok",
+    "e\u0301",
+    "<",
+    "=",
+    " ",
+    "\t",
+    "y",
+    "z",
+    "_",
+    "ⓐ",
+    "\u200d",
+    END,
+    START,
+    ".",
+]
+
+
+def added_folder(draw, folder, source, vocab):
+    """A tokenizer's folder with random tokens, added in one of the ways that were ever saved."""
+
+    def settings(content):
+        flags = {n: draw.random() < 0.4 for n in ("lstrip", "rstrip", "single_word", "normalized")}
+        return {"content": content, "special": draw.random() < 0.5, **flags}
+
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    contents, ids = draw.sample(ADDED, draw.randint(1, 6)), {}
+    for content in contents:
+        ids[content] = vocab.get(content, len(vocab) + len(ids.keys() - vocab.keys()))
+    names = {"bos_token": START, "eos_token": END, "unk_token": END}
+    config = names | {"pad_token": draw.choice([END, "!"])}
+    if draw.random() < 0.5:
+        # As published: {"__type": "AddedToken", "content": ..}
+        for name, content in names.items():
+            config[name] = {"__type": "AddedToken", **added(content, normalized=True)}
+    way = draw.choice(["added_tokens_decoder", "added_tokens.json", "special_tokens_map.json"])
+    if way == "added_tokens_decoder":
+        config[way] = {str(i): settings(content) for content, i in ids.items()}
+        for s in (START, END):
+            config[way][str(vocab[s])] = added(s, normalized=True)
+        # Not read beside the other.
+        (folder / "added_tokens.json").write_text('{"photo": 5000}')
+    else:
+        new = {content: i for content, i in ids.items() if content not in vocab}
+        (folder / "added_tokens.json").write_text(json.dumps(new))
+    if way == "special_tokens_map.json":
+        special = {name: added(content, normalized=True) for name, content in names.items()}
+        (folder / way).write_text(json.dumps(special))
+    if draw.random() < 0.3:
+        config["additional_special_tokens"] = contents[:1]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_added_tokens_are_those_of_transformers(seed, folders, files, tmp_path):
+    """In the middle of words, in other cases, with white space: every flag, in every file."""
+    draw = random.Random(seed)
+    added_folder(draw, tmp_path, folders[0], files[0])
+    reference = CLIPTokenizer.from_pretrained(str(tmp_path))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    texts = []
+    for _ in range(150):
+        between = draw.choice(["", "", " "])
+        texts.append(between.join(draw.choice(PIECES) for _ in range(draw.randint(1, 7))))
+    expected = reference(texts, add_special_tokens=False).input_ids
+    assert [tokenizer.encode(text) for text in texts] == expected
+    assert any(token.id in ids for token in tokenizer.added.values() for ids in expected)
+
+
+def test_added_tokens_of_a_tokenizer_json(references, files, tmp_path):
+    reference = CLIPTokenizer.from_pretrained(references[0].name_or_path)
+    reference.add_tokens(["<sks>", "Toy"])
+    reference.save_pretrained(tmp_path)
+    assert not (tmp_path / "vocab.json").exists()
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    text = "a <SKS>photo of toys<sks>"
+    ids = tokenizer.encode(text)
+    assert ids == reference(text, add_special_tokens=False).input_ids
+    assert ids.count(len(files[0])) == 2 and ids.count(len(files[0]) + 1) == 1
+
+
+def test_ids_beyond_the_embeddings(files, folders, tmp_path):
+    vocab, merges = files
+    tokenizer = Tokenizer(vocab, [tuple(m) for m in merges])
+    encoders = [TextEncoder(TextConfig(48, 80, 1, 4, vocab=len(vocab) + n)) for n in (0, 1)]
+    check_vocabulary(tokenizer, *encoders)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((folders[0] / name).read_bytes())
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<sks>": len(vocab)}))
+    added = Tokenizer.from_folder(tmp_path)
+    check_vocabulary(added, encoders[1])
+    message = f"'<sks>' is number {len(vocab)}, but a text encoder has {len(vocab)} embeddings"
+    with pytest.raises(ValueError, match=message):
+        check_vocabulary(added, *encoders)
+    check_same(tokenizer, Tokenizer(dict(vocab), [tuple(m) for m in merges]))
+    with pytest.raises(ValueError, match="tokenizer and tokenizer_2 differ in '<sks>'"):
+        check_same(tokenizer, added)
+    with pytest.raises(ValueError, match="tokenizer and tokenizer_2 differ in"):
+        check_same(tokenizer, Tokenizer(vocab, [tuple(m) for m in reversed(merges)]))
+
+
+# ------------------------------------------------------------------------------ long, strange texts
+
+
+def test_the_tail_of_a_text(tokenizer, references):
+    draw, cut, words = random.Random(3), 0, [word for word in WORDS if "!" not in word]
+    for _ in range(200):
+        # Whole words and punctuation, so that the cut is between two of them or within one.
+        text = " ".join(draw.choice(words) for _ in range(draw.randint(1, 60)))
+        ids = references[0](text, add_special_tokens=False).input_ids
+        tail = tokenizer.tail(text)
+        assert bool(tail) == (len(ids) > 75)
+        if tail:
+            normalised = unicodedata.normalize("NFC", text).lower()
+            assert normalised.endswith(tail)
+            kept = normalised[: -len(tail)]
+            if kept.endswith(" "):
+                cut += 1
+                kept_ids, tail_ids = references[0]([kept, tail], add_special_tokens=False).input_ids
+                # A letter of several bytes may be cut in the middle.
+                assert 75 - len(kept_ids) in range(3) and kept_ids + tail_ids == ids
+    assert cut > 20
+    assert tokenizer.tail("a " * 75) == "" and tokenizer.tail("a " * 76) == "a"
+    assert tokenizer.tail("A" * 400) and set(tokenizer.tail("A" * 400)) == {"a"}
+    # Padding in a text is a token of its own for the second encoder, and joins others for the
+    # first.
+    symbols = ["!", "!</w>", "!!</w>", START, END]
+    joining = Tokenizer({s: i for i, s in enumerate(symbols)}, [("!", "!</w>")])
+    assert len(joining.encode("!! " * 38)) == 38 and len(joining.encode("!! " * 38, 0)) == 76
+    assert joining.tail("!! " * 38) == "!" and joining.tail("!! " * 37) == ""
+
+
+def test_half_a_character_is_the_replacement_character(tokenizer):
+    # Half a character, as in a wrongly decoded caption, is U+FFFD, and no error.
+    assert tokenizer.encode("caf\udce9") == tokenizer.encode("caf\ufffd")
+    assert tokenizer.encode("\ud83c\udfa8") == tokenizer.encode("\ufffd\ufffd")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x" * 100_000, "a\u0301\u0323" * 50_000, "a" + "\u0345\u0334" * 50_000, "猫" * 50_000,
+     "!" * 100_000, " " * 100_000, "".join(random.Random(0).choices("abcdefgh", k=100_000))],
+    ids=["x", "marks", "marks of one letter", "ideographs", "!", "spaces", "letters"],
+)  # fmt: skip
+def test_100_kilobytes_take_no_time(text, tokenizer, references):
+    start = time.process_time()
+    ids, _ = tokenizer.encode(text), tokenizer.tail(text)
+    assert time.process_time() - start < 15
+    # Transformers takes minutes for a hundred thousand marks.
+    if "\u0334" not in text:
+        assert ids == references[0](text, add_special_tokens=False).input_ids
 
 
 # ----------------------------------------------------------------------------------- text encoders
@@ -277,7 +464,7 @@ def test_encoder_with_projection(activation, eos, end):
     changes = {"hidden_act": activation, "eos_token_id": eos}
     theirs, ours = pair(CLIPTextModelWithProjection, **changes)
     expected = theirs(prompts_of_ids(end), output_hidden_states=True)
-    hidden, pooled = ours(prompts_of_ids(end))
+    hidden, pooled = ours(prompts_of_ids(end), end)
     assert error(hidden, expected.hidden_states[-2]) <= 1e-5
     assert error(pooled, expected.text_embeds) <= 1e-5
 
@@ -288,19 +475,19 @@ def test_encoder_without_projection(activation):
     theirs, ours = pair(CLIPTextModel, hidden_act=activation, num_hidden_layers=4)
     ids = prompts_of_ids(1199)
     expected = theirs(ids, output_hidden_states=True).hidden_states[-2]
-    hidden, pooled = ours(ids)
+    hidden, pooled = ours(ids, 1199)
     assert error(hidden, expected) <= 1e-5 and pooled is None
     # Fewer than 77 tokens are a prefix, in a causal model; and nobody waits for the last layer.
-    assert error(ours(ids[:, :30])[0], expected[:, :30]) <= 1e-5
+    assert error(ours(ids[:, :30], 1199)[0], expected[:, :30]) <= 1e-5
     ours.text_model.encoder.layers[-1].forward = None
-    assert torch.equal(ours(ids)[0], hidden)
+    assert torch.equal(ours(ids, 1199)[0], hidden)
 
 
 def test_activations_differ():
     """So that the tests above can tell which of the two was taken."""
     with torch.no_grad():
         hidden = [
-            pair(CLIPTextModel, hidden_act=a)[1](prompts_of_ids(9))[0]
+            pair(CLIPTextModel, hidden_act=a)[1](prompts_of_ids(9), 9)[0]
             for a in ("gelu", "quick_gelu")
         ]
     assert error(*hidden) > 1e-4
@@ -354,9 +541,17 @@ def test_full_size_configs():
 @pytest.mark.parametrize(
     "change, match",
     [
-        ({"model_type": "t5"}, "model_type 't5'"),
-        ({"model_type": None}, "model_type None"),
-        ({"hidden_act": "relu"}, "act 'relu'"),
+        ({"model_type": "t5"}, "not a CLIP text encoder: model_type is 't5'"),
+        ({"model_type": None}, "not a CLIP text encoder: model_type is None"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu', not in 'gelu' .. 'quick_gelu'"),
+        ({"hidden_act": ["gelu"]}, "hidden_act is \\['gelu'\\], not in"),
+        ({"max_position_embeddings": 248}, "max_position_embeddings is 248, not 77"),
+        ({"num_attention_heads": 19}, "1280 wide does not make 19 heads"),
+        ({"architectures": 7}, "architectures is 7, not a list"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan, not a number from 1e-12"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, not in 1 .. 128"),
+        ({"projection_dim": True}, "projection_dim is True, not in 1 .. 16384"),
+        ({"hidden_size": 1280.0}, "hidden_size is 1280.0, not in 1 .. 16384"),
     ],
 )
 def test_configs_of_other_models(change, match):
@@ -397,3 +592,51 @@ def test_encode_prompts_on_the_encoders_device(tokenizer):
     cond = encode_prompts(["a cat", "a dog"], tokenizer, *encoders)
     assert devices == ["meta", "meta"] and cond["prompt_embeds"].is_meta and cond["pooled"].is_meta
     assert (cond["prompt_embeds"].shape, cond["pooled"].shape) == ((2, 77, 2048), (2, 1280))
+
+
+def test_a_single_file_with_more_embeddings_than_symbols(single, folder, tmp_path):
+    """The end token is the tokenizer's, not the last row: pooled would be that of the start."""
+    tensors, names = load_file(single), (keys.TEXT_1 + "text_model.embeddings.", keys.TEXT_2)
+    for name in names:
+        rows = tensors[f"{name}token_embedding.weight"]
+        tensors[f"{name}token_embedding.weight"] = torch.cat([rows, torch.randn(3, rows.shape[1])])
+    save_file(tensors, tmp_path / "model.safetensors")
+    expected, actual = (
+        encode_prompts(["a cat", "a dog"], m.tokenizer, m.encoder_1, m.encoder_2)
+        for m in (
+            load_sdxl(path, folder / "tokenizer")
+            for path in (single, tmp_path / "model.safetensors")
+        )
+    )
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert error(actual["pooled"][:1], actual["pooled"][1:]) > 0.01
+
+
+@pytest.mark.parametrize(
+    "name, change, match",
+    [
+        (keys.TEXT_2 + "text_projection", lambda x: x[0], r"has the shape \(48,\), not 2 dim"),
+        (keys.TEXT_2 + "token_embedding.weight", lambda x: x[:0], r"has the shape \(0, 64\), not"),
+        (keys.TEXT_2 + "positional_embedding", lambda x: x[:9], "for 9 tokens, not for SDXL's 77"),
+        (keys.TEXT_1 + "text_model.embeddings.token_embedding.weight", lambda x: x[:, :9],
+         "a width of 9 does not make heads of 64"),
+        (keys.UNET + "label_emb.0.0.weight", lambda x: x[:, :-1], "label_emb takes 95, not 48 and"),
+        (keys.UNET + "input_blocks.0.0.weight", lambda x: x[:, :, 0, 0], "not 4 dimensions"),
+        (keys.UNET + "input_blocks.3.0.op.weight", None, "does not fit|it has no"),
+        (keys.TEXT_2 + "transformer.resblocks.0.attn.in_proj_weight", lambda x: x[:2],
+         r"3 of another shape.*\(2, 64\) instead of \(64, 64\)"),
+        (keys.VAE + "encoder.mid.attn_1.q.weight", lambda x: x.expand(-1, -1, 3, 3),
+         r"\(64, 64, 3, 3\) instead of \(64, 64\)"),
+    ],
+)  # fmt: skip
+def test_damaged_single_files_are_refused_in_one_line(
+    single, folder, tmp_path, name, change, match
+):
+    tensors = load_file(single)
+    tensor = tensors.pop(name)
+    if change is not None:
+        tensors[name] = change(tensor).contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=match) as error:
+        load_sdxl(tmp_path / "model.safetensors", folder / "tokenizer")
+    assert "\n" not in str(error.value)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.models import random_batch
 from common import files
 from sdxl.controlnet import ControlNet, ControlNetConfig
-from sdxl.pipeline import SamplerConfig, null_condition, sample_latents, with_controlnet
+from sdxl.pipeline import SamplerConfig, null_condition, sample_latents, with_controlnets
 from sdxl.vae import VAE, VAEConfig
 from solvers import CLEAN, SOLVERS, sdxl_schedule, solve
 from tdd import equidistant, guided
@@ -25,6 +25,7 @@ from tests import count
 from tests.count import meta_unet
 from training import loop
 from training.build import DistillConfig, build_optimizers, build_step, loss_scaler
+from training.checkpoint import TrainState
 from unet import UNetConfig
 
 TINY = UNetConfig(
@@ -135,7 +136,7 @@ def test_controlnet_and_solvers_with_clipping(config, side):
     with torch.device("meta"):
         controlnet = ControlNet(ControlNetConfig(**sizes)).half()
         image = torch.empty(1, 3, 8 * side, 8 * side)
-    network = with_controlnet(unet, controlnet, image, 0.5)
+    network = with_controlnets(unet, [(controlnet, image, 0.5)])
     stops = [*equidistant(4), CLEAN]
     eps = guided(network, cond, null_condition(cond), 1.0)
     for make_solver in SOLVERS.values():
@@ -213,10 +214,10 @@ def test_training_waits_once_a_step(config, side, method, tmp_path, monkeypatch)
         return [1.0] * len(numbers)
 
     monkeypatch.setattr(loop, "_read", look)
-    monkeypatch.setattr(loop.TrainState, "save", lambda self, keep: None)
+    monkeypatch.setattr(TrainState, "save", lambda self, keep: None)
     optimizers = build_optimizers(distill_config, step)
     scaler = loss_scaler("cpu", True)
-    state = loop.TrainState(
+    state = TrainState(
         tmp_path, step.modules, optimizers, generator, Loader(config, side), {}, scaler=scaler
     )
     train_config = loop.TrainConfig(steps, lambda i: 1.0)

@@ -1,8 +1,9 @@
 """UNet, VAE and ControlNet: every value and name against diffusers, on random weights."""
 
 import json
+from dataclasses import replace
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 
-from sdxl import load
 from sdxl.controlnet import ControlNet, ControlNetConfig
 from sdxl.vae import VAE, VAEConfig
+from sdxl.weights import build_on_meta, load_strict
 from unet import UNet, UNetConfig
 
 SDXL = dict(
@@ -219,12 +220,8 @@ def test_loaded_in_half_precision_the_last_layers_stay_in_float32():
     exact = unets()[1]
     x_t, t, cond = inputs(16, 16)
     weights = {k: v.half() for k, v in exact.state_dict().items()}
-    exact = load.load_strict(
-        load.build_on_meta(UNet, exact.config), weights, "a file", torch.float32
-    )
-    loaded = load.load_strict(
-        load.build_on_meta(UNet, exact.config), weights, "a file", torch.bfloat16
-    )
+    exact = load_strict(build_on_meta(UNet, exact.config), weights, "a file", torch.float32)
+    loaded = load_strict(build_on_meta(UNet, exact.config), weights, "a file", torch.bfloat16)
     kinds = {k.split(".")[0] for k, p in loaded.named_parameters() if p.dtype == torch.float32}
     assert kinds == {"conv_norm_out", "conv_out"}
     assert torch.equal(loaded.conv_out.weight, exact.conv_out.weight)
@@ -464,8 +461,7 @@ def test_full_size_names_and_shapes_are_diffusers():
         assert shapes(ours) == shapes(theirs)
         assert ours.state_dict().keys() == theirs.state_dict().keys()
         config = type(ours.config)
-        for written in (dict(theirs.config), json.loads(theirs.to_json_string())):
-            assert config.from_json(written) == ours.config == config()
+        assert config.from_json(json.loads(theirs.to_json_string())) == ours.config == config()
     assert sum(p.numel() for p in unets[1].parameters()) == 2_567_463_684
     assert sum(p.numel() for p in vaes[1].parameters()) == 83_653_863
 
@@ -517,7 +513,7 @@ def test_other_controlnets_are_refused():
         with pytest.raises(ValueError, match=f"{name} is {value!r}"):
             ControlNetConfig.from_json(written | {name: value})
     with pytest.raises(ValueError, match="not an SDXL ControlNet"):
-        ControlNetConfig.from_json(UNet2DConditionModel(**TINY | UP).config)
+        ControlNetConfig.from_json(json.loads(UNet2DConditionModel(**TINY | UP).to_json_string()))
     del written["mid_block_type"]
     assert ControlNetConfig.from_json(written) == ControlNetConfig()
 
@@ -535,7 +531,55 @@ def test_other_autoencoders_are_refused():
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=f"not SDXL's AutoencoderKL: {name} is"):
             VAEConfig.from_json(written | {name: value})
-    with pytest.raises(KeyError, match="scaling_factor"):
+    with pytest.raises(ValueError, match="scaling_factor is None, not a number"):
         VAEConfig.from_json({k: v for k, v in written.items() if k != "scaling_factor"})
-    with pytest.raises(KeyError, match="block_out_channels"):
+    with pytest.raises(ValueError, match="block_out_channels is None"):
         VAEConfig.from_json({"hidden_size": 768})
+
+
+WRONG = [None, True, False, "", "2", [], [[2]], {}, 2.5, 4.0, -1, 0, 1e308, float("nan"), 10**9]
+WRONG += [10**40, [2] * 99, [10**9] * 3, ["x"] * 3, [None] * 3, [2, 2, True], "x" * 10**5]
+# Entries that are sizes, and the fields that have them.
+FIELDS = {
+    "in_channels": "in_channels", "out_channels": "out_channels",
+    "block_out_channels": "channels", "layers_per_block": "layers_per_block",
+    "attention_head_dim": "heads", "norm_num_groups": "groups",
+    "cross_attention_dim": "cross_attention_dim", "addition_time_embed_dim": "time_ids_width",
+    "projection_class_embeddings_input_dim": "add_embedding_dim",
+    "latent_channels": "latent_channels", "scaling_factor": "scaling_factor",
+    "conditioning_embedding_out_channels": "embedding",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("models, config", [
+    (unets, UNetConfig), (controlnets, ControlNetConfig), (vaes, VAEConfig)
+])  # fmt: skip
+def test_any_json_in_a_config_is_read_as_it_is_or_refused_in_one_line(models, config):
+    written = json.loads(models()[0].to_json_string())
+    expected, refused = config.from_json(written), 0
+    for name, value in product(written, WRONG):
+        try:
+            read = config.from_json(written | {name: value})
+        except ValueError as problem:
+            message, refused = str(problem), refused + 1
+            # Two entries that do not fit together are named by their values.
+            assert name in message or "do not make" in message, (name, value, message)
+            assert "\n" not in message and len(message) < 250
+            continue
+        if name == "transformer_layers_per_block":
+            assert value == 0 and not isinstance(value, bool | float)
+        elif name in FIELDS and hasattr(expected, FIELDS[name]):
+            assert type(value) in (int, float) and getattr(read, FIELDS[name]) in (value, (value,))
+        else:
+            assert read == expected, (name, value)
+    assert refused > 10 * len(WRONG)
+
+
+def test_a_controlnet_fits_the_unet():
+    unet, controlnet = unets()[1].config, controlnets()[1].config
+    controlnet.check_fits(unet)
+    # Smaller ControlNets have shallower transformers, and the residuals fit all the same.
+    replace(controlnet, transformer_depth=(0, 1, 1), mid_transformer_depth=1).check_fits(unet)
+    for name, value in (("channels", (16, 32, 72)), ("time_ids_width", 16), ("in_channels", 9)):
+        with pytest.raises(ValueError, match=f"its {name} is .* as in the UNet"):
+            replace(controlnet, **{name: value}).check_fits(unet)

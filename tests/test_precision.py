@@ -8,13 +8,16 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from sdxl import load
+from sdxl.load import ModelPaths
 from sdxl.lora import Adapter, LoRA, active_adapters, add_adapter, merge
 from sdxl.lora_files import write_peft
 from sdxl.pipeline import SamplerConfig, null_condition, on_device, sample_latents
+from sdxl.weights import cast
 from tests.gpu_checks import EFFECT, compare_effect, set_effect
 from tests.oracles import busy, example, ours, tiny_tdd
 from training import loop
 from training.build import DistillConfig, build_optimizers, build_step, loss_scaler
+from training.checkpoint import TrainState, resume_point
 
 FILES = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FILES["fp8"] = torch.float8_e4m3fn
@@ -44,15 +47,15 @@ def latents(network, seeds):
 def effect(root, lora, dtype, seeds):
     """What the LoRA changes in the latents, as sample.py computes it in this precision."""
     kwargs = {"tcf": "1", "steps": 4, "dtype": dtype, "device": "cpu"}
-    _, with_lora = sample.load_student(root, None, None, lora, **kwargs)
-    _, plain = sample.load_student(root, None, None, [], **kwargs)
+    _, with_lora = sample.load_student(ModelPaths(root), lora, **kwargs)
+    _, plain = sample.load_student(ModelPaths(root), [], **kwargs)
     return latents(with_lora, seeds) - latents(plain, seeds)
 
 
 def exact_effect(root, lora, seeds):
     """The same of the file's own weights in float64, the LoRA kept beside them."""
     unet = load.load_sdxl(root).unet
-    load.cast(unet, torch.float64)
+    cast(unet, torch.float64)
     plain = latents(unet, seeds)
     add_adapter(unet, "exact", lora)
     with active_adapters(unet, exact=1.0):
@@ -136,7 +139,8 @@ def test_a_loras_scalar_embedding_moves_with_its_unet(folder, tmp_path):
     lora = busy(load.load_sdxl(folder).unet, scalar="target_time")
     path = tmp_path / "lora.safetensors"
     write_peft(path, lora)
-    model, _ = sample.load_student(folder, None, None, [(path, 0.5)], "s", 4, torch.float32, "cpu")
+    loras = [(path, 0.5)]
+    model, _ = sample.load_student(ModelPaths(folder), loras, "s", 4, torch.float32, "cpu")
     weights = dict(model.unet.named_parameters())
     for name, p in lora.scalar_embedding.named_parameters():
         # At half its strength: its last layer is linear.
@@ -164,8 +168,8 @@ def fp16_state(folder, output, spoil=()):
     generator = torch.Generator().manual_seed(0)
     settings = {"lr": "1e-3"}
     output.mkdir(exist_ok=True)
-    checkpoint, saved = loop.resume_point(output, True, settings)
-    state = loop.TrainState(
+    checkpoint, saved = resume_point(output, True, settings)
+    state = TrainState(
         output, step.modules, build_optimizers(config, step), generator, Examples(), settings,
         scaler=loss_scaler("cpu", True),
     )  # fmt: skip

@@ -20,7 +20,6 @@ from common import pictures
 from sdxl import keys, load
 from sdxl.lora import LoRA
 from sdxl.lora_files import write_peft
-from sdxl.pipeline import DTYPES
 from solvers import SOLVERS, solve
 from tests.helpers import SCHEDULE
 from tests.oracles import UNET, VAE, Reference, close, ours, randomise, run_sample, text_config
@@ -77,6 +76,8 @@ CASES = [
     ("equidistant", 4, {"cfg": 3.5, "clip_steps": 2}),
     ("equidistant", 4, {"clip_steps": 4, "percentile": 0.8, "highest": 20.0}),
     ("equidistant", 4, {"cfg": 3.0, "tune": 3.5}),
+    ("equidistant", 4, {"cfg": 2.0, "tune": 3.5, "negative": "grey, 7"}),
+    ("equidistant", 4, {"cfg": 1.0, "tune": 3.5, "negative": "grey, 7"}),
 ]
 FLAGS = {"gamma": "--gamma", "cfg": "--cfg", "negative": "--negative-prompt",
          "tune": "--tune-guidance", "clip_steps": "--clip-steps",
@@ -123,14 +124,11 @@ def test_a_lora_brings_its_grid_and_leaves_the_last_layers_in_float32(folder, tm
     other = tmp_path / "other.safetensors"
     for said in ("250", "many"):
         write_peft(other, fresh, tdd_solver_steps=said)
-        with pytest.raises(ValueError, match=r"is of .* solver steps: give --solver-steps"):
+        with pytest.raises(ValueError, match=r"trained for .* --solver-steps|solver_steps 'many'"):
             checked("--lora", path, "--lora", other)
     for words in ([], ["--lora", path]):
         args = checked(*words)
-        loras = [sample.split_scale(entry) for entry in args.lora]
-        model, _ = sample.load_student(
-            args.model, None, None, loras, args.tcf, args.steps, DTYPES[args.dtype], "cpu"
-        )
+        model, *_ = sample.build_network(args)
         state = {k: v for k, v in model.unet.state_dict().items() if v.dtype == torch.float32}
         assert {k.split(".")[0] for k in state} == {"conv_norm_out", "conv_out"}
         assert torch.equal(state["conv_out.weight"], unet.conv_out.weight)
@@ -385,7 +383,7 @@ def spoil(folder, tmp_path, how):
         ("shape", "conv_in.bias (3,) instead of (64,)"),
         ("sd15", "not an SDXL UNet"), ("broken json", "config.json cannot be read"),
         ("no weights", "holds no diffusion_pytorch_model"),
-        ("v-prediction", "predicts v_prediction"),
+        ("v-prediction", "is of v-prediction; only eps"),
         ("inpainting", "takes 9 channels of latents, not 4"),
         ("list", "holds no names and values"),
     ],
@@ -410,14 +408,15 @@ def test_spoilt_models_are_refused_in_one_line(how, said, folder, monkeypatch, c
         (["--output", "FILE/x.png"], "cannot write"), (["--prompts", "nowhere"], "not both"),
         (["--lora", "FILE"], "no whole safetensors"),
         (["--lora", "nowhere.safetensors:0.5"], "is missing"),
-        (["--control-image", "FILE"], "go together"), (["--model", "nowhere"], "does not exist"),
+        (["--control-image", "FILE"], "each --controlnet needs a --control-image"),
+        (["--model", "nowhere"], "does not exist"),
         (["--model", "SINGLE"], "holds no tokenizer"),
         (["--model", "EMPTY"], "model_index.json is missing"),
         (["--sampler", "ddim", "--clip-steps", 1], "works with --sampler tdd"),
         (["--cfg", "nan"], "at least 0"), (["--lora", "x.safetensors:nan"], "the scale is nan"),
         (["--device", "foo"], "cannot be used here"), (["--device", "meta"], "cannot be used here"),
-        (["--output", "EMPTY"], "is a folder"), (["--save-latents", "EMPTY"], "is a folder"),
-        (["--control-image", "FILE", "--controlnet", "EMPTY"], "no picture that can be read"),
+        (["--output", "x.jpg"], "name it .png"), (["--save-latents", "EMPTY"], "is a folder"),
+        (["--control-image", "FILE", "--controlnet", "UNET"], "no picture that can be read"),
     ],
 )  # fmt: skip
 def test_bad_flags_are_refused_in_one_line(
@@ -427,7 +426,8 @@ def test_bad_flags_are_refused_in_one_line(
         pytest.skip("there is a GPU")
     (tmp_path / "FILE").write_text("in the way")
     (tmp_path / "EMPTY").mkdir()
-    swap = {"FILE": str(tmp_path / "FILE"), "EMPTY": str(tmp_path / "EMPTY"), "SINGLE": str(single)}
+    swap = {"FILE": str(tmp_path / "FILE"), "EMPTY": str(tmp_path / "EMPTY"), "SINGLE": str(single),
+            "UNET": str(folder / "unet")}  # fmt: skip
     for old, new in swap.items():
         words = [str(word).replace(old, new) for word in words]
     base = ["--model", folder, "--prompt", "a", "--device", "cpu", "--output", tmp_path / "x.png"]

@@ -33,8 +33,10 @@ from sdxl.pipeline import null_condition
 from tdd import StepSample
 from tests.helpers import ALPHA, SIGMA, equation_22
 from tests.oracles import Reference, Theirs, drawn, example, full_student, ours, tiny_tdd, tiny_tdm
-from training import images, loop, preview
+from training import preview
+from training.checkpoint import checkpoint_step, checkpoints
 from training.distill import FullNetwork, TDDStepSample
+from training.streams import Loader, Prompts
 
 HERE = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -93,6 +95,12 @@ def run(call):
     return subprocess.run(call, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
+def steps_of(log):
+    """The lines of a log that are a step's, as dicts; notes stand between them."""
+    lines = [json.loads(line) for line in log.read_text().splitlines(True) if line.endswith("\n")]
+    return [line for line in lines if "loss" in line]
+
+
 def killed(call, log, lines):
     """Start a run, kill it and all its children once it has logged so many steps."""
     child = subprocess.Popen(
@@ -100,7 +108,7 @@ def killed(call, log, lines):
     )
     try:
         for _ in range(1200):
-            if log.exists() and len(log.read_text().splitlines()) >= lines:
+            if log.exists() and len(steps_of(log)) >= lines:
                 break
             assert child.poll() is None
             time.sleep(0.05)
@@ -111,7 +119,7 @@ def killed(call, log, lines):
                 if f"\0{log.parent}\0".encode() in entry.read_bytes():
                     os.kill(int(entry.parent.name), signal.SIGKILL)
         child.wait()
-    assert len(log.read_text().splitlines()) < 8
+    assert len(steps_of(log)) < 8
 
 
 def same_end(a, b, names=("lora.safetensors", "lora_kohya.safetensors")):
@@ -122,8 +130,8 @@ def same_end(a, b, names=("lora.safetensors", "lora_kohya.safetensors")):
         assert about == too
     one, other = (json.loads((x / "checkpoint-8" / "config.json").read_text()) for x in (a, b))
     assert one["positions"] == other["positions"]
-    one, other = ((x / "log.jsonl").read_text().splitlines() for x in (a, b))
-    assert [json.loads(x)["loss"] for x in one] == [json.loads(x)["loss"] for x in other]
+    one, other = (steps_of(x / "log.jsonl") for x in (a, b))
+    assert [x["loss"] for x in one] == [x["loss"] for x in other]
 
 
 # ------------------------------------------------------------------------------ several processes
@@ -142,7 +150,7 @@ def two(folder, shards, tmp_path_factory):
 def test_torchrun_passes_over_bad_data(two):
     """The run ends, counts each bad example once, and names it with the reason."""
     output, said = two
-    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    log = steps_of(output / "log.jsonl")
     assert [line["step"] for line in log] == list(range(1, 9))
     assert all(line["loss"] > 0 and line["grad_norm"] > 0 and not line["skipped"] for line in log)
     for name, reason in (("000002", "Truncated"), ("001001", "caption"), ("002.tar", "tar")):
@@ -291,14 +299,14 @@ def test_sigterm_leaves_a_checkpoint(folder, shards, tmp_path):
     call = command(folder, shards, tmp_path, "--save-every", 1000, "--steps", 1000)
     child = subprocess.Popen(call, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "log.jsonl"
-    while not (log.exists() and log.read_text().count("\n") >= 2):
+    while not (log.exists() and len(steps_of(log)) >= 2):
         assert child.poll() is None
         time.sleep(0.05)
     child.send_signal(signal.SIGTERM)
     _, said = child.communicate(timeout=60)
-    (checkpoint,) = loop.checkpoints(tmp_path)
+    (checkpoint,) = checkpoints(tmp_path)
     assert child.returncode == 128 + signal.SIGTERM and "--resume" in said
-    assert json.loads(log.read_text().splitlines()[-1])["step"] == loop.checkpoint_step(checkpoint)
+    assert steps_of(log)[-1]["step"] == checkpoint_step(checkpoint)
 
 
 # ------------------------------------------------------------------------- TCD's functions, and TDM
@@ -323,7 +331,7 @@ def unified(folder, prompts, tmp_path_factory):
 
 
 def test_tdm_trains_from_prompts_alone(unified):
-    log = [json.loads(line) for line in (unified / "log.jsonl").read_text().splitlines()]
+    log = steps_of(unified / "log.jsonl")
     assert len(log) == 8 and all(line["fake"] > 0 and not line["skipped"] for line in log)
     assert (unified / "samples" / "step-000008.png").stat().st_size > 10_000
     state, _ = files.read_tensors(unified / "checkpoint-8" / "state.safetensors")
@@ -352,23 +360,29 @@ def test_tdm_killed_and_resumed_ends_the_same(four, folder, prompts, tmp_path):
     other = prompts.with_name("other.txt")
     other.write_text("another prompt")
     done = run([*command(folder, other, cut, *words), "--steps", "9", "--resume"])
-    assert done.returncode == 2 and "was made with data" in done.stderr
+    assert done.returncode == 2 and "read its data with prompts 5 (" in done.stderr
+    # The same prompts under another name.
+    other.write_text(prompts.read_text())
+    done = run([*command(folder, other, cut, *words), "--steps", "9", "--resume"])
+    assert done.returncode == 0, stderr_of(done)
 
 
 def test_prompts_come_once_an_epoch_and_go_on_where_they_were(tmp_path):
     path, lines = tmp_path / "prompts.txt", [f"prompt {i}" for i in range(5)]
     path.write_text("\n".join(lines))
-    ranks = [images.Loader(images.Prompts(path, 3, 7, rank, 2), 1) for rank in range(2)]
+    ranks = [Loader(Prompts(path, 3, 7, rank, 2), 1) for rank in range(2)]
     batches = [[next(r) for r in ranks] for _ in range(10)]
     seen = [b["captions"][i] for pair in batches for i in range(3) for b in pair]
     assert all(sorted(seen[i : i + 5]) == lines for i in range(0, 60, 5))
     assert len({tuple(seen[i : i + 5]) for i in range(0, 60, 5)}) > 6
     position = ranks[1].position
-    again = images.Loader(images.Prompts(path, 3, 7, 1, 2), 2, position=position)
+    again = Loader(Prompts(path, 3, 7, 1, 2), 2, position=position)
     assert next(again) == next(ranks[1])
+    moved = path.rename(tmp_path / "moved.txt")
+    assert Loader(Prompts(moved, 3, 7, 1, 2), 1, position=position).position == position
     path.write_text("\n".join([*lines[:4], "new"]))
-    with pytest.raises(ValueError, match="crc"):
-        images.Loader(images.Prompts(path, 3, 7, 1, 2), 1, position=position)
+    with pytest.raises(ValueError, match=r"read its data with prompts 5 \(\w+\), not 5 \("):
+        Loader(Prompts(path, 3, 7, 1, 2), 1, position=position)
 
 
 @pytest.mark.parametrize("tcf", ["2", "s"])
@@ -382,7 +396,7 @@ def test_tcd_trains_and_samples_with_each_function(
     lora = tmp_path / "run" / "lora.safetensors"
     assert (tmp_path / "run" / "lora_kohya.safetensors").exists() == (tcf == "2")
     got = ours(monkeypatch, capsys, folder, tmp_path, "--lora", lora, "--tcf", tcf,
-               "--prompt", "a red fox", "--gamma", 0, "--steps", 2)  # fmt: skip
+               "--prompt", "a red fox", "--gamma", 0, "--cfg", 2, "--steps", 2)  # fmt: skip
     eps, x = their_network(folder, lora), torch.randn((1, 4, 8, 9), generator=seeded(0))
     for t, s in ((999, 499), (499, -1)):
         if tcf == "2":

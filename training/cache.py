@@ -1,6 +1,8 @@
 """A cache of latents and encoded prompts: training then needs neither VAE nor text encoders."""
 
 import json
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import chain
@@ -11,28 +13,62 @@ import torch
 from tqdm import tqdm
 
 from common import files
-from training.images import Entry, ListStream, Loader
+from training.listing import FIRST, NOT_FINITE, LeftOut
+from training.streams import Entry, ListStream, Loader
 
 ROWS_PER_SHARD = 256
 TENSORS = ("latents", "prompt_embeds", "pooled", "time_ids")
+DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.int64}
 # Version 1 named a tensor otherwise, and its positions were those of several reading processes.
-VERSION = {"version": 2}
+# Version 2 knew data and model by their paths, and left transparency and colour profiles away.
+VERSION = {"version": 3}
 
 
 # --------------------------------------------------------------------------------------- filling it
 #
 # Each rank writes its shards in order; a shard records the data position that follows it, where a
-# stopped rank resumes. index.json is written last, so a cache that has it is complete.
+# stopped rank resumes. At its end a rank writes what it left out. index.json is written last, so a
+# cache that has it is complete.
 
 
 def read_shard(path: Path) -> tuple[dict, dict]:
     """A shard's tensors, memory-mapped, and its metadata: names, position and settings."""
     tensors, metadata = files.read_tensors(path)
-    return tensors, {key: json.loads(value) for key, value in metadata.items()}
+    try:
+        metadata = {key: json.loads(value) for key, value in metadata.items()}
+        if {tensor.shape[:1] for tensor in tensors.values()} != {(len(metadata["names"]),)}:
+            raise ValueError("its tensors and names differ in number")
+        if odd := {tensor.dtype for tensor in tensors.values()} - DTYPES:
+            raise ValueError(f"it holds {min(map(str, odd))}")
+        if not all(isinstance(name, str) for name in metadata["names"]):
+            raise ValueError("its names are no texts")
+    except (ValueError, KeyError, TypeError, RecursionError) as problem:
+        raise ValueError(
+            f"{path} is no shard of a cache: {problem}; name another --cache"
+        ) from None
+    return tensors, metadata
 
 
-def is_full(folder: Path, settings: dict) -> bool:
-    """Whether the cache is complete; ValueError if it, or what has been begun, does not fit."""
+def read_index(folder: Path) -> dict:
+    """A complete cache's settings, rows by shard, a row's shapes, and how many were left out."""
+    path = Path(folder) / "index.json"
+    index = files.read_json(path)
+    for name in ("shards", "left_out"):
+        numbers = index.get(name)
+        if not isinstance(numbers, dict) or not all(
+            type(n) is int and n > 0 for n in numbers.values()
+        ):
+            raise ValueError(f"{path} is no index of a cache: its {name}; name another --cache")
+    if not index["shards"] or "shapes" not in index:
+        raise ValueError(f"{path} names no shards or shapes; name another --cache")
+    return index
+
+
+def is_full(folder: Path, settings: dict, may_change=()) -> bool:
+    """Whether the cache is complete; ValueError if it, or what has been begun, does not fit.
+
+    may_change: settings that are not compared.
+    """
     # As JSON returns them, to which they are compared.
     settings = json.loads(json.dumps(VERSION | settings))
     index = Path(folder) / "index.json"
@@ -48,7 +84,7 @@ def is_full(folder: Path, settings: dict) -> bool:
         if not isinstance(recorded, dict):
             raise ValueError(f"{folder} is no cache of this program; name another --cache")
         # Version 1 was not recorded.
-        if differ := files.first_difference({"version": 1, **recorded}, settings):
+        if differ := files.first_difference({"version": 1, **recorded}, settings, may_change):
             raise ValueError(f"{folder} was made with {differ}; name another --cache")
     return full
 
@@ -56,8 +92,8 @@ def is_full(folder: Path, settings: dict) -> bool:
 def fill(folder, loader: Loader, encode: Callable, settings: dict, rank, world, barrier) -> None:
     """Write what encode(batch) returns: CPU tensors with a leading axis b, by name.
 
-    loader: of a single pass, not begun. barrier() waits for all ranks. ValueError as in is_full, or
-    if no example can be used.
+    loader: of a single pass, not begun. barrier() waits for all ranks. ValueError as in is_full, if
+    no example can be used, or if too many give tensors that are not finite, which are left out.
     """
     if is_full(folder, settings):
         return
@@ -65,62 +101,120 @@ def fill(folder, loader: Loader, encode: Callable, settings: dict, rank, world, 
     folder = files.output_folder(folder)
     done = sorted(folder.glob(f"rank{rank:05}-*.safetensors"))
     if done:
-        position = read_shard(done[-1])[1]["position"]
-        loader = Loader(loader.dataset, loader.workers, loader.max_bad, position)
+        position = read_shard(done[-1])[1].get("position", {})
+        loader = Loader(loader.dataset, loader.workers, loader.max_bad, position, loader.tail)
     bar = tqdm(desc="encoding", unit="image", disable=rank > 0, dynamic_ncols=True)
     bar.update(sum(map(_rows, done)))
-    for number, (tensors, names) in enumerate(_shards(loader, encode, bar), len(done)):
-        metadata = {"names": names, "position": loader.position, "settings": settings}
+    shards = _Shards(loader, encode, bar)
+    for number, (tensors, names) in enumerate(shards, len(done)):
+        position = {**loader.position, "left_out": shards.left_out()}
+        metadata = {"names": names, "position": position, "settings": settings}
         metadata = {key: json.dumps(value) for key, value in metadata.items()}
         files.write_tensors(folder / f"rank{rank:05}-{number:05}.safetensors", tensors, **metadata)
     bar.close()
+    files.write_json(folder / f"rank{rank:05}.json", shards.left_out())
     barrier()
-    shards = []
+    paths = []
     for r in range(world):
-        shards += sorted(folder.glob(f"rank{r:05}-*.safetensors"))
+        paths += sorted(folder.glob(f"rank{r:05}-*.safetensors"))
     # Every rank raises: none of them would come to the second barrier.
-    if not shards:
-        raise ValueError(f"no usable example in {loader.dataset.path}: {loader.bad} are bad")
+    if not paths:
+        left_out = LeftOut(_sum_left_out(folder, world))
+        raise ValueError(f"no usable example in {loader.dataset.path}; left out: {left_out}")
     if rank == 0:
-        rows = {path.name: _rows(path) for path in shards}
-        files.write_json(folder / "index.json", {"settings": settings, "shards": rows})
+        rows = {path.name: _rows(path) for path in paths}
+        index = {
+            "settings": settings, "shards": rows, "shapes": shapes_of(read_shard(paths[0])[0]),
+            "left_out": _sum_left_out(folder, world),
+        }  # fmt: skip
+        files.write_json(folder / "index.json", index)
     barrier()
+
+
+def shapes_of(tensors: dict) -> dict[str, list[int]]:
+    """The shape of a row by name."""
+    return {name: list(tensor.shape[1:]) for name, tensor in tensors.items()}
+
+
+def _sum_left_out(folder: Path, world: int) -> dict[str, int]:
+    left_out = Counter()
+    for rank in range(world):
+        left_out.update(files.read_json(folder / f"rank{rank:05}.json"))
+    return dict(left_out)
 
 
 def _rows(path: Path) -> int:
     return len(read_shard(path)[1]["names"])
 
 
-def _shards(loader: Loader, encode: Callable, bar: tqdm) -> Iterator[tuple[dict, list[str]]]:
-    parts, names = [], []
-    for batch in chain(loader, [None]):
-        if batch is not None:
-            parts.append(encode(batch))
-            names += batch["names"]
-            bar.update(len(batch["names"]))
-        # A shard ends where a batch ends, as only there is a position to go on from.
-        if names and (batch is None or len(names) >= ROWS_PER_SHARD):
-            yield {key: torch.cat([part[key] for part in parts]) for key in parts[0]}, names
-            parts, names = [], []
+class _Shards:
+    """Iterates over (tensors, names) of the shards that are still to be written."""
+
+    def __init__(self, loader: Loader, encode: Callable, bar: tqdm):
+        self.loader, self.encode, self.bar, self.not_finite = loader, encode, bar, []
+
+    def __iter__(self) -> Iterator[tuple[dict, list[str]]]:
+        parts, names = [], []
+        for batch in chain(self.loader, [None]):
+            if batch is not None:
+                tensors, usable = self._finite(self.encode(batch), batch["names"])
+                parts.append(tensors)
+                names += usable
+                self.bar.update(len(batch["names"]))
+            # A shard ends where a batch ends, as only there is a position to go on from.
+            if names and (batch is None or len(names) >= ROWS_PER_SHARD):
+                yield {key: torch.cat([part[key] for part in parts]) for key in parts[0]}, names
+                parts, names = [], []
+
+    def left_out(self) -> dict[str, int]:
+        """How many up to here, by reason."""
+        return dict(Counter(self.loader.left_out) + Counter({NOT_FINITE: len(self.not_finite)}))
+
+    def _finite(self, tensors: dict, names: list[str]) -> tuple[dict, list[str]]:
+        """The rows without NaN and infinity, and their names."""
+        finite = torch.ones(len(names), dtype=torch.bool)
+        for tensor in tensors.values():
+            finite &= tensor.flatten(1).isfinite().all(1)
+        if finite.all():
+            return tensors, names
+        for i in (~finite).nonzero()[:, 0].tolist():
+            if len(self.not_finite) < FIRST:
+                tqdm.write(f"skipped {names[i]}: its latents are not finite", file=sys.stderr)
+            self.not_finite.append(names[i])
+        if self.loader.bad + len(self.not_finite) > self.loader.max_bad:
+            message = f"{len(self.not_finite)} {NOT_FINITE}, more than --max-bad allows"
+            raise ValueError(f"{message}; the first: {self.not_finite[0]}")
+        usable = [name for name, is_finite in zip(names, finite, strict=True) if is_finite]
+        return {key: tensor[finite] for key, tensor in tensors.items()}, usable
 
 
 # --------------------------------------------------------------------------------------- reading it
 
 
 class Cached(ListStream):
-    """Examples: what encode returned, and names; ValueError if a shard is missing or incomplete."""
+    """Examples: what encode returned, and names.
+
+    ValueError if a shard is missing or incomplete, or holds a number that is not finite.
+    """
 
     def __init__(self, folder, batch_size: int, seed: int, rank: int = 0, world: int = 1):
         super().__init__(folder, batch_size, seed, rank, world)
-        shards = files.read_json(self.path / "index.json")["shards"]
+        index = read_index(self.path)
+        shards, self.left_out = index["shards"], index["left_out"]
+        self.identity["cache"] = files.fingerprint(self.path / "index.json")
         self.shards = [self.path / name for name in shards]
         self.ends = np.cumsum(list(shards.values()))
         self.rows = int(self.ends[-1])
         # Mapped files stay open, and a process may have so many only.
         self.read_shard = lru_cache(1000)(read_shard)
         for path, rows in zip(self.shards, shards.values(), strict=True):
-            if (present := len(files.read_tensors(path)[0]["latents"])) != rows:
+            tensors, _ = files.read_tensors(path)
+            if (shapes := shapes_of(tensors)) != index["shapes"] or not {*TENSORS} <= {*shapes}:
+                raise ValueError(f"{path} is no shard of this cache: its rows are {shapes}")
+            if (present := len(tensors["latents"])) != rows:
                 raise ValueError(f"{path} holds {present} rows, not {rows}")
+        without = f"; left out: {LeftOut(self.left_out)}" if self.left_out else ""
+        self.lines = [f"{self.path}: {self.rows} encoded images{without}"]
 
     def order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, epoch)).permutation(self.rows)
@@ -130,4 +224,9 @@ class Cached(ListStream):
         row = entry.source - self.ends[shard]  # from the shard's end, below 0
         tensors, metadata = self.read_shard(self.shards[shard])
         example = {key: column[row] for key, column in tensors.items()}
-        return {**example, "names": metadata["names"][row]}
+        name = metadata["names"][row]
+        for key, tensor in example.items():
+            if not tensor.isfinite().all():
+                damage = f"is damaged: {key} of {name} is not finite"
+                raise ValueError(f"{self.shards[shard]} {damage}; fill another --cache")
+        return {**example, "names": name}

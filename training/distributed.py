@@ -84,6 +84,15 @@ def gather(value) -> list:
     return values
 
 
+def check_same(values: dict[str, str]) -> None:
+    """ValueError on every process if one of them, on another machine perhaps, has other values."""
+    for other_rank, others in enumerate(gather(values)):
+        for name, value in values.items():
+            if others.get(name) != value:
+                both = f"process {other_rank} has {others.get(name)}, process {rank()} {value}"
+                raise ValueError(f"{name} differs: {both}; give all the same")
+
+
 # ------------------------------------------------------------------------------- gradients, weights
 
 

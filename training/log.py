@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import resource
 from itertools import accumulate
 from pathlib import Path
 
@@ -15,9 +14,14 @@ from common import files
 from common.plots import GREY, INK, Axes, Figure
 from training import distributed
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
+
 
 def read_log(output: Path, step: int) -> list[dict]:
-    """The log's lines up to a step; what a killed run wrote after its checkpoint is cut off."""
+    """The steps' lines up to a step; what a killed run wrote after its checkpoint is cut off."""
     path = output / "log.jsonl"
     if not path.exists():
         return []
@@ -26,11 +30,17 @@ def read_log(output: Path, step: int) -> list[dict]:
         # A kill may have cut off the last line in the middle.
         with contextlib.suppress(ValueError):
             lines.append(json.loads(text))
-    lines = [line for line in lines if line["step"] <= step]
+    lines = [line for line in lines if isinstance(line, dict) and line.get("step", 0) <= step]
     if distributed.is_main():
         with files.atomic_write(path) as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return lines
+    return [line for line in lines if "loss" in line]
+
+
+def write_note(output: Path, step: int, **note) -> None:
+    """A line of the log that is not a step's: what changed, or what was left out, before it."""
+    with open(output / "log.jsonl", "a", encoding="utf-8") as log:
+        log.write(json.dumps({"step": step, **note}) + "\n")
 
 
 def draw_loss(path: Path, log: list[dict]) -> None:
@@ -70,4 +80,6 @@ def peak_memory_gib() -> float:
     """The highest memory use so far in GiB: of the GPU, or of the process where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    if resource is None:
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,148 +1,24 @@
-"""The training loop of SDXL and CIFAR-10, on one process or many, and its checkpoints.
-
-A run that is killed and resumed ends like an uninterrupted one, on a CPU bit by bit (GPUs add up in
-any order unless told otherwise): a checkpoint holds the step, the weights, the optimizers, and each
-process's random generator and place in the data, and the run depends on nothing else.
-"""
+"""The training loop of SDXL and CIFAR-10, on one process or many."""
 
 import contextlib
 import math
-import re
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.amp import GradScaler
 from tqdm import tqdm
 
-from common import files
 from training import distributed
-from training.log import draw_loss, peak_memory_gib, read_log, write_line
+from training.checkpoint import TrainState, optimizer_parameters
+from training.log import peak_memory_gib, read_log, write_line, write_note
 
 MAX_SKIPPED_STEPS = 10  # in a row without a finite loss and gradient, before the run gives up
 
-# -------------------------------------------------------------------------------------- checkpoints
-#
-# A folder is written under a hidden name and renamed, so a visible one is complete. Rank 0 writes
-# for all; other machines need to see the folder only to resume. A run resumes with as many
-# processes as it had, because each has its own random generator and its own share of the data.
-
-# Settings that may differ when a run goes on, because no step depends on them.
-MAY_CHANGE = {
-    "steps", "save_every", "keep", "sample_every", "sample_prompts", "output", "resume", "device",
-    "compile", "checkpointing", "max_bad", "workers",
-}  # fmt: skip
-# Version 1 recorded guidance as w, not as g = 1 + w, and the places of several reading processes.
-VERSION = {"checkpoint_version": 2}
-
-
-@dataclass
-class TrainState:
-    """Everything that training changes, and what else a checkpoint needs.
-
-    modules, optimizers: by name. loader: an endless iterator of batches, with .position (JSON-able)
-    and .bad. settings: flags as strings; all but MAY_CHANGE must be the same on resume.
-    export(folder, step, tensors) writes the files for users, on rank 0. scaler: of the
-    loss, for fp16.
-    """
-
-    output: Path
-    modules: dict[str, nn.Module]
-    optimizers: dict[str, torch.optim.Optimizer]
-    generator: torch.Generator
-    loader: object
-    settings: dict
-    export: Callable[[Path, int, dict], None] = lambda folder, step, tensors: None
-    scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))
-    step: int = 0
-    log: list[dict] = field(default_factory=list)
-
-    def weights(self) -> dict[str, Tensor]:
-        """All weights as "module/name", full on rank 0; all processes must call it."""
-        weights = {}
-        for key, module in self.modules.items():
-            for name, tensor in module.state_dict().items():
-                weights[f"{key}/{name}"] = distributed.gather_full(tensor.detach())
-        return weights
-
-    def moments(self) -> dict[str, Tensor]:
-        """The optimizers' states as "optimizer/index/name", like weights()."""
-        moments = {}
-        for key, optimizer in self.optimizers.items():
-            for i, state in optimizer.state_dict()["state"].items():
-                for name, tensor in state.items():
-                    moments[f"{key}/{i}/{name}"] = distributed.gather_full(tensor)
-        return moments
-
-    def save(self, keep: int) -> None:
-        """Write checkpoint-STEP, and delete all older ones but the newest keep - 1."""
-        ranks = distributed.gather((self.generator.get_state(), self.loader.position))
-        tensors = self.weights() | self.moments()
-        if distributed.is_main():
-            tensors |= {f"rng/{i}": rng for i, (rng, _) in enumerate(ranks)}
-            positions = [position for _, position in ranks]
-            self._write(self.output / f"checkpoint-{self.step}", tensors, positions)
-            _delete_old(self.output, self.step, keep)
-            draw_loss(self.output / "loss.png", self.log)
-        distributed.barrier()
-
-    def _write(self, folder: Path, tensors: dict[str, Tensor], positions: list) -> None:
-        part = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        files.write_tensors(part / "state.safetensors", tensors, format="pt")
-        self.export(part, self.step, tensors)
-        config = {"step": self.step, "positions": positions, "settings": VERSION | self.settings}
-        config["scaler"] = self.scaler.state_dict()
-        files.write_json(part / "config.json", config)
-        _delete(folder)
-        part.rename(folder)
-
-    def restore(self, folder: Path, config: dict) -> None:
-        """Go on from a checkpoint, whose config `resume_point` has read."""
-        tensors, _ = files.read_tensors(folder / "state.safetensors")
-        self._check_names(folder, tensors)
-        for key, module in self.modules.items():
-            state = {}
-            for name, like in module.state_dict().items():
-                state[name] = distributed.shard_like(tensors[f"{key}/{name}"], like)
-            module.load_state_dict(state)
-        for key, optimizer in self.optimizers.items():
-            state = _optimizer_state(key, optimizer, tensors)
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        self.generator.set_state(tensors[f"rng/{distributed.rank()}"])
-        if config.get("scaler"):
-            self.scaler.load_state_dict(config["scaler"])
-        self.step = config["step"]
-
-    def _check_names(self, folder: Path, tensors: dict[str, Tensor]) -> None:
-        expected = set()
-        for key, module in self.modules.items():
-            expected |= {f"{key}/{name}" for name in module.state_dict()}
-        others = (*self.optimizers, "rng/")
-        recorded = {name for name in tensors if not name.startswith(others)}
-        if unexpected := expected ^ recorded:
-            message = f"another model's state: {min(unexpected)} does not fit"
-            raise ValueError(f"{folder} holds {message}; give the same flags or another --output")
-
-
-def _optimizer_state(key: str, optimizer: torch.optim.Optimizer, tensors: dict) -> dict:
-    """The part of an optimizer's state_dict that a checkpoint holds under its name."""
-    parameters = _parameters(optimizer)
-    state = {}
-    for name, tensor in tensors.items():
-        if name.startswith(f"{key}/"):
-            _, i, moment = name.split("/")
-            # Laid out in memory like its weight, which a fused optimizer takes for granted.
-            like = parameters[int(i)] if tensor.ndim else tensor
-            state.setdefault(int(i), {})[moment] = distributed.shard_like(tensor, like)
-    return state
+# --------------------------------------------------------------------------------------- optimizers
 
 
 def adamw(parameters, lr: float, weight_decay=0.0, betas=(0.9, 0.999)) -> torch.optim.AdamW:
@@ -151,68 +27,6 @@ def adamw(parameters, lr: float, weight_decay=0.0, betas=(0.9, 0.999)) -> torch.
     for group in optimizer.param_groups:
         group["initial_lr"] = lr
     return optimizer
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _delete(folder: Path) -> None:
-    # Under a hidden name first: half-deleted it must not look complete.
-    hidden = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(hidden, ignore_errors=True)
-    if folder.exists():
-        shutil.rmtree(folder.rename(hidden))
-
-
-def _delete_old(output: Path, step: int, keep: int) -> None:
-    # A later one is broken: the run has passed over it and is writing its steps anew.
-    intact = [folder for folder in checkpoints(output) if checkpoint_step(folder) <= step]
-    for folder in checkpoints(output):
-        if folder not in intact[-keep:]:
-            _delete(folder)
-
-
-def checkpoint_step(folder: Path) -> int | None:
-    """The step in a checkpoint's name; None if it is no checkpoint's name."""
-    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    return int(match[1]) if match else None
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """The folders of complete checkpoints, the oldest first."""
-    folders = [path for path in output.glob("checkpoint-*") if checkpoint_step(path) is not None]
-    return sorted(folders, key=checkpoint_step)
-
-
-def resume_point(
-    output: Path, resume: bool, settings: dict, may_change=MAY_CHANGE
-) -> tuple[Path | None, dict]:
-    """The newest intact checkpoint and its config, or (None, {}) to begin at step 0.
-
-    Raises ValueError if there is one without --resume, or if its settings, of which the version is
-    one, or its number of processes are not this run's.
-    """
-    for folder in reversed(checkpoints(output)):
-        if not resume:
-            raise ValueError(f"{folder} is there: add --resume to go on, or name another --output")
-        try:
-            config = files.read_json(folder / "config.json")
-            if missing := {"step", "positions", "settings"} - config.keys():
-                raise ValueError(f"its config.json has no {min(missing)}")
-            files.read_tensors(folder / "state.safetensors")
-        except ValueError as problem:
-            print(f"passing over {folder}: {problem}", file=sys.stderr)
-            continue
-        # Version 1 was not recorded.
-        recorded = {"checkpoint_version": 1, **config["settings"]}
-        if differ := files.first_difference(recorded, VERSION | settings, may_change):
-            advice = "resume it with the same, or name another --output"
-            raise ValueError(f"{folder} was made with {differ}: {advice}")
-        if (processes := len(config["positions"])) != distributed.world_size():
-            raise ValueError(f"{folder} was made by {processes} processes: resume it with as many")
-        return folder, config
-    return None, {}
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -264,7 +78,10 @@ def fit(
     """
     is_main = distributed.is_main()
     # What a killed run logged after its last checkpoint is about to be done again.
+    state.claim_output()
     state.log = read_log(state.output, state.step)
+    if is_main and state.changes:
+        write_note(state.output, state.step, changes=state.changes)
     skipped = 0
     bar = tqdm(total=config.steps, initial=state.step, disable=not is_main, dynamic_ncols=True)
     with distributed.GracefulExit() as stop, bar:
@@ -377,7 +194,7 @@ def _read(numbers: list[Tensor]) -> list[float]:
 
 def _clip(optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
     """Scale the gradient down to a norm of `limit` (0: leave it); returns the norm it had."""
-    norm = nn.utils.clip_grad_norm_(_parameters(optimizer), limit or math.inf)
+    norm = nn.utils.clip_grad_norm_(optimizer_parameters(optimizer), limit or math.inf)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
@@ -394,5 +211,6 @@ def _give_up(step: int, batches: StepBatches) -> None:
         names += rank_names
     raise ValueError(
         f"step {step}: no finite loss and gradient {MAX_SKIPPED_STEPS} times in a row; last at "
-        f"timesteps {timesteps} of {', '.join(names)}: lower --lr, or look at these files"
+        f"timesteps {timesteps} of {', '.join(names)}: lower --lr, take a wider --dtype, or look "
+        "at these files (the model's weights are finite, or it would not have been read)"
     )

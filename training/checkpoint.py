@@ -1,0 +1,285 @@
+"""Checkpoints of a run: all that training changes, written whole, and where a run goes on.
+
+A run that is killed and resumed ends like an uninterrupted one, on a CPU bit by bit (GPUs add up in
+any order unless told otherwise): a checkpoint holds the step, the weights, the optimizers, and each
+process's random generator and place in the data, and the run depends on nothing else.
+"""
+
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from tqdm import tqdm
+
+from common import files
+from training import distributed
+from training.log import draw_loss, write_note
+
+# -------------------------------------------------------------------------------------- checkpoints
+#
+# A folder is written under a hidden name and renamed, so a visible one is complete. Rank 0 writes
+# for all; other machines need to see the folder only to resume. A run resumes with as many
+# processes as it had, because each has its own random generator and its own share of the data.
+
+# Settings that may differ when a run goes on: learning rates, what no step depends on, and paths,
+# as settings hold the content of what they lead to as well.
+RATES = {"lr", "adv_lr", "fake_lr", "warmup"}
+PATHS = {"model", "tokenizer", "vae", "data", "cache", "init", "sample_prompts", "output"}
+MAY_CHANGE = RATES | PATHS | {
+    "steps", "save_every", "keep", "sample_every", "resume", "device", "compile", "checkpointing",
+    "max_bad", "workers",
+}  # fmt: skip
+# Version 1 recorded guidance as w, not as g = 1 + w, and the places of several reading processes;
+# version 2 knew models and data by their paths.
+VERSION = {"checkpoint_version": 3}
+
+
+SCALER_STATE = GradScaler("cpu").state_dict().keys()
+RUN_FILE = ".run"  # says which run writes to a folder: two at once would mix their checkpoints
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes, and what else a checkpoint needs.
+
+    modules, optimizers: by name. loader: an endless iterator of batches, with .position (JSON-able)
+    and .bad. settings: flags as strings; all but MAY_CHANGE must be the same on resume.
+    export(folder, step, tensors) writes the files for users, on rank 0. counts(): what this process
+    left out or cut so far, by reason, for the log. scaler: of the loss, for fp16.
+    changes: settings that differ from those of the checkpoint that was restored, "old -> new".
+    """
+
+    output: Path
+    modules: dict[str, nn.Module]
+    optimizers: dict[str, torch.optim.Optimizer]
+    generator: torch.Generator
+    loader: object
+    settings: dict
+    export: Callable[[Path, int, dict], None] = lambda folder, step, tensors: None
+    scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))
+    counts: Callable[[], dict[str, int]] = dict
+    step: int = 0
+    changes: dict[str, str] = field(default_factory=dict)
+    run_id: str = field(default_factory=lambda: f"process {os.getpid()}, {time.ctime()}")
+    logged_counts: dict[str, int] = field(default_factory=dict)
+    log: list[dict] = field(default_factory=list)
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights as "module/name", full on rank 0; all processes must call it."""
+        weights = {}
+        for key, module in self.modules.items():
+            for name, tensor in module.state_dict().items():
+                weights[f"{key}/{name}"] = distributed.gather_full(tensor.detach())
+        return weights
+
+    def moments(self) -> dict[str, Tensor]:
+        """The optimizers' states as "optimizer/index/name", like weights()."""
+        moments = {}
+        for key, optimizer in self.optimizers.items():
+            for i, state in optimizer.state_dict()["state"].items():
+                for name, tensor in state.items():
+                    moments[f"{key}/{i}/{name}"] = distributed.gather_full(tensor)
+        return moments
+
+    def save(self, keep: int) -> None:
+        """Write checkpoint-STEP, and delete all older ones but the newest keep - 1."""
+        self.check_alone()
+        ranks = distributed.gather((self.generator.get_state(), self.loader.position))
+        tensors = self.weights() | self.moments()
+        if distributed.is_main():
+            tensors |= {f"rng/{i}": rng for i, (rng, _) in enumerate(ranks)}
+            positions = [position for _, position in ranks]
+            self._write(self.output / f"checkpoint-{self.step}", tensors, positions)
+            _delete_old(self.output, self.step, keep)
+            draw_loss(self.output / "loss.png", self.log)
+        self.log_counts()
+        distributed.barrier()
+
+    def claim_output(self) -> None:
+        """Make the output this run's: `check_alone` ends a run that is still writing there."""
+        if distributed.is_main():
+            (self.output / RUN_FILE).write_text(self.run_id, encoding="utf-8")
+
+    def check_alone(self) -> None:
+        """ValueError on all processes if another run has begun in the same output since."""
+        path, problem = self.output / RUN_FILE, ""
+        if distributed.is_main() and path.exists():
+            other = path.read_text(encoding="utf-8")
+            if other != self.run_id:
+                problem = f"another run ({other}) has begun in {self.output}: this one stops"
+        if problem := distributed.gather(problem)[0]:
+            raise ValueError(problem)
+
+    def log_counts(self) -> None:
+        """A line, and one in the log, of what all processes left out so far, if it is news."""
+        total = {}
+        for counts in distributed.gather(self.counts()):
+            for reason, number in counts.items():
+                total[reason] = total.get(reason, 0) + number
+        total = {reason: number for reason, number in total.items() if number}
+        if distributed.is_main() and total != self.logged_counts:
+            self.logged_counts = total
+            write_note(self.output, self.step, counts=total)
+            text = ", ".join(f"{number} {reason}" for reason, number in total.items())
+            tqdm.write(f"by step {self.step}: {text}", file=sys.stderr)
+
+    def _write(self, folder: Path, tensors: dict[str, Tensor], positions: list) -> None:
+        part = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        files.write_tensors(part / "state.safetensors", tensors, format="pt")
+        self.export(part, self.step, tensors)
+        config = {"step": self.step, "positions": positions, "settings": VERSION | self.settings}
+        config["scaler"] = self.scaler.state_dict()
+        files.write_json(part / "config.json", config)
+        _delete(folder)
+        part.rename(folder)
+
+    def restore(self, folder: Path, config: dict) -> None:
+        """Go on from a checkpoint, whose config `resume_point` has read."""
+        tensors, _ = files.read_tensors(folder / "state.safetensors")
+        self._check_tensors(folder, tensors)
+        for key, module in self.modules.items():
+            state = {}
+            for name, like in module.state_dict().items():
+                state[name] = distributed.shard_like(tensors[f"{key}/{name}"], like)
+            module.load_state_dict(state)
+        for key, optimizer in self.optimizers.items():
+            state = _optimizer_state(key, optimizer, tensors)
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        self.generator.set_state(tensors[f"rng/{distributed.rank()}"])
+        if config.get("scaler"):
+            self.scaler.load_state_dict(config["scaler"])
+        self.step = config["step"]
+        for name in sorted(MAY_CHANGE - {"resume", "output"}):
+            old, new = config["settings"].get(name), self.settings.get(name)
+            if old != new:
+                self.changes[name.replace("_", "-")] = f"{old} -> {new}"
+        if distributed.is_main() and self.changes:
+            changes = ", ".join(f"{name} {change}" for name, change in self.changes.items())
+            print(f"going on from {folder} with changes: {changes}", file=sys.stderr)
+
+    def _check_tensors(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        """ValueError unless names and shapes are this run's."""
+        expected = {
+            f"rng/{i}": self.generator.get_state().shape for i in range(distributed.world_size())
+        }
+        for key, module in self.modules.items():
+            for name, tensor in module.state_dict().items():
+                expected[f"{key}/{name}"] = tensor.shape
+        for key, optimizer in self.optimizers.items():
+            for i, p in enumerate(optimizer_parameters(optimizer)):
+                shapes = {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                # A weight that never had a gradient has no moments.
+                if any(f"{key}/{i}/{name}" in tensors for name in shapes):
+                    expected |= {f"{key}/{i}/{name}": shape for name, shape in shapes.items()}
+        recorded = {name: tensor.shape for name, tensor in tensors.items()}
+        if differ := {name for name, _ in recorded.items() ^ expected.items()}:
+            message = f"another model's state: {min(differ)} does not fit"
+            raise ValueError(f"{folder} holds {message}; give the same flags or another --output")
+
+
+def optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _optimizer_state(key: str, optimizer: torch.optim.Optimizer, tensors: dict) -> dict:
+    """The part of an optimizer's state_dict that a checkpoint holds under its name."""
+    parameters = optimizer_parameters(optimizer)
+    state = {}
+    for name, tensor in tensors.items():
+        if name.startswith(f"{key}/"):
+            _, i, moment = name.split("/")
+            # Laid out in memory like its weight, which a fused optimizer takes for granted.
+            like = parameters[int(i)] if tensor.ndim else tensor
+            state.setdefault(int(i), {})[moment] = distributed.shard_like(tensor, like)
+    return state
+
+
+def _delete(folder: Path) -> None:
+    # Under a hidden name first: half-deleted it must not look complete.
+    hidden = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder.rename(hidden))
+
+
+def _delete_old(output: Path, step: int, keep: int) -> None:
+    # A later one is broken: the run has passed over it and is writing its steps anew.
+    intact = [folder for folder in checkpoints(output) if checkpoint_step(folder) <= step]
+    for folder in checkpoints(output):
+        if folder not in intact[-keep:]:
+            _delete(folder)
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """The step in a checkpoint's name; None if it is no checkpoint's name."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(match[1]) if match else None
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The folders of complete checkpoints, the oldest first."""
+    folders = [path for path in output.glob("checkpoint-*") if checkpoint_step(path) is not None]
+    return sorted(folders, key=checkpoint_step)
+
+
+def resume_point(
+    output: Path, resume: bool, settings: dict, may_change=MAY_CHANGE
+) -> tuple[Path | None, dict]:
+    """The newest intact checkpoint and its config, or (None, {}) to begin at step 0.
+
+    Raises ValueError if there is one without --resume, or if its settings, of which the version is
+    one, or its number of processes are not this run's, or if the processes do not agree.
+    """
+    folder, config = _newest_intact(output, resume)
+    contents = {k: v for k, v in settings.items() if k.startswith("content of ")}
+    distributed.check_same({**contents, "checkpoint": folder.name if folder else "none"})
+    if folder is None:
+        return None, {}
+    # Version 1 was not recorded.
+    recorded = {"checkpoint_version": 1, **config["settings"]}
+    if differ := files.first_difference(recorded, VERSION | settings, may_change):
+        advice = "resume it with the same, or name another --output"
+        raise ValueError(f"{folder} was made with {differ}: {advice}")
+    if (processes := len(config["positions"])) != distributed.world_size():
+        raise ValueError(f"{folder} was made by {processes} processes: resume it with as many")
+    return folder, config
+
+
+def _newest_intact(output: Path, resume: bool) -> tuple[Path | None, dict]:
+    for folder in reversed(checkpoints(output)):
+        if not resume:
+            raise ValueError(f"{folder} is there: add --resume to go on, or name another --output")
+        try:
+            config = files.read_json(folder / "config.json")
+            _check_config(config)
+            if config["step"] != checkpoint_step(folder):
+                raise ValueError(f"its config.json is of step {config['step']}")
+            state = folder / "state.safetensors"
+            files.check_finite(state, files.read_tensors(state)[0])
+            return folder, config
+        except ValueError as problem:
+            print(f"passing over {folder}: {problem}", file=sys.stderr)
+    return None, {}
+
+
+def _check_config(config: dict) -> None:
+    """ValueError if a checkpoint's config.json is not as `_write` writes it."""
+    kinds = {"step": int, "positions": list, "settings": dict, "scaler": dict}
+    for name, kind in kinds.items():
+        if type(config.get(name)) is not kind:
+            raise ValueError(f"its config.json has no proper {name}")
+    scaler = config["scaler"]
+    # GradScaler's state, {} where it is off.
+    numbers = [type(value) in (int, float) for value in scaler.values()]
+    if scaler and not (scaler.keys() == SCALER_STATE and all(numbers)):
+        raise ValueError("its config.json has no proper scaler")
