@@ -15,7 +15,7 @@ from common.compare import COLOURS, GAMMAS, NAMES, W_ADDED, W_HIGH, Case
 from common.plots import CLASS_COLOURS, FAINT, GREY, INK, Axes, Figure
 from solvers import CLEAN
 from tdd import guided, sample_step
-from toy.evaluate import Evaluation
+from toy.evaluate import MORE_STEPS, SWEEP_GAMMAS, SWEPT, Evaluation
 from toy.students import Group, Student
 
 # The methods of the two sibling papers have pictures of their own, beside TCD and TDD.
@@ -30,8 +30,12 @@ def draw_all(output: Path, ev: Evaluation, groups: list[Group]) -> None:
     curves(output / "curves.png", ev, main)
     # A picture that this run has nothing for must not stay from the run before.
     (output / "paths.gif").unlink(missing_ok=True)
-    for name in ("trajectories", "guidance", "family", "family_curves"):
+    for name in ("trajectories", "guidance", "family", "family_curves", "sweep"):
         (output / f"{name}.png").unlink(missing_ok=True)
+    efficiency(output / "efficiency.png", ev, main)
+    swept = [method for method in ev.methods if method in SWEPT]
+    if swept:
+        sweep(output / "sweep.png", ev, swept)
     if len(main) < len(ev.methods):
         family = [m for m in ev.methods if m in ("teacher", "tcd", "tdd", *FAMILY)]
         samples(output / "family.png", ev, family)
@@ -116,9 +120,7 @@ def curves(path: Path, ev: Evaluation, methods: list[str]) -> None:
     for i, gamma in enumerate(GAMMAS):
         panel = {}
         for method in methods:
-            rows = [ev.find(method, Case(k, gamma)) for k in ks]
-            mean, std = (np.array([row[field] for row in rows]) for field in ("mean", "std"))
-            panel[method] = ks, mean, std
+            panel[method] = ks, *_mean_and_std([ev.find(method, Case(k, gamma)) for k in ks])
         # The first panel alone names the y axis; both share it.
         box, ylabel = (100 + i * 500, 100, 440, 440), "" if i else "rmse (log scale)"
         title = f"gamma = {gamma:g}"
@@ -134,6 +136,57 @@ def curves(path: Path, ev: Evaluation, methods: list[str]) -> None:
         figure.text(1115, y, "TDD, non-eq.", 17, COLOURS["tdd"])
     note = f"mean and deviation over {ev.config.seeds} teachers; same noise for all"
     figure.text(30, 615, f"{ev.config.data}; {note}", 15, GREY)
+    figure.save(path)
+
+
+# --------------------------------------------------------------------------- efficiency.png
+
+
+def efficiency(path: Path, ev: Evaluation, methods: list[str]) -> None:
+    """Distance over the steps of one training, which the abstract's first claim is about."""
+    figure, ks = Figure(1240, 640), (ev.config.kmin, ev.config.kmax)
+    figure.text(30, 30, "Distance over the training: rmse at gamma = 0 after so many steps", 24)
+    steps = sorted({steps for _, _, steps in ev.efficiency})
+    methods = [method for method in methods if (method, ks[0], steps[0]) in ev.efficiency]
+    limits = compare.log_limits([row["mean"] for row in ev.efficiency.values()])
+    for i, k in enumerate(ks):
+        panel = {}
+        for method in methods:
+            rows = [ev.efficiency[method, k, n] for n in steps]
+            panel[method] = steps, *_mean_and_std(rows)
+        box, ylabel = (100 + i * 500, 100, 440, 440), "" if i else "rmse (log scale)"
+        words = f"{k} steps of sampling", ylabel, steps
+        xlabel = "steps of training (log scale)"
+        compare.curve_panel(figure, box, *words, panel, limits, 16, xlabel, log_x=True)
+    compare.legend(figure, methods, (1075, 1105), 1115, 17)
+    figure.save(path)
+
+
+def _mean_and_std(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(np.array([row[field] for row in rows]) for field in ("mean", "std"))
+
+
+# ------------------------------------------------------------ sweep.png, after TCD's Figs. 3 to 8
+
+
+def sweep(path: Path, ev: Evaluation, methods: list[str]) -> None:
+    """More steps than students are trained for, and gamma from 0 to 1."""
+    config, figure = ev.config, Figure(1740, 640)
+    figure.text(30, 30, "Beyond training: more steps at gamma = 0, and gamma from 0 to 1", 24)
+    ks = [*range(config.kmin, config.kmax + 1), *(k for k in MORE_STEPS if k <= config.N)]
+    gammas = [*GAMMAS, *SWEEP_GAMMAS]
+    panels = [("gamma = 0", ks, "steps k", [Case(k) for k in ks])]
+    for k in (config.kmin, config.kmax):
+        panels.append((f"k = {k}", gammas, "gamma", [Case(k, gamma) for gamma in gammas]))
+    curves = []
+    for _, x, _, cases in panels:
+        panel = {m: (x, *_mean_and_std([ev.find(m, case) for case in cases])) for m in methods}
+        curves.append(panel)
+    limits = compare.log_limits([v for panel in curves for _, mean, _ in panel.values() for v in mean])
+    for i, ((title, x, xlabel, _), panel) in enumerate(zip(panels, curves, strict=True)):
+        box, ylabel = (100 + i * 500, 100, 440, 440), "" if i else "rmse (log scale)"
+        compare.curve_panel(figure, box, title, ylabel, x, panel, limits, 16, xlabel)
+    compare.legend(figure, methods, (1575, 1605), 1615, 17)
     figure.save(path)
 
 
@@ -305,12 +358,14 @@ def _guidance_parts(ev: Evaluation) -> list[tuple]:
             ("exact jumps", "perfect student", "", exact),
         ]
         parts.append((title, [f"w = {case.w:g}" for case in cases], rows))
-        title = "A student distilled at w' = 5, tuned to the teacher's w (Eq. 13; Fig. 6b)"
-        cases = [Case(k, w=w, tune=W_HIGH) for w in W_ADDED]
-        cells = _cells(ev, "tdd", [Case(k)], "w'=5")
-        cells += _cells(ev, "tdd", cases, "w'=5", "rmse_teacher")
+        title = "Students distilled at w' = 5, tuned to the teacher's w (Eqs. 13, 14; Fig. 6b)"
+        cases, rows = [Case(k, w=w, tune=W_HIGH) for w in W_ADDED], []
+        for method, variant in dict.fromkeys((m, v) for m, v, case, _ in ev.rows if case.tune):
+            cells = _cells(ev, method, [Case(k)], variant)
+            cells += _cells(ev, method, cases, variant, "rmse_teacher")
+            rows.append((NAMES[method], variant, method, cells))
         exact = [(ev.reference(Case(1), 0.0, w)[0], "") for w in (W_HIGH, *W_ADDED)]
-        rows = [("TDD, w' = 5", "Eq. 13", "tdd", cells), ("teacher's ODE", "at that w", "", exact)]
+        rows.append(("teacher's ODE", "at that w", "", exact))
         parts.append((title, ["as distilled", *(f"to w = {w:g}" for w in W_ADDED)], rows))
     if "tdd" in ev.methods:
         # C cuts at the box that holds the data; guided samples that overshoot are what it is for.
