@@ -297,7 +297,7 @@ def test_second_run_uses_what_is_there(runs, data, monkeypatch, capsys):
     assert tables[0] == tables[1]
     # With noise between the steps the teacher has no samples of its many steps.
     noisy = out[out.index("frechet_teacher at gamma = 0.2") :]
-    assert out.count("teacher, 10 steps") == 5 and "teacher, 10 steps" not in noisy
+    assert out.count("teacher, 10 steps") == 6 and "teacher, 10 steps" not in noisy
 
 
 @pytest.mark.parametrize(
@@ -503,8 +503,9 @@ def test_rows_are_what_the_samples_give(runs, data):
         images, _ = cifar_data.read_split(data, train=True)
         train, _ = read(images)
         few = samples_of(output, "tdd", k=4, gamma=0.0, w=0.0, clip_steps=4)
-        many = samples_of(output, "teacher", k=10)
-        (features, logits), (reference, _) = read(few), read(many)
+        many = samples_of(output, "teacher", k=10, seed=1_000_000)
+        others = samples_of(output, "teacher", k=10, seed=1_000_020)
+        (features, logits), (reference, _), (unpaired, _) = read(few), read(many), read(others)
     scale = (np.trace(np.cov(train.T)) / 100) ** 0.5
     case = {"method": "tdd", "k": 4, "gamma": 0.0, "w": 0.0, "clip_steps": 4}
     (row,) = [row for row in metrics["rows"] if case.items() <= row.items()]
@@ -512,12 +513,23 @@ def test_rows_are_what_the_samples_give(runs, data):
     want = {
         "frechet_data": frechet_by_definition(features / scale, train / scale),
         "frechet_teacher": frechet_by_definition(features / scale, reference / scale),
+        "frechet_unpaired": frechet_by_definition(features / scale, unpaired / scale),
         "accuracy": np.mean(logits.argmax(1) == labels),
         "rmse": np.sqrt(np.mean(((few.double() - many.double()) / 127.5).numpy() ** 2)),
     }
     for name, value in want.items():
         # 20 pictures leave a covariance of 256 features singular: square roots of rounding errors.
         assert row[name]["value"] == pytest.approx(value, rel=2e-3, abs=2e-3), name
+    # The floor of unpaired distances is the teacher's own, from the other noise.
+    (floor,) = [row for row in metrics["rows"] if row["method"] == "other_seeds"]
+    expected = frechet_by_definition(unpaired / scale, reference / scale)
+    assert floor["frechet_teacher"]["value"] == pytest.approx(expected, rel=2e-3, abs=2e-3)
+    # With noise a student is compared with exact jumps between the same noise.
+    (noisy,) = [r for r in metrics["rows"] if (case | {"gamma": 0.2}).items() <= r.items()]
+    noisy_samples = samples_of(output, "tdd", k=4, gamma=0.2, w=0.0, clip_steps=4)
+    exact = samples_of(output, "teacher", k=4, gamma=0.2, exact=True)
+    error = np.sqrt(np.mean(((noisy_samples.double() - exact.double()) / 127.5).numpy() ** 2))
+    assert noisy["rmse"]["value"] == pytest.approx(error)
     # The table is the rows in print.
     line = next(line for line in printed.splitlines() if line.startswith("tdd "))
     assert f"{row['frechet_teacher']['value']:.3f}" in line
