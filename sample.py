@@ -24,7 +24,7 @@ from tqdm import tqdm
 from common import cli, files
 from common.pictures import open_image, save_grid, to_images
 from sdxl import pipeline, png
-from sdxl.load import SDXL, ModelPaths, load_controlnet, load_sdxl
+from sdxl.load import SDXL, ModelPaths, component_files, load_controlnet, load_sdxl
 from sdxl.pipeline import DTYPES, SCHEDULES, SamplerConfig
 from sdxl.recipe import read_recipe
 from sdxl.weights import find_lora, find_weights, use_exact_float32
@@ -69,38 +69,40 @@ def check(args) -> None:
 
 def read_headers(args) -> None:
     """Fill in FROM_HEADER's flags, and the g' of a bare --tune-guidance; a line says from where."""
-    paths = [find_lora(split_scale(entry)[0]) for entry in args.lora]
+    paths = [split_scale(entry)[0] for entry in args.lora]
     if args.unet is not None:
         paths += find_weights(args.unet) if args.unet.is_dir() else [args.unet]
     recipes = [read_recipe(path, files.read_tensors(path)[1]) for path in paths]
     used = []
     for name, default in {**FROM_HEADER, "tune_guidance": None}.items():
         values = sorted({recipe[name] for recipe in recipes if name in recipe})
-        flag, asked = name.replace("_", "-"), getattr(args, name, None)
-        # Weights that were trained for another f would be sampled wrongly without a word.
-        if name == "tcf" and asked and values and values != [asked]:
-            trained = " and ".join(values)
-            raise ValueError(
-                f"--lora or --unet was trained with --tcf {trained}: sample it with that"
-            )
+        asked = getattr(args, name, None)
+        # K's range matters to the other schedule alone.
+        if name in ("kmin", "kmax") and args.schedule == "equidistant":
+            values = []
         if asked == FROM_LORA or (asked is None and name != "tune_guidance"):
-            value = single_value(flag, values, default)
+            value = single_value(name, values, default)
             setattr(args, name, value)
             if values:
-                used.append(f"{flag} {value}")
+                used.append(f"{name.replace('_', '-')} {value}")
+        # Weights that were trained for another f would be sampled wrongly without a word.
+        elif name == "tcf" and single_value(name, values, asked) != asked:
+            raise ValueError(
+                f"--lora or --unet was trained with --tcf {values[0]}: sample it with that"
+            )
     if used:
         print(f"from the header of {', '.join(path.name for path in paths)}: {', '.join(used)}")
 
 
-def single_value(flag: str, values: list, default):
+def single_value(name: str, values: list, default):
     """What all headers say, or the default; ValueError if they differ, or if there is neither."""
+    flag = f"--{name.replace('_', '-')}"
     if len(values) > 1:
-        differ = " and ".join(map(str, values))
-        raise ValueError(
-            f"--lora and --unet were trained for {differ}: give --{flag}, or one of them"
-        )
+        hint = "one of them" if name in ("tcf", "kmin", "kmax") else flag
+        trained = " and ".join(map(str, values))
+        raise ValueError(f"--lora and --unet were trained for {trained}: give {hint}")
     if not values and default is None:
-        raise ValueError(f"--{flag}: no header says a value: give it as a number")
+        raise ValueError(f"{flag}: no header says a value: give it as a number")
     return values[0] if values else default
 
 
@@ -138,17 +140,16 @@ def build_network(args) -> tuple[SDXL, object, list[nn.Module]]:
     # Read before the model is loaded, so that a bad image is refused at once.
     images = [control_pixels(path, args.width, args.height) for path in args.control_image]
     use_exact_float32(dtype)
-    loras = [(find_lora(path), scale) for path, scale in map(split_scale, args.lora)]
+    loras = [split_scale(entry) for entry in args.lora]
     model, network = load_student(model_paths(args), loras, args.tcf, args.steps, dtype, home)
-    controlnets = [load_controlnet(path, model.unet.config, dtype) for path in args.controlnet]
-    if controlnets:
-        for controlnet in controlnets:
-            controlnet.to(home, memory_format=torch.channels_last)
-        scales = args.control_scale or [1.0] * len(images)
-        images = [pixels.to(args.device) for pixels in images]
-        controls = list(zip(controlnets, images, scales, strict=True))
+    denoisers, controls = [model.unet], []
+    scales = args.control_scale or [1.0] * len(images)
+    for path, pixels, scale in zip(args.controlnet, images, scales, strict=True):
+        controlnet = load_controlnet(path, model.unet.config, dtype)
+        denoisers.append(controlnet.to(home, memory_format=torch.channels_last))
+        controls.append((controlnet, pixels.to(args.device), scale))
+    if controls:
         network = pipeline.with_controlnets(network, controls)
-    denoisers = [model.unet, *controlnets]
     if args.compile:
         for module in denoisers:
             pipeline.compile_blocks(module)
@@ -171,15 +172,18 @@ def control_pixels(path: Path, width: int, height: int) -> Tensor:
 
 
 def split_scale(entry: str) -> tuple[Path, float]:
-    """PATH or PATH:SCALE; a colon that no number follows belongs to the path, as on Windows."""
+    """The file and scale of --lora PATH or PATH:SCALE.
+
+    A colon that no number follows belongs to the path, as on Windows.
+    """
     path, _, scale = entry.rpartition(":")
     try:
         weight = float(scale) if path else 1.0
     except ValueError:
-        return Path(entry), 1.0
+        path, weight = entry, 1.0
     if not math.isfinite(weight):
         raise ValueError(f"--lora {entry}: the scale is {weight}")
-    return Path(path or entry), weight
+    return find_lora(Path(path or entry)), weight
 
 
 def expand_prompts(prompts: list[str] | None, file: Path | None, num_images: int) -> list[str]:
@@ -193,13 +197,13 @@ def read_contents(args) -> dict[str, str]:
     contents = model_paths(args).fingerprints(DTYPES[args.dtype])
     for i, entry in enumerate(args.lora):
         path, scale = split_scale(entry)
-        content = files.fingerprint(find_lora(path))
+        content = files.fingerprint(path)
         # By mistake, more likely than not, and twice as strong without a word.
         if any(other.startswith(content) for other in contents.values()):
             raise ValueError(f"--lora {path} is given twice: give it once, with the scales' sum")
         contents[f"lora {i + 1}"] = f"{content}:{scale:g}"
     for i, path in enumerate(args.controlnet):
-        paths = [path / "config.json", *find_weights(path)] if path.is_dir() else [path]
+        paths = component_files(path, DTYPES[args.dtype])
         contents[f"controlnet {i + 1}"] = files.fingerprint(*paths)
     for i, path in enumerate(args.control_image):
         contents[f"control image {i + 1}"] = files.fingerprint(path)

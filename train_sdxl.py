@@ -114,6 +114,7 @@ def build_settings(args) -> dict[str, str]:
     if args.init is not None:
         contents["init"] = files.fingerprint(args.init)
     settings = {name: str(value) for name, value in vars(args).items()}
+    settings["examples from"] = "--data" if args.cache is None else "--cache"
     return settings | {f"content of {name}": content for name, content in contents.items()}
 
 
@@ -205,7 +206,8 @@ def build_data(args) -> DataConfig:
     if args.cache is not None:
         parts = model_paths(args).fingerprints(DTYPES[args.dtype])
         # Nothing of these is in a cache.
-        settings |= {name: parts[name] for name in parts if name not in ("unet", "scheduler")}
+        names = [name for name in parts if name not in ("unet", "scheduler")]
+        settings |= {f"content of {name}": parts[name] for name in names}
     return DataConfig(
         data=args.data, is_prompts=args.method == "tdm", cache=args.cache, settings=settings,
         resolution=args.resolution, min_size=min_size, batch_size=args.batch_size, seed=args.seed,

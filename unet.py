@@ -68,7 +68,7 @@ class UNetConfig:
             entry(config, "layers_per_block", range(1, 9)), entry(config, "norm_num_groups"),
             entry(config, "cross_attention_dim"), entry(config, "addition_time_embed_dim"),
             entry(config, "projection_class_embeddings_input_dim"),
-            entry({"scalar": "", **config}, "scalar", ("", "target_time", "num_steps")),
+            entry({"scalar": "", **config}, "scalar", ("", "target_time")),
         )  # fmt: skip
 
 
@@ -92,9 +92,8 @@ def check_config(config: dict, family: str, required: dict, default: dict) -> No
     """ValueError unless all values are as they must be; those in `default` may be left out."""
     for name, value in {**required, **default}.items():
         actual = config.get(name, default.get(name))
-        # 1 is not true, and in diffusers null is false.
-        pair = [False if x is None else x for x in (actual, value)]
-        if pair[0] != pair[1] or isinstance(pair[0], bool) != isinstance(pair[1], bool):
+        # In diffusers null is false.
+        if (False if actual is None else actual) != (False if value is None else value):
             raise ValueError(f"not {family}: {name} is {reprlib.repr(actual)}, not {value!r}")
 
 

@@ -42,6 +42,8 @@ def run(main, parser: Parser) -> None:
     except (ValueError, OSError, SafetensorError) as problem:
         sys.exit(_print_error(problem))
     except (RuntimeError, MemoryError) as problem:
+        if "Connection closed by peer" in str(problem):
+            sys.exit(_print_error("another process of this run has ended, and says why"))
         if not is_out_of_memory(problem):
             raise
         sys.exit(_print_error(f"out of memory: {memory_advice(parser)} ({problem})"))

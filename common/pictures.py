@@ -112,13 +112,10 @@ def _srgb_transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | N
     srgb = ImageCms.createProfile("sRGB")
     transform = ImageCms.buildTransform(source, srgb, mode, "RGB")
     # Most profiles are sRGB's under one name or another, and a photo takes a tenth of a second.
-    steps = np.linspace(0, 255, 17).round().astype(np.uint8)
-    probe = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
-    if mode == "L":
-        probe = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, 2)
-    if mode != "CMYK":
-        colours = Image.fromarray(probe)
-        changed = np.asarray(transform.apply(colours.convert(mode)), int)
+    if mode == "RGB":
+        steps = np.linspace(0, 255, 17).round().astype(np.uint8)
+        probe = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
+        changed = np.asarray(transform.apply(Image.fromarray(probe)), int)
         if np.abs(changed - probe).max() <= 1:
             return mode, None
     return mode, transform

@@ -15,7 +15,8 @@ from unet import UNetConfig
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT_1, TEXT_2 = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 IGNORED = re.compile(
-    r"position_ids$|logit_scale$|^denoiser\.sigmas$|^model_ema\.|^betas$|alphas_cumprod"
+    r"position_ids$|logit_scale$|^denoiser\.sigmas$|^betas$|alphas_cumprod"
+    r"|^(first_stage_model\.)?model_ema\.|^first_stage_model\.loss\."
     r"|^conditioner\.embedders\.0\..*text_projection"
 )
 

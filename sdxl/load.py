@@ -11,7 +11,14 @@ from sdxl import keys
 from sdxl.clip import TextConfig, TextEncoder, Tokenizer, check_same, check_vocabulary
 from sdxl.controlnet import ControlNet, ControlNetConfig
 from sdxl.vae import VAE, VAEConfig
-from sdxl.weights import HALF, build_on_meta, find_weights, load_strict, summary
+from sdxl.weights import (
+    HALF,
+    build_on_meta,
+    check_prediction,
+    find_weights,
+    load_strict,
+    summary,
+)  # fmt: skip
 from unet import UNet, UNetConfig
 
 
@@ -25,40 +32,50 @@ def read_config(folder: Path, config_cls):
         raise ValueError(f"{path}: {problem}") from None
 
 
+def component_files(path: Path, dtype=None) -> list[Path]:
+    """The files of a component, a folder or one file, that are read to compute in dtype."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    return [path / "config.json", *find_weights(path, dtype in HALF)] if path.is_dir() else [path]
+
+
+def read_weights(path: Path, dtype=None) -> tuple[Path, dict[str, Tensor]]:
+    """A component's tensors, and the file or folder to name in messages."""
+    tensors, files = {}, component_files(path, dtype)
+    weights = files[1:] or files
+    for file in weights:
+        tensors |= read_tensors(file)[0]
+    return weights[0] if len(weights) == 1 else path, tensors
+
+
 def load_component(folder: Path, cls, config_cls, dtype=None) -> nn.Module:
     """One component of a published folder, a `cls` of the sizes in its config.json."""
-    config, tensors = read_config(folder, config_cls), {}
-    paths = find_weights(folder, dtype in HALF)
-    for path in paths:
-        tensors |= read_tensors(path)[0]
+    config = read_config(folder, config_cls)
+    source, tensors = read_weights(folder, dtype)
     # Transformers 5 writes the first encoder without the prefix that published folders have.
     if cls is TextEncoder and "final_layer_norm.weight" in tensors:
         tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
     # A buffer of older libraries: 0, 1, 2, ..
     tensors = {k: v for k, v in tensors.items() if not k.endswith("position_ids")}
-    source = paths[0] if len(paths) == 1 else folder
     return load_strict(build_on_meta(cls, config), tensors, source, dtype)
 
 
-# ------------------------------------------------------------------------------- what is predicted
-#
-# Models that predict v, or were trained on another noise schedule, have SDXL's very tensors: with
-# eps and SDXL's schedule their pictures would be noise.
+# ------------------------------------------------------------------------------- noise schedule
 
 SCHEDULER = {
     "prediction_type": "epsilon", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
     "beta_end": 0.012, "num_train_timesteps": 1000, "trained_betas": None,
     "rescale_betas_zero_snr": False,
 }  # fmt: skip
-V_MARKERS = ("v_pred", "ztsnr", "edm_vpred.", "edm_mean")
 
 
 def check_scheduler(path: Path) -> None:
     """ValueError if a scheduler_config.json is not that of eps-prediction on SDXL's schedule."""
     content = read_json(path)
     for name, expected in SCHEDULER.items():
-        if (actual := content.get(name, expected)) != expected:
-            kind = "v-prediction" if "v" in str(actual) else "another noise schedule than SDXL's"
+        actual = content.get(name)
+        if actual is not None and actual != expected:
+            kind = "v-prediction" if actual == "v_prediction" else "another noise schedule"
             raise ValueError(
                 f"{path}: {name} is {actual!r}, not {expected!r}: this model is of {kind}; "
                 "only eps-prediction on SDXL's schedule is supported"
@@ -68,51 +85,40 @@ def check_scheduler(path: Path) -> None:
         raise ValueError(f"{path}: {kind} is for another kind of diffusion than SDXL's")
 
 
-def check_prediction(path: Path, tensors, metadata: dict[str, str]) -> None:
-    """ValueError if a single file says, in its header or by a marker, that it does not predict eps.
-
-    tensors: their names.
-    """
-    kind = metadata.get("modelspec.prediction_type", "epsilon")
-    markers = [name for name in tensors if name.startswith(V_MARKERS)]
-    if markers or kind not in ("epsilon", "eps", ""):
-        reason = f"it holds {markers[0]!r}" if markers else f"its header says {kind!r}"
-        raise ValueError(
-            f"{path} is a v-prediction model or the like ({reason}): only eps-prediction is "
-            "supported"
-        )
-
-
 # ------------------------------------------------------------------------------------ single files
 
 
-def read_checkpoint(path: Path, prefix: str, first: str) -> dict[str, Tensor]:
-    """A single file's tensors; where its names begin at `first`, with the prefix before them."""
-    tensors, metadata = read_tensors(path)
-    check_prediction(path, tensors, metadata)
+def part_of(tensors: dict[str, Tensor], prefix: str, first: str) -> dict[str, Tensor]:
+    """A single file's tensors below a prefix.
+
+    A file of that part alone has no prefix: its names begin at `first`, or are ours.
+    """
     if any(name.startswith(first) for name in tensors):
-        tensors = {prefix + name: tensor for name, tensor in tensors.items()}
-    return tensors
+        return {prefix + name: tensor for name, tensor in tensors.items()}
+    part = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return part or tensors
 
 
-def build_original(
-    cls, config, prefix: str, table: dict[str, str], tensors: dict, path: Path, dtype
-) -> tuple[nn.Module, set[str]]:
-    """A component from its part of the tensors with original names, and the names it used."""
+def build_original(cls, config, prefix, table, tensors: dict, path: Path, dtype) -> nn.Module:
+    """A component from its part of the tensors with original names.
+
+    ValueError for a tensor below the prefix that it has no place for: it may be of another model.
+    """
     module, weights, used = build_on_meta(cls, config), {}, set()
     for name in module.state_dict():
         key = prefix + keys.to_original_key(name, table)
         if key in tensors:
             weights[name] = keys.convert_tensor(tensors, name, key)
             used.add(key)
-    return load_strict(module, weights, path, dtype), used
+    load_strict(module, weights, path, dtype)
+    check_unused(path, {name for name in tensors if name.startswith(prefix)} - used)
+    return module
 
 
-def check_used(path: Path, tensors, used: set[str]) -> None:
-    """ValueError if a file has tensors that no component used: they may make it another model."""
-    unused = sorted(k for k in tensors if k not in used and not keys.IGNORED.search(k))
-    if unused:
-        raise ValueError(f"{path} holds {summary('tensors unknown to SDXL', unused)}")
+def check_unused(path: Path, names: set[str]) -> None:
+    """ValueError if some of the tensors that no component uses are not known as harmless."""
+    if unknown := sorted(name for name in names if not keys.IGNORED.search(name)):
+        raise ValueError(f"{path} holds {summary('tensors unknown to SDXL', unknown)}")
 
 
 def load_unet(path: Path, like: UNetConfig, dtype=None) -> UNet:
@@ -121,65 +127,63 @@ def load_unet(path: Path, like: UNetConfig, dtype=None) -> UNet:
     Its names are ours or the original ones; of a whole checkpoint the UNet alone is read.
     """
     if path.is_dir():
+        # A published model's folder says there what its UNet predicts.
+        scheduler = path.parent / "scheduler" / "scheduler_config.json"
+        if scheduler.exists():
+            check_scheduler(scheduler)
         return load_component(path, UNet, UNetConfig, dtype)
-    tensors = read_checkpoint(path, keys.UNET, "input_blocks.")
-    if keys.UNET + "input_blocks.0.0.weight" not in tensors:
-        kind = "target_time" if "scalar_embedding.linear_1.weight" in tensors else ""
-        return load_strict(build_on_meta(UNet, replace(like, scalar=kind)), tensors, path, dtype)
-    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(keys.UNET)}
-    table = keys.unet_modules(like)
-    unet, used = build_original(UNet, like, keys.UNET, table, tensors, path, dtype)
-    check_used(path, tensors, used)
-    return unet
+    tensors, header = read_tensors(path)
+    check_prediction(path, tensors, header)
+    tensors = part_of(tensors, keys.UNET, "input_blocks.")
+    if keys.UNET + "input_blocks.0.0.weight" in tensors:
+        table = keys.unet_modules(like)
+        return build_original(UNet, like, keys.UNET, table, tensors, path, dtype)
+    kind = "target_time" if "scalar_embedding.linear_1.weight" in tensors else ""
+    return load_strict(build_on_meta(UNet, replace(like, scalar=kind)), tensors, path, dtype)
 
 
 def load_vae(path: Path) -> VAE:
     """A float32 VAE from a folder or a single file, in diffusers' names or the original ones."""
     if path.is_dir():
         return load_component(path, VAE, VAEConfig, torch.float32)
-    tensors = read_checkpoint(path, keys.VAE, "encoder.down.")
-    if keys.VAE + "encoder.conv_in.weight" not in tensors:
-        return load_strict(build_on_meta(VAE, VAEConfig()), tensors, path, torch.float32)
-    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(keys.VAE)}
-    config = infer(path, keys.infer_vae_config, tensors)
-    table = keys.vae_modules(config)
-    vae, used = build_original(VAE, config, keys.VAE, table, tensors, path, torch.float32)
-    check_used(path, tensors, used)
-    return vae
-
-
-def load_controlnet(path: Path, like: UNetConfig, dtype=None) -> ControlNet:
-    """A ControlNet for the UNet `like`, from a folder or a single file with diffusers' names."""
-    if path.is_dir():
-        try:
-            read_config(path, ControlNetConfig).check_fits(like)
-        except ValueError as problem:
-            raise ValueError(f"{path} does not fit the model: {problem}") from None
-        return load_component(path, ControlNet, ControlNetConfig, dtype)
-    tensors, _ = read_tensors(path)
-    for mark, kind in CONTROL_KINDS.items():
-        if any(name.startswith(mark) for name in tensors):
-            raise ValueError(f"{path} is {kind}: only ControlNets in diffusers' names are read")
-    config = ControlNetConfig(**vars(like) | {"scalar": ""})
-    return load_strict(build_on_meta(ControlNet, config), tensors, path, dtype)
+    tensors = part_of(read_tensors(path)[0], keys.VAE, "encoder.down.")
+    if keys.VAE + "encoder.conv_in.weight" in tensors:
+        config = infer(path, keys.infer_vae_config, tensors)
+        table = keys.vae_modules(config)
+        return build_original(VAE, config, keys.VAE, table, tensors, path, torch.float32)
+    return load_strict(build_on_meta(VAE, VAEConfig()), tensors, path, torch.float32)
 
 
 CONTROL_KINDS = {
     "lora_controlnet": "a Control-LoRA", "task_embedding": "a ControlNet-Union",
     "lllite_": "a ControlNet-LLLite", "control_model.": "a ControlNet in the original names",
     "input_hint_block.": "a ControlNet in the original names", "adapter.": "a T2I adapter",
-    "image_proj": "an IP-Adapter",
 }  # fmt: skip
+
+
+def load_controlnet(path: Path, like: UNetConfig, dtype=None) -> ControlNet:
+    """A ControlNet for the UNet `like`, from a folder or a single file with diffusers' names."""
+    config = ControlNetConfig(**vars(like) | {"scalar": ""})
+    if path.is_dir():
+        config = read_config(path, ControlNetConfig)
+        try:
+            config.check_fits(like)
+        except ValueError as problem:
+            raise ValueError(f"{path} does not fit the model: {problem}") from None
+    source, tensors = read_weights(path, dtype)
+    for mark, kind in CONTROL_KINDS.items():
+        if any(name.startswith(mark) for name in tensors):
+            raise ValueError(f"{path} is {kind}: only ControlNets in diffusers' names are read")
+    return load_strict(build_on_meta(ControlNet, config), tensors, source, dtype)
 
 
 def infer(path: Path, function, tensors: dict[str, Tensor]):
     """Sizes read off a single file's shapes; ValueError if it lacks a tensor of SDXL's."""
     try:
         return function(tensors)
-    except KeyError as problem:
-        raise ValueError(f"{path} is no SDXL checkpoint: it has no {problem}") from None
-    except ValueError as problem:
-        raise ValueError(f"{path} is no SDXL checkpoint: {problem}") from None
+    except (KeyError, ValueError) as problem:
+        reason = f"it has no {problem}" if isinstance(problem, KeyError) else problem
+        raise ValueError(f"{path} is no SDXL checkpoint: {reason}") from None
 
 
 # -------------------------------------------------------------------------------------- the model
@@ -213,35 +217,24 @@ class ModelPaths:
     unet: Path | None = None
     vae: Path | None = None
 
-    def files(self, dtype=None) -> dict[str, list[Path]]:
-        """The files of each part that are read to compute in dtype."""
-        half, parts = dtype in HALF, {}
+    def fingerprints(self, dtype=None) -> dict[str, str]:
+        """The content of each part as it is read to compute in dtype: files.fingerprint by part."""
+        parts = {"checkpoint": self.model, "unet": self.unet, "vae": self.vae}
         if self.model.is_dir():
             # The index marks a folder as a model; the components' configs repeat what is in it.
             read_json(self.model / "model_index.json")
+            del parts["checkpoint"]
             for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-                parts[name] = _component_files(getattr(self, name, None) or self.model / name, half)
-        else:
-            parts = {"checkpoint": [self.model]}
-            for name in ("unet", "vae"):
-                if path := getattr(self, name):
-                    parts[name] = _component_files(path, half)
-        tokenizer = self.tokenizer or self.model / "tokenizer"
-        parts["tokenizer"] = [*sorted(tokenizer.glob("*.json")), *tokenizer.glob("merges.txt")]
-        return parts
-
-    def fingerprints(self, dtype=None) -> dict[str, str]:
-        """The content of each part, whatever its path: files.fingerprint by part."""
-        for path in vars(self).values():
-            if path is not None and not path.exists():
-                raise ValueError(f"{path} does not exist")
-        return {name: fingerprint(*paths) for name, paths in self.files(dtype).items()}
-
-
-def _component_files(path: Path, half: bool) -> list[Path]:
-    if not path.exists():
-        raise ValueError(f"{path} is missing: the folder is incomplete, or no SDXL model's")
-    return [path / "config.json", *find_weights(path, half)] if path.is_dir() else [path]
+                parts[name] = parts.get(name) or self.model / name
+        contents = {}
+        for name, path in parts.items():
+            if path is not None:
+                # The VAE computes in float32.
+                files = component_files(path, None if name == "vae" else dtype)
+                contents[name] = fingerprint(*files)
+        folder = self.tokenizer or self.model / "tokenizer"
+        files = [*sorted(folder.glob("*.json")), *folder.glob("merges.txt")]
+        return contents | {"tokenizer": fingerprint(*files)}
 
 
 def load_sdxl(paths: Path | ModelPaths, tokenizer: Path | None = None, dtype=None) -> SDXL:
@@ -277,8 +270,6 @@ def load_sdxl(paths: Path | ModelPaths, tokenizer: Path | None = None, dtype=Non
 def _load_folder(paths: ModelPaths, dtype) -> SDXL:
     path = paths.model
     read_json(path / "model_index.json")
-    if (scheduler := path / "scheduler" / "scheduler_config.json").exists():
-        check_scheduler(scheduler)
     like = read_config(path / "unet", UNetConfig)
     tokenizer = Tokenizer.from_folder(paths.tokenizer or path / "tokenizer")
     if paths.tokenizer is None and (path / "tokenizer_2").is_dir():
@@ -296,20 +287,21 @@ def _load_file(paths: ModelPaths, dtype) -> SDXL:
     path = paths.model
     if paths.tokenizer is None:
         raise ValueError(f"{path} holds no tokenizer: name a folder with --tokenizer")
-    tensors = read_checkpoint(path, keys.UNET, "input_blocks.")
-    unet_config, text_1, text_2 = infer(path, keys.infer_configs, tensors)
+    tensors, _ = read_tensors(path)
+    # Some converters leave the projection as transformers has it.
+    if (projection := keys.TEXT_2 + "text_projection.weight") in tensors:
+        tensors[keys.TEXT_2 + "text_projection"] = tensors.pop(projection).T
+    like, text_1, text_2 = infer(path, keys.infer_configs, tensors)
     if paths.vae is None and keys.VAE + "encoder.conv_in.weight" not in tensors:
         raise ValueError(f"{path} holds no VAE: name one with --vae")
-    unet, used = build_original(
-        UNet, unet_config, keys.UNET, keys.unet_modules(unet_config), tensors, path, dtype
+    unet = load_unet(paths.unet or path, like, dtype)
+    known = (keys.UNET, keys.VAE, keys.TEXT_1, keys.TEXT_2)
+    check_unused(path, {name for name in tensors if not name.startswith(known)})
+    table = keys.text_modules(text_2)
+    return SDXL(
+        unet=unet,
+        vae=load_vae(paths.vae or path),
+        encoder_1=build_original(TextEncoder, text_1, keys.TEXT_1, {}, tensors, path, dtype),
+        encoder_2=build_original(TextEncoder, text_2, keys.TEXT_2, table, tensors, path, dtype),
+        tokenizer=Tokenizer.from_folder(paths.tokenizer),
     )
-    encoder_1, used_1 = build_original(TextEncoder, text_1, keys.TEXT_1, {}, tensors, path, dtype)
-    encoder_2, used_2 = build_original(
-        TextEncoder, text_2, keys.TEXT_2, keys.text_modules(text_2), tensors, path, dtype
-    )
-    in_vae = {name for name in tensors if name.startswith(keys.VAE)}
-    check_used(path, tensors, used | used_1 | used_2 | in_vae)
-    if paths.unet is not None:
-        unet = load_unet(paths.unet, unet_config, dtype)
-    vae, tokenizer = load_vae(paths.vae or path), Tokenizer.from_folder(paths.tokenizer)
-    return SDXL(unet, vae, encoder_1, encoder_2, tokenizer)

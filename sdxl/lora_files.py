@@ -12,7 +12,7 @@ from tqdm import tqdm
 from common import files
 from sdxl import keys, lora_kinds, lora_peft
 from sdxl.lora import Adapter, LoRA, named_layers
-from sdxl.weights import find_lora, load_strict, summary
+from sdxl.weights import HALF, find_lora, load_strict, summary
 from unet import ScalarEmbedding, UNet, UNetConfig
 
 # The start of a layer's name in kohya's naming, and in ComfyUI's for whole models.
@@ -42,9 +42,6 @@ PART = re.compile(
 RAW_PEFT = "base_model.model."
 # The oldest diffusers files hold attention processors: .processor.to_out_lora.up.weight
 PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)")
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# Read as float32, which torch computes with.
-OTHER_FLOATS = (torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module) -> list[LoRA]:
@@ -141,35 +138,34 @@ def _layer_spellings(bases: dict[str, nn.Module]) -> dict[str, tuple[str, str]]:
 
 def _build_adapters(path: Path, base: nn.Module, groups: dict, content: dict) -> dict[str, Adapter]:
     """One component's adapters by layer, for its base as it is; content: PEFT's settings."""
-    settings = lora_peft.parse_settings(f"{path} by PEFT's settings", content, list(groups))
-    layers, adapters, start = named_layers(base), {}, settings.start
-    if start:
-        _check_convertible(path, {name: layers[name].weight for name in groups}, start)
+    layers, matrices, adapters = named_layers(base), {}, {}
+    for name, parts in groups.items():
+        matrices[name] = _read_matrices(f"{path}: {name}", layers[name], parts)
+    ranks = {name: len(down) for name, (down, _) in matrices.items()}
+    alphas, start = lora_peft.parse_settings(f"{path} by PEFT's settings", content, ranks)
     # A large layer's singular value decomposition takes a second on a CPU.
     for name, parts in tqdm(groups.items(), f"{path.name} from {start}", disable=not start):
-        source, layer = f"{path}: {name}", layers[name]
-        down, up = _read_matrices(source, layer, parts)
-        rank = len(down)
-        alpha = settings.alpha_of(name, rank)
+        alpha = alphas.get(name, ranks[name])
         if "alpha" in parts:
-            alpha = _read_alpha(source, parts["alpha"])
-        adapters[name] = Adapter(down, up, rank if alpha is None else alpha)
+            alpha = _read_alpha(f"{path}: {name}", parts["alpha"])
+        adapters[name] = Adapter(*matrices[name], alpha)
         if start:
-            adapters[name] = lora_peft.subtract_start(adapters[name], layer.weight, start)
+            weight = layers[name].weight
+            _check_convertible(f"{path}: {name}", weight, start)
+            adapters[name] = lora_peft.subtract_start(adapters[name], weight, start)
     return adapters
 
 
-def _check_convertible(path: Path, weights: dict[str, Tensor], start: str) -> None:
-    """ValueError unless a LoRA that began this way can be converted with the help of its base."""
-    for name, weight in weights.items():
-        if weight.ndim != 2:
-            raise ValueError(f"{path}: {name} is a convolution, which PEFT cannot begin as {start}")
-        # Rounding to half precision moves W's singular vectors by as much as a LoRA's effect.
-        if weight.dtype != torch.float32:
-            raise ValueError(
-                f"{path} began as {start} of its base's weights, which must be in float32 to "
-                "convert it: sample it with --dtype float32"
-            )
+def _check_convertible(source: str, weight: Tensor, start: str) -> None:
+    """ValueError unless an adapter that began this way can be converted with its layer's weight."""
+    if weight.ndim != 2:
+        raise ValueError(f"{source} is a convolution, which PEFT cannot begin as {start}")
+    # Rounding to half precision moves W's singular vectors by as much as a LoRA's effect.
+    if weight.dtype != torch.float32:
+        raise ValueError(
+            f"{source} began as {start} of its base's weight, which must be in float32 to convert "
+            "it: sample with --dtype float32"
+        )
 
 
 def _read_matrices(source: str, layer: nn.Module, parts: dict) -> tuple[Tensor, Tensor]:
@@ -181,9 +177,10 @@ def _read_matrices(source: str, layer: nn.Module, parts: dict) -> tuple[Tensor, 
         raise ValueError(f"{source} has an up or a down matrix only: the file is incomplete")
     matrices = []
     for tensor in (parts["down"], parts["up"]):
-        if tensor.dtype not in FLOATS + OTHER_FLOATS:
+        if not tensor.is_floating_point():
             raise ValueError(f"{source} is {tensor.dtype}: quantised LoRAs are not read")
-        tensor = tensor.float() if tensor.dtype in OTHER_FLOATS else tensor
+        # Torch does not compute with eight bits.
+        tensor = tensor if tensor.dtype in HALF else tensor.float()
         # Some tools write linear layers as 1x1 convolutions, others the other way round.
         is_matrix = tensor.ndim == 4 and tensor.shape[2:] == (1, 1)
         matrices.append(tensor.flatten(1) if is_matrix else tensor)
@@ -193,9 +190,7 @@ def _read_matrices(source: str, layer: nn.Module, parts: dict) -> tuple[Tensor, 
     rank = down.shape[0] if down.ndim else 0
     if not rank or list(down.shape[1:]) != expected or list(up.shape) != [out, rank]:
         sizes = f"{tuple(up.shape)} x {tuple(down.shape)}, its layer {tuple(layer.weight.shape)}"
-        is_prompt = down.ndim == 2 and source.endswith((".attn2.to_k", ".attn2.to_v"))
-        family = lora_kinds.WIDTHS.get(down.shape[1], "") if is_prompt else ""
-        raise ValueError(f"{source} is {sizes}: a LoRA for {family or 'another model'}")
+        raise ValueError(f"{source} is {sizes}: a LoRA for another model")
     return down.reshape(rank, *fan_in), up.reshape(out, rank, *[1] * (len(fan_in) - 1))
 
 
@@ -252,7 +247,7 @@ def write_kohya(path: Path, lora: LoRA, **metadata: str) -> None:
     Layers have the names of the original code, which sd-scripts knows alone; AUTOMATIC1111, ComfyUI
     and diffusers read them too.
     """
-    tensors, ranks, conv_ranks = {}, set(), set()
+    tensors, ranks = {}, set()
     # Sizes do not matter for the names, and the arrangement of blocks is the same in all of SDXL.
     original = keys.unet_modules(UNetConfig())
     for name, adapter in lora.adapters.items():
@@ -262,17 +257,8 @@ def write_kohya(path: Path, lora: LoRA, **metadata: str) -> None:
         tensors[f"{key}.lora_up.weight"] = adapter.scale * adapter.up
         tensors[f"{key}.alpha"] = torch.tensor(float(rank))
         ranks.add(rank)
-        if adapter.down.shape[2:] == (3, 3):
-            conv_ranks.add(rank)
     title = f"{metadata.get('tdd_method', '').upper()} LoRA".strip()
-    header = KOHYA_HEADER | {"modelspec.title": title}
-    header["ss_network_dim"] = header["ss_network_alpha"] = _shared_rank(ranks)
-    if conv_ranks:
-        conv_rank = _shared_rank(conv_ranks)
-        header["ss_network_args"] = json.dumps({"conv_dim": conv_rank, "conv_alpha": conv_rank})
-    files.write_tensors(path, tensors, format="pt", **header | metadata)
-
-
-def _shared_rank(ranks: set[int]) -> str:
-    """The rank of all layers as sd-scripts writes it."""
-    return str(min(ranks)) if len(ranks) == 1 else "Dynamic"
+    # One number for all layers, or sd-scripts' word for several.
+    rank = str(*ranks) if len(ranks) == 1 else "Dynamic"
+    header = {"modelspec.title": title, "ss_network_dim": rank, "ss_network_alpha": rank}
+    files.write_tensors(path, tensors, format="pt", **KOHYA_HEADER | header | metadata)

@@ -5,8 +5,7 @@ They stand in the file's header, where diffusers writes them, or in adapter_conf
 
 import json
 import re
-import time
-from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -17,20 +16,12 @@ from sdxl.lora import Adapter
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 # Settings under which an adapter is more than alpha / rank * up @ down.
-VARIANTS = {
-    "use_dora": "DoRA", "use_qalora": "QA-LoRA", "use_bdlora": "BD-LoRA", "kasa_config": "KaSA",
-    "arrow_config": "Arrow", "monteclora_config": "MonteCLoRA", "lora_bias": "LoRA with biases",
-    "alora_invocation_tokens": "activated LoRA",
-}  # fmt: skip
+VARIANTS = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "kasa_config", "arrow_config",
+            "monteclora_config", "alora_invocation_tokens")  # fmt: skip
 # init_lora_weights. A start with B_0 A_0 = 0 leaves the base as it is. Others change it to
 # W' = W - s B_0 A_0, so that the file alone says nothing. Two of them can be computed from W.
 PLAIN_STARTS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 EXACT_STARTS = ("pissa", "olora")
-OTHER_STARTS = {
-    "corda": "CorDA", "lora_ga": "LoRA-GA", "pissa_niter": "PiSSA by a randomised SVD",
-    "loftq": "LoftQ",
-}  # fmt: skip
-MATCH_SECONDS = 5.0  # for all layers' names and patterns
 
 
 def read_settings(path: Path, header: dict[str, str], beside: bool) -> dict[str, dict]:
@@ -59,49 +50,29 @@ def read_settings(path: Path, header: dict[str, str], beside: bool) -> dict[str,
     return settings
 
 
-@dataclass(frozen=True)
-class PeftSettings:
-    """One component's settings, checked: alpha and rank by layer, as far as they are known.
+def parse_settings(source: str, content: dict, ranks: dict[str, int]) -> tuple[dict, str]:
+    """A component's alphas by layer, {} if unknown, and how its layers began: see EXACT_STARTS.
 
-    start: one of EXACT_STARTS, or "" where the base stays as it is.
+    ranks: of its layers. scale = alpha / rank. ValueError, beginning with source, for any wrong
+    setting.
     """
-
-    source: str
-    alphas: dict[str, float]
-    ranks: dict[str, float]
-    rank_stabilised: bool
-    start: str
-
-    def alpha_of(self, name: str, rank: int) -> float | None:
-        """A layer's alpha in this code's sense, scale = alpha / rank; None if unknown."""
-        alpha = self.alphas.get(name)
-        if alpha is not None and self.ranks.get(name, rank) != rank:
-            wanted = f"{self.ranks[name]:g}"
-            raise ValueError(f"{self.source}: {name} has rank {rank}, where it says {wanted}")
-        # Rank-stabilised LoRA: alpha / sqrt(rank) instead of alpha / rank.
-        return alpha * rank**0.5 if alpha is not None and self.rank_stabilised else alpha
-
-
-def parse_settings(source: str, content: dict, names: list[str]) -> PeftSettings:
-    """Settings for layers of these names; ValueError, beginning with source, for any wrong one."""
+    if not content:
+        return {}, ""
     kind = _entry(source, content, "peft_type", str, "LORA")
     if kind.upper() != "LORA":
         raise ValueError(f"{source} is of PEFT's {kind[:60]!r}: only plain LoRAs are read")
-    for name, variant in VARIANTS.items():
+    for name in VARIANTS:
         if content.get(name):
-            raise ValueError(f"{source} is no plain LoRA but {variant} ({name})")
-    alpha, rank = None, None
-    if content:
-        # Eight is PEFT's default for both.
-        alpha = _number(f"{source}: its lora_alpha", content.get("lora_alpha", 8))
-        rank = _number(f"{source}: its r", content.get("r", 8))
-    return PeftSettings(
-        source,
-        alphas=_by_layer(source, content, "alpha_pattern", alpha, names),
-        ranks=_by_layer(source, content, "rank_pattern", rank, names),
-        rank_stabilised=_entry(source, content, "use_rslora", bool, False),
-        start=_check_start(source, content.get("init_lora_weights", True)),
-    )
+            raise ValueError(f"{source} is no plain LoRA but one with {name}")
+    alphas = _by_layer(source, content, "lora_alpha", "alpha_pattern", ranks)
+    expected = _by_layer(source, content, "r", "rank_pattern", ranks)
+    for name, rank in ranks.items():
+        if expected[name] != rank:
+            raise ValueError(f"{source}: {name} has rank {rank}, where it says {expected[name]:g}")
+        # Rank-stabilised LoRA: alpha / sqrt(rank) instead of alpha / rank.
+        if _entry(source, content, "use_rslora", bool, False):
+            alphas[name] *= rank**0.5
+    return alphas, _check_start(source, content.get("init_lora_weights", True))
 
 
 def _entry(source: str, content: dict, name: str, kind: type, default=None):
@@ -120,13 +91,12 @@ def _check_start(source: str, init) -> str:
         return ""
     if name in EXACT_STARTS:
         return name
-    kind = next((kind for mark, kind in OTHER_STARTS.items() if name.startswith(mark)), "")
     hint = "convert it with PEFT's save_pretrained(.., path_initial_model_for_weight_conversion=..)"
-    if kind == "LoftQ":
+    if name == "loftq":
         hint = "it fits its quantised base alone"
     raise ValueError(
-        f"{source}: a LoRA that began as {kind or 'something unknown here'} ({_shown(init)}) has "
-        f"its base changed, by what the file does not tell: {hint}"
+        f"{source}: a LoRA that began as {_shown(init)} has its base changed, by what the file "
+        f"does not tell: {hint}"
     )
 
 
@@ -142,40 +112,23 @@ def _number(label: str, value) -> float:
     raise ValueError(f"{label} is {_shown(value)}, not a finite number other than 0")
 
 
-# ---------------------------------------------------------------------------------------- patterns
-#
-# A pattern names layers by the end of their name, as a regular expression; the first that matches
-# counts. Some expressions take exponential time: repeated groups, many repeats or groups in a row.
-
-
-def _by_layer(source: str, content: dict, setting: str, default, names: list[str]) -> dict:
-    """A layer's value by the patterns of a setting; the default, if there is one, elsewhere."""
-    patterns, values, start = [], {}, time.monotonic()
-    for pattern, value in _entry(source, content, setting, dict, {}).items():
-        patterns.append(
-            (_compile(source, setting, pattern), _number(f"{source}: its {setting}", value))
-        )
-    for name in names:
-        values[name] = next((value for p, value in patterns if p.match(name)), default)
-        if time.monotonic() - start > MATCH_SECONDS:
-            raise ValueError(f"{source}: the expressions in its {setting} take too long")
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _compile(source: str, setting: str, pattern: str) -> re.Pattern:
-    label = f"{source}: {pattern[:60]!r} in its {setting}"
-    repeats = len(re.findall(r"[*+?{]", pattern))
-    if (
-        repeats > 3
-        or pattern.count("(") > 2
-        or re.search(r"\)[*+?{]", pattern)
-        or len(pattern) > 500
-    ):
-        raise ValueError(f"{label} is too involved an expression: name the layers")
-    try:
-        return re.compile(rf"(.*\.)?({pattern})$")
-    except (re.error, OverflowError):
-        raise ValueError(f"{label} is no regular expression") from None
+def _by_layer(source: str, content: dict, setting: str, patterns: str, names) -> dict[str, float]:
+    """A layer's value of a setting: by the first pattern that its name ends in, if there is one."""
+    # Eight is PEFT's default for both.
+    default = _number(f"{source}: its {setting}", content.get(setting, 8))
+    values = dict.fromkeys(names, default)
+    # The first counts, so it comes last.
+    for pattern, value in reversed(_entry(source, content, patterns, dict, {}).items()):
+        # For PEFT it is a regular expression, but programs write names, or .* for some of one.
+        if not re.fullmatch(r"\^?(\w|\.\*?)+", pattern):
+            raise ValueError(f"{source}: {pattern[:60]!r} in its {patterns} is not a layer's name")
+        ending = pattern.replace(".*", "*")
+        ending = f".{ending[1:]}" if ending.startswith("^") else f"*.{ending}"
+        value = _number(f"{source}: its {patterns}", value)
+        for name in names:
+            if fnmatchcase(f".{name}", ending):
+                values[name] = value
+    return values
 
 
 # ----------------------------------------------------------------------------------------- starts

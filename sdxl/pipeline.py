@@ -110,13 +110,10 @@ def with_controlnets(network, controls: list[tuple]):
     """
 
     def model(x_t: Tensor, t: Tensor, cond: dict, *scalar: Tensor) -> Tensor:
-        total = None
+        outputs = []
         for controlnet, image, scale in controls:
-            control = controlnet(x_t, t, cond, image.expand(len(x_t), -1, -1, -1), scale)
-            total = (
-                control if total is None else [a + b for a, b in zip(total, control, strict=True)]
-            )
-        return network(x_t, t, cond, *scalar, total)
+            outputs.append(controlnet(x_t, t, cond, image.expand(len(x_t), -1, -1, -1), scale))
+        return network(x_t, t, cond, *scalar, [sum(each) for each in zip(*outputs, strict=True)])
 
     return model
 

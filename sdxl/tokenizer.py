@@ -5,22 +5,22 @@ stand. The rest of a text is split into words, each ending in "</w>", and the by
 merged into the vocabulary's symbols. One vocabulary serves both of SDXL's text encoders.
 """
 
-import heapq
 import re
 import reprlib
 import unicodedata
 from collections.abc import Iterator
-from itertools import count, groupby, pairwise
+from itertools import count, pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from common.files import read_json
-from sdxl.added_tokens import END, SPACES, START, AddedToken, Splitter, read_added_tokens, typed
+from sdxl.added_tokens import END, START, read_added_tokens, split_at, typed
 
 MAX_ID = 2**20  # far beyond any text encoder's embeddings
 CACHED_WORDS = 2**17
+LONGEST_PART = 2**12  # bytes of a word that are merged at a time
 
 # ------------------------------------------------------------------------------------------- words
 #
@@ -30,6 +30,8 @@ CACHED_WORDS = 2**17
 
 LITERAL = "'stremvld"
 WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[stremvldL]+|N|['O]+")
+# Not re's own, which counts the separators U+001C to U+001F as well.
+SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
 # Half a character, as in a file that is not UTF-8 after all.
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -38,23 +40,13 @@ def _character_class(character: str) -> str:
     """L for a letter, N for a number, a space for white space, O for all else, or itself."""
     if character in LITERAL:
         return character
-    if character in SPACES:
-        return " "
-    return {"L": "L", "N": "N"}.get(unicodedata.category(character)[0], "O")
+    return {"L": "L", "N": "N", "Z": " "}.get(unicodedata.category(character)[0], "O")
 
 
 def _normalise(text: str) -> str:
     """The text with composed characters, one space for white space, and lower case."""
-    ordered, characters = [], []
-    # Marks in their canonical order first: of 100,000 others normalize() takes five seconds.
-    for _, run in groupby(text, key=lambda c: unicodedata.combining(c) > 0):
-        ordered += sorted(run, key=unicodedata.combining)
-    for c in unicodedata.normalize("NFC", "".join(ordered)):
-        # One letter at a time: lower() on a whole word treats a sigma at its end differently.
-        c = " " if c in SPACES else c.lower()
-        if c != " " or characters[-1:] != [" "]:
-            characters.append(c)
-    return "".join(characters)
+    # One letter at a time: lower() on a whole word treats a sigma at its end differently.
+    return SPACES.sub(" ", "".join(c.lower() for c in unicodedata.normalize("NFC", text)))
 
 
 def _byte_symbols() -> list[str]:
@@ -72,29 +64,28 @@ def _byte_symbols() -> list[str]:
 class Tokenizer:
     """CLIP's byte-level BPE: lower-case words, each ending in "</w>", merged into known symbols.
 
-    vocab: symbol -> id; merges: pairs of symbols, the earliest first; added: by default start and
-    end, in upper and lower case. Raises ValueError if they are not CLIP's or not of one tokenizer.
-    start and end are the ids of those two.
+    vocab: symbol -> id; merges: pairs of symbols, the earliest first; added: as read_added_tokens
+    has it, by default start and end, in upper and lower case. Raises ValueError if they are not
+    CLIP's or not of one tokenizer. start and end are the ids of those two.
     """
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], added=None):
         if added is None:
-            added = [AddedToken(s, vocab[s], normalized=True) for s in (START, END) if s in vocab]
-        self.vocab = vocab | {token.content: token.id for token in added}
+            added = {s: (vocab[s], True) for s in (START, END) if s in vocab}
+        self.vocab = vocab | {content: i for content, (i, _) in added.items()}
         self.byte_symbols = _byte_symbols()
         _check_vocab(self.vocab)
-        _check_merges(self.vocab, merges, {*self.byte_symbols, *(t.content for t in added)})
+        _check_merges(self.vocab, merges, {*self.byte_symbols, *added})
         self.rank = {pair: i for i, pair in enumerate(merges)}
         self.start, self.end = self.vocab[START], self.vocab[END]
         self.symbols = {i: symbol for symbol, i in self.vocab.items()}
-        self.added = {token.content: token for token in added}
-        # Of two that are the same in lower case the first counts.
-        normalised = {}
-        for token in added:
-            if token.normalized:
-                normalised.setdefault(_normalise(token.content), token)
-        self.split_normalised = Splitter(normalised)
-        self.split_raw = {}  # by padding id
+        self.added, self.raw, self.normalised = added, {}, {}
+        for content, (i, is_normalised) in added.items():
+            if is_normalised:
+                # Of two that are the same in lower case the first counts.
+                self.normalised.setdefault(_normalise(content), i)
+            else:
+                self.raw[content] = i
         self.cache = {}  # word -> ids
 
     @classmethod
@@ -138,43 +129,32 @@ class Tokenizer:
     def tail(self, text: str, length: int = 77) -> str:
         """The end of a text that length ids have no room for, in lower case; "" if there is none.
 
-        The longer one of those for both of SDXL's text encoders.
+        It begins with a word that does not fit as a whole, and is the longer one of those for both
+        of SDXL's text encoders.
         """
-        tail = self._tail(text, self.end, length)
-        # Only that symbol is split off for the second.
-        if self.symbols.get(0, "!") not in text:
-            return tail
-        return max(tail, self._tail(text, 0, length), key=len)
+        # Only padding's symbol is split off for the second.
+        pads = (self.end, 0) if self.symbols.get(0, "!") in text else (self.end,)
+        return max((self._tail(text, pad, length - 2) for pad in pads), key=len)
 
-    def _tail(self, text: str, pad: int, length: int) -> str:
-        room, tail = length - 2, []
+    def _tail(self, text: str, pad: int, room: int) -> str:
+        tail = ""
         for piece, ids in self._pieces(text, pad):
-            if room < 0 or room < len(ids):
-                # Of a word that is cut, what follows its last whole letter.
-                kept = self._decode(ids[:room]) if room > 0 else ""
-                tail.append((kept and piece.lstrip(" ")[len(kept) :]) or piece)
             room -= len(ids)
-        return "".join(tail).strip()
-
-    def _decode(self, ids: list[int]) -> str:
-        """The text of a word's ids, without the letter that they end in the middle of."""
-        symbols = "".join(self.symbols[i].removesuffix("</w>") for i in ids)
-        return bytes(self.byte_symbols.index(s) for s in symbols).decode(errors="ignore")
+            if room < 0:
+                tail += piece
+        return tail.strip()
 
     def _pieces(self, text: str, pad: int | None) -> Iterator[tuple[str, list[int]]]:
         """A text's words and added tokens in their order, with white space, and their ids."""
-        if pad not in self.split_raw:
-            symbol = self.symbols.get(pad, END)
-            padding = {} if symbol in self.added else {symbol: AddedToken(symbol, pad)}
-            raw = {t.content: t for t in self.added.values() if not t.normalized}
-            self.split_raw[pad] = Splitter(padding | raw)
-        for part, token in self.split_raw[pad](SURROGATE.sub("\ufffd", text)):
-            if token is not None:
-                yield part, [token.id]
+        symbol = self.symbols.get(pad, END)
+        padding = {} if symbol in self.added else {symbol: pad}
+        for part, i in split_at(padding | self.raw, SURROGATE.sub("\ufffd", text)):
+            if i is not None:
+                yield part, [i]
                 continue
-            for piece, token in self.split_normalised(_normalise(part)):
-                if token is not None:
-                    yield piece, [token.id]
+            for piece, i in split_at(self.normalised, _normalise(part)):
+                if i is not None:
+                    yield piece, [i]
                 else:
                     yield from self._words(piece)
 
@@ -195,43 +175,40 @@ class Tokenizer:
                 self.cache.clear()
             symbols = [self.byte_symbols[byte] for byte in word.encode()]
             symbols[-1] += "</w>"
+            merged = []
+            # In parts: 75 tokens end long before, and the time grows with the square of a part.
+            for start in range(0, len(symbols), LONGEST_PART):
+                merged += self._merge(symbols[start : start + LONGEST_PART])
             # A symbol outside a cut-down vocabulary becomes the end token, as in transformers.
-            ids = self.cache[word] = [self.vocab.get(s, self.end) for s in self._merge(symbols)]
+            ids = self.cache[word] = [self.vocab.get(s, self.end) for s in merged]
         return ids
 
     def _merge(self, symbols: list[str]) -> list[str]:
         """Joins the neighbours that come first among the merges, until no merge applies."""
-        # Not left to right: the earliest learned merge anywhere in the word comes first. A heap of
-        # the merges that apply, because a word may have a hundred thousand letters.
-        following, previous = [*range(1, len(symbols)), None], [None, *range(len(symbols) - 1)]
-        heap = [(self.rank[p], i) for i, p in enumerate(pairwise(symbols)) if p in self.rank]
-        heapq.heapify(heap)
-        while heap:
-            rank, i = heapq.heappop(heap)
-            j = following[i]
-            # An entry is out of date if one of its symbols was merged since.
-            if j is None or self.rank.get((symbols[i], symbols[j])) != rank:
-                continue
-            symbols[i] += symbols[j]
-            symbols[j], following[i] = "", following[j]
-            if following[i] is not None:
-                previous[following[i]] = i
-            for a, b in ((previous[i], i), (i, following[i])):
-                if a is not None and b is not None and (symbols[a], symbols[b]) in self.rank:
-                    heapq.heappush(heap, (self.rank[symbols[a], symbols[b]], a))
-        return [s for s in symbols if s]
+        # Not left to right: the earliest learned merge anywhere in the word comes first.
+        while pairs := self.rank.keys() & pairwise(symbols):
+            best = min(pairs, key=self.rank.get)
+            merged = []
+            for symbol in symbols:
+                if merged and (merged[-1], symbol) == best:
+                    merged[-1] += symbol
+                else:
+                    merged.append(symbol)
+            symbols = merged
+        return symbols
 
 
 def _parse_merges(merges: list) -> list[tuple[str, str]]:
     """Merges as pairs from lines "a b" or lists [a, b]; ValueError for anything else."""
     pairs = []
     for merge in merges:
-        pair = tuple(merge.rstrip("\r").split(" ")) if isinstance(merge, str) else merge
-        if merge == "" or (isinstance(merge, str) and merge.startswith("#version")):
+        pair = merge.rstrip("\r").split(" ") if isinstance(merge, str) else merge
+        if pair == [""] or (isinstance(merge, str) and merge.startswith("#version")):
             continue
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
+        is_pair = isinstance(pair, list) and len(pair) == 2
+        if not is_pair or not all(isinstance(symbol, str) for symbol in pair):
             raise ValueError(f"the merge {reprlib.repr(merge)} does not have two symbols")
-        pairs.append((typed("a symbol", pair[0], str), typed("a symbol", pair[1], str)))
+        pairs.append(tuple(pair))
     return pairs
 
 

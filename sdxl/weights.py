@@ -45,6 +45,33 @@ def find_lora(path: Path) -> Path:
     return files[0]
 
 
+# ------------------------------------------------------------------------------- what is predicted
+#
+# Models that predict v, or were trained on another noise schedule, have SDXL's very tensors: with
+# eps and SDXL's schedule their pictures would be noise.
+
+V_MARKERS = ("v_pred", "ztsnr", "edm_vpred.", "edm_mean")
+# Header entries of files, and their values for eps-prediction in small letters.
+EPS, NO = ("", "none", "eps", "epsilon"), ("", "none", "false", "0")
+PREDICTION_ENTRIES = {
+    "modelspec.prediction_type": EPS, "modelspec.predict_key": EPS,  # ComfyUI's
+    "ss_v_parameterization": NO, "ss_v2": NO,
+}  # fmt: skip
+
+
+def check_prediction(path: Path, names, header: dict[str, str]) -> None:
+    """ValueError if a header, or a tensor's name, says that a file is not for eps-prediction."""
+    signs = [name for name in names if name.startswith(V_MARKERS)]
+    for entry, values in PREDICTION_ENTRIES.items():
+        if (value := header.get(entry, "")).lower() not in values:
+            signs.append(f"{entry} {value[:60]}")
+    if signs:
+        raise ValueError(
+            f"{path} is of v-prediction or the like, as its {signs[0]!r} says: only eps-prediction "
+            "is supported"
+        )
+
+
 # --------------------------------------------------------------------------------- strict loading
 #
 # load_state_dict's own message lists every key of a wrong file; a user needs the first few.

@@ -13,6 +13,12 @@ def noise(*shape, seed=0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
+def on_white(pixels, alpha) -> np.ndarray:
+    """Alpha blending by its definition."""
+    opacity = alpha / 255.0
+    return pixels * opacity + 255 * (1 - opacity)
+
+
 def encoded(image, kind="PNG", **options) -> bytes:
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     image.save(file := io.BytesIO(), kind, **options)

@@ -182,7 +182,7 @@ def tokenizers(draw: random.Random, base: Base, work: Path) -> Callable:
     symbols = [s for s in models.SYMBOLS if not s.startswith("<|")]
     symbols += ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
     vocab = {symbol: i for i, symbol in enumerate(symbols)}
-    token = {"content": "<sks>", "lstrip": False, "rstrip": True, "single_word": False}
+    token = {"content": "<sks>", "lstrip": False, "rstrip": False, "single_word": False}
     token |= {"normalized": True, "special": False}
     contents = {
         "vocab.json": vocab,

@@ -31,13 +31,13 @@ def start_script(name: str, flags: dict, *switches: str) -> subprocess.Popen:
 
 
 def read_log(output: Path) -> list[dict]:
-    """The whole lines of a run's log so far."""
+    """The whole lines of a run's log so far that are a step's."""
     path, lines = output / "log.jsonl", []
     if path.exists():
         for text in path.read_text().splitlines(keepends=True):
             if text.endswith("\n"):
                 lines.append(json.loads(text))
-    return lines
+    return [line for line in lines if "loss" in line]
 
 
 # ---------------------------------------------------------------------------- resume: after SIGKILL

@@ -236,6 +236,7 @@ def test_unusable_tokenizers(files, tmp_path):
         ("tokenizer_config_json", '{"added_tokens_decoder": {"9999": {"content": 7}}}'),
         ("tokenizer_config_json", '{"added_tokens_decoder": {"9": {"content": "!"}}}'),
         ("tokenizer_config_json", '{"bos_token": {"content": "<|startoftext|>", "lstrip": 1}}'),
+        ("tokenizer_config_json", '{"bos_token": {"content": "<|startoftext|>", "lstrip": true}}'),
     ):  # fmt: skip
         refused("cannot use", vocab_json=good, merges_txt=lines, **{name: content})
 
@@ -268,8 +269,8 @@ def added_folder(draw, folder, source, vocab):
     """A tokenizer's folder with random tokens, added in one of the ways that were ever saved."""
 
     def settings(content):
-        flags = {n: draw.random() < 0.4 for n in ("lstrip", "rstrip", "single_word", "normalized")}
-        return {"content": content, "special": draw.random() < 0.5, **flags}
+        normalized, special = draw.random() < 0.4, draw.random() < 0.5
+        return {"content": content, "normalized": normalized, "special": special}
 
     for name in ("vocab.json", "merges.txt"):
         (folder / name).write_bytes((source / name).read_bytes())
@@ -313,7 +314,7 @@ def test_added_tokens_are_those_of_transformers(seed, folders, files, tmp_path):
         texts.append(between.join(draw.choice(PIECES) for _ in range(draw.randint(1, 7))))
     expected = reference(texts, add_special_tokens=False).input_ids
     assert [tokenizer.encode(text) for text in texts] == expected
-    assert any(token.id in ids for token in tokenizer.added.values() for ids in expected)
+    assert any(tokenizer.vocab[token] in ids for token in tokenizer.added for ids in expected)
 
 
 def test_added_tokens_of_a_tokenizer_json(references, files, tmp_path):
@@ -365,12 +366,15 @@ def test_the_tail_of_a_text(tokenizer, references):
             kept = normalised[: -len(tail)]
             if kept.endswith(" "):
                 cut += 1
-                kept_ids, tail_ids = references[0]([kept, tail], add_special_tokens=False).input_ids
-                # A letter of several bytes may be cut in the middle.
-                assert 75 - len(kept_ids) in range(3) and kept_ids + tail_ids == ids
+                first = tail.split()[0]
+                kept_ids, tail_ids, first_ids = references[0](
+                    [kept, tail, first], add_special_tokens=False
+                ).input_ids
+                assert kept_ids + tail_ids == ids
+                assert len(kept_ids) <= 75 < len(kept_ids) + len(first_ids)
     assert cut > 20
     assert tokenizer.tail("a " * 75) == "" and tokenizer.tail("a " * 76) == "a"
-    assert tokenizer.tail("A" * 400) and set(tokenizer.tail("A" * 400)) == {"a"}
+    assert tokenizer.tail("A" * 400) == "a" * 400
     # Padding in a text is a token of its own for the second encoder, and joins others for the
     # first.
     symbols = ["!", "!</w>", "!!</w>", START, END]
@@ -387,17 +391,17 @@ def test_half_a_character_is_the_replacement_character(tokenizer):
 
 @pytest.mark.parametrize(
     "text",
-    ["x" * 100_000, "a\u0301\u0323" * 50_000, "a" + "\u0345\u0334" * 50_000, "猫" * 50_000,
+    ["x" * 100_000, "a\u0301\u0323" * 50_000, "猫" * 50_000,
      "!" * 100_000, " " * 100_000, "".join(random.Random(0).choices("abcdefgh", k=100_000))],
-    ids=["x", "marks", "marks of one letter", "ideographs", "!", "spaces", "letters"],
+    ids=["x", "marks", "ideographs", "!", "spaces", "letters"],
 )  # fmt: skip
 def test_100_kilobytes_take_no_time(text, tokenizer, references):
     start = time.process_time()
     ids, _ = tokenizer.encode(text), tokenizer.tail(text)
     assert time.process_time() - start < 15
-    # Transformers takes minutes for a hundred thousand marks.
-    if "\u0334" not in text:
-        assert ids == references[0](text, add_special_tokens=False).input_ids
+    # Words of more than 4,096 bytes are merged in parts, of which 75 tokens see the first.
+    expected = references[0](text, add_special_tokens=False).input_ids
+    assert ids[:1000] == expected[:1000]
 
 
 # ----------------------------------------------------------------------------------- text encoders

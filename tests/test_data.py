@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from common import files
-from tests.datasets import by_name, encoded, names, noise, pairs, write
+from tests.datasets import by_name, encoded, names, noise, on_white, pairs, write
 from training import cache, data, images
 from training.cache import Cached, fill, is_full, read_shard
 from training.images import Images
@@ -84,10 +84,6 @@ def test_the_short_side_is_the_resolution_and_no_side_is_less(tmp_path, size, re
     write(tmp_path, {"a.tar": {"x.png": encoded(image), "x.txt": "x"}})
     whole = np.asarray(image.resize(resized, getattr(Image.Resampling, method)), int)
     assert off(one_pass(tmp_path / "a.tar", R=16)[0]["a.tar/x"], whole) == 0
-
-
-def on_white(pixels, alpha) -> np.ndarray:
-    return 255 + (pixels.astype(float) - 255) * alpha / 255
 
 
 def test_every_mode_becomes_rgb_and_is_turned_as_exif_says(tmp_path):
@@ -219,9 +215,7 @@ def test_what_ends_a_run(tmp_path, workers):
         Loader(mute, workers, max_bad=1)
     with pytest.raises(ValueError, match=r"none does not exist$"):
         Images(tmp_path / "none", 4, 2, 0)
-    with pytest.raises(
-        ValueError, match=r"text holds neither images with captions nor .tar files; "
-    ):
+    with pytest.raises(ValueError, match=r"text holds neither images with .* nor .tar files; "):
         Images(write(tmp_path / "text", {"a.txt": "x"}), 4, 2, 0)
 
 
@@ -411,9 +405,7 @@ def test_ranks_count_each_broken_example_once_and_go_on_counting(tmp_path, world
 def test_without_a_usable_example_every_rank_ends(tmp_path):
     path = few(tmp_path, 0, 3, "tar")
     for rank in range(8):
-        with pytest.raises(
-            ValueError, match=r"no usable example .*: 3 images that cannot be read "
-        ):
+        with pytest.raises(ValueError, match=r"no usable .*: 3 images that cannot be read "):
             next(Loader(Images(path, 4, 1, 0, rank, 8), 2))
 
 
@@ -536,6 +528,19 @@ def test_a_cache_that_was_stopped_goes_on_behind_its_last_shard(mixed, tmp_path,
         is_full(tmp_path / "cut", {"resolution": (8,)})
 
 
+def test_a_rank_that_was_done_when_others_were_stopped_counts_nothing_twice(tmp_path):
+    """The last tar is broken, so its entry comes behind the last example; no index is written."""
+    source = write(tmp_path / "in", {"a.tar": pairs(0, 1, 2), "b.tar": "no"})
+    folder = filled(tmp_path / "cache", source)
+    whole = (folder / "index.json").read_bytes()
+    (folder / "index.json").unlink()
+    # Left behind by a run of more processes, which came no further.
+    shutil.copy(folder / "rank00000-00000.safetensors", folder / "rank00001-00000.safetensors")
+    filled(folder, source, encode=None)
+    assert (folder / "index.json").read_bytes() == whole
+    assert json.loads(whole)["left_out"] == {".tar files that are broken or hold no image": 1}
+
+
 def test_caches_of_nothing_and_shards_that_are_not_whole(mixed, tmp_path):
     counted = r"no usable example in \S+bad; left out: 1 images that cannot be read"
     with pytest.raises(ValueError, match=counted):
@@ -590,6 +595,7 @@ def test_a_cache_records_how_many_were_left_out(tmp_path, capsys, world, workers
     files = pairs(*range(42))
     files |= {f"{i:03}.png": "no" for i in range(32)}
     files |= {"041.png": encoded(noise(3, 90, 3)), "040.png": encoded(noise(90, 3, 3))}
+    files["039.png"] = encoded(noise(4, 90, 3))  # just large enough
     whole = write(tmp_path / "tar", {"a.tar": pairs(50, 51)}) / "a.tar"
     source = write(tmp_path / "in", files | {"b.tar": whole.read_bytes()[:3000]})
     for rank in reversed(range(world)):
@@ -622,8 +628,12 @@ def test_latents_that_are_not_finite_are_left_out_and_counted(mixed, tmp_path, c
     rows = by_name(islice(Loader(Cached(folder, 3, 0), 1), 9))
     assert sorted(rows) == sorted({*GOOD} - {"a.tar/003", "loose/010.png"})
     assert "skipped a.tar/003: its latents are not finite" in capsys.readouterr().err
-    loader = Loader(Images(mixed, 4, 2, 0, once=True), 1, max_bad=2)
-    with pytest.raises(ValueError, match=r"more than --max-bad allows; the first: a.tar/003"):
+    # Where a stopped rank goes on it adds to the counts of its last shard.
+    (folder / "index.json").unlink()
+    filled(folder, mixed, encode=None)
+    assert json.loads((folder / "index.json").read_text())["left_out"] == left_out
+    loader = Loader(Images(mixed, 4, 2, 0, once=True), 1, max_bad=sum(BROKEN.values()) + 1)
+    with pytest.raises(ValueError, match=r"^2 images whose .*/003, loose/010.png\), with other"):
         fill(tmp_path / "few", loader, overflowing, {}, 0, 1, lambda: None)
 
 
@@ -648,7 +658,7 @@ def test_an_index_that_is_none_is_one_line(mixed, tmp_path, change):
     folder = filled(tmp_path / "cache", mixed)
     index = json.loads((folder / "index.json").read_text())
     write(folder, {"index.json": json.dumps(index | change)})
-    with pytest.raises(ValueError, match=r"no index of a cache|names no shards|no cache of this"):
+    with pytest.raises(ValueError, match=r"no index of a cache|no cache of this"):
         assert is_full(folder, {"resolution": 4}) and Cached(folder, 2, 0)
 
 
@@ -665,9 +675,7 @@ def test_a_shard_with_other_metadata_is_one_line(mixed, tmp_path, damage):
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         metadata |= {key: json.dumps(value) for key, value in damage.items()}
         files.write_tensors(path, tensors, **metadata)
-    with pytest.raises(
-        ValueError, match=r"is damaged, or of|is no shard of a cache|no cache of this"
-    ):
+    with pytest.raises(ValueError, match=r"damaged, or of|is no shard of a cache|no cache of"):
         filled(folder, mixed)
 
 
@@ -702,6 +710,20 @@ def config(mixed, tmp_path, monkeypatch):
 
 def opened(config) -> Loader:
     return data.open_data(config, Model(), 0, 1, "cpu", None)
+
+
+def test_batches_of_a_cache_have_noise_of_their_own(config, tmp_path, monkeypatch):
+    """And the same again in a cache that is filled anew."""
+    seeds, encode_batch = [], data.encode_batch
+
+    def spy(model, batch, generator, device):
+        seeds.append(generator.initial_seed())
+        return encode_batch(model, batch, generator, device)
+
+    monkeypatch.setattr(data, "encode_batch", spy)
+    for name in ("cache", "other"):
+        opened(dataclasses.replace(config, cache=tmp_path / name))
+    assert len({*seeds}) == 6 and seeds == 2 * seeds[:6]
 
 
 def test_a_cache_is_known_by_the_content_that_it_was_made_of(config, mixed, tmp_path, capsys):
@@ -746,7 +768,8 @@ def test_min_size_and_rank_reach_the_data(config, mixed, capsys):
 
 def test_captions_that_are_cut_are_counted_with_a_cache_and_without(tmp_path, config, capsys):
     """Two of three captions have more than the one word that the stub's tokenizer has room for."""
-    files = {f"{i}.txt": text for i, text in enumerate(("fox", "two owls", "three old trees"))}
+    texts = ("fox", "two owls", "three old trees" + " and more" * 1000)
+    files = {f"{i}.txt": text for i, text in enumerate(texts)}
     files |= {f"{i}.png": encoded(noise(6, 9, 3, seed=i)) for i in range(3)}
     config = dataclasses.replace(config, data=write(tmp_path / "few", files))
     for _ in range(2):  # filled, then read
@@ -757,8 +780,20 @@ def test_captions_that_are_cut_are_counted_with_a_cache_and_without(tmp_path, co
         assert "2 captions cut after 75 tokens" in said.out
     config = dataclasses.replace(config, cache=None)
     loader = opened(config)
-    for _ in range(6):  # four epochs
-        next(loader)
+    assert len(names(islice(loader, 6))) == 12  # four epochs
     assert loader.left_out == {"captions cut after 75 tokens": 2} and not loader.bad
     lines = capsys.readouterr().err.splitlines()
     assert "1.png: its caption is cut before 'owls'" in lines
+    assert max(map(len, lines)) < 100
+    # Millions of them would not fit in memory.
+    assert not loader.problems
+    # Of prompts each rank counts its own, once.
+    prompts = (
+        write(tmp_path, {"prompts.txt": "a\ntwo words\nb\nc\nthree more words"}) / "prompts.txt"
+    )
+    config, total = dataclasses.replace(config, data=prompts, is_prompts=True), Counter()
+    for rank in range(2):
+        loader = data.open_data(config, Model(), rank, 2, "cpu", None)
+        assert len(names(islice(loader, 9))) == 18  # more than three epochs
+        total += loader.left_out
+    assert total == {"captions cut after 75 tokens": 2}

@@ -46,6 +46,7 @@ SCHEDULERS = [
     ({"beta_end": 0.02}, "another noise schedule"), ({"beta_schedule": "linear"}, "another noise"),
     ({"num_train_timesteps": 4000}, "another noise schedule"),
     ({"trained_betas": [0.1, 0.2]}, "another noise schedule"),
+    ({"beta_schedule": "squaredcos_cap_v2"}, "another noise schedule"),
     ({"prediction_type": "sample"}, "another noise"), ({"beta_start": "0.00085"}, "another noise"),
     ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "another kind of diffusion"),
     ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "another kind of diffusion"),
@@ -67,14 +68,24 @@ def test_another_schedule_in_the_folder_is_refused(entries, said, tmp_path):
         load.check_scheduler(path)
 
 
-@pytest.mark.parametrize("how", ["header", "v_pred", "ztsnr", "edm_vpred.sigma_max"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "modelspec.prediction_type",
+        "modelspec.predict_key",
+        "v_pred",
+        "ztsnr",
+        "edm_vpred.sigma_max",
+        "edm_mean",
+    ],
+)
 def test_v_prediction_of_a_single_file_is_refused(
     how, folder, single, monkeypatch, capsys, tmp_path
 ):
     """Its own header, or a marker key as NoobAI's and ComfyUI's files have them."""
     tensors, metadata = load_file(single), {"modelspec.prediction_type": "epsilon"}
-    if how == "header":
-        metadata["modelspec.prediction_type"] = "v"
+    if how.startswith("modelspec"):
+        metadata[how] = "v"
     else:
         tensors[how] = torch.zeros(1)
     path = tmp_path / "model.safetensors"
@@ -83,6 +94,43 @@ def test_v_prediction_of_a_single_file_is_refused(
     assert "only eps-prediction is supported" in refused(monkeypatch, capsys, path, *words)
     # So is a UNet of that kind in the place of an eps-predicting one.
     assert "only eps-prediction" in refused(monkeypatch, capsys, folder, "--unet", path)
+    # Its autoencoder is SDXL's all the same.
+    expected = load.load_sdxl(folder).vae.state_dict()
+    assert all(torch.equal(expected[k], v) for k, v in load.load_vae(path).state_dict().items())
+
+
+def test_v_prediction_of_a_unets_folder_is_refused(folder, tmp_path):
+    """--unet MODEL/unet: the model's scheduler beside it says what the UNet predicts."""
+    shutil.copytree(folder / "unet", tmp_path / "unet")
+    load.load_sdxl(ModelPaths(folder, unet=tmp_path / "unet"))
+    (tmp_path / "scheduler").mkdir()
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text('{"prediction_type": "v_prediction", "rescale_betas_zero_snr": null}')
+    with pytest.raises(ValueError, match="this model is of v-prediction"):
+        load.load_sdxl(ModelPaths(folder, unet=tmp_path / "unet"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [keys.UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k_ip.weight",
+     keys.VAE + "decoder.time_stack.weight", keys.TEXT_1 + "text_model.x", keys.TEXT_2 + "x",
+     "cond_stage_model.x"],
+)  # fmt: skip
+def test_tensors_that_sdxl_has_no_place_for_are_refused(name, folder, single, tmp_path):
+    tensors, path = load_file(single), tmp_path / "model.safetensors"
+    save_file({**tensors, name: torch.ones(1)}, path)
+    with pytest.raises(ValueError, match=f"holds 1 tensors unknown to SDXL: {name}"):
+        load.load_sdxl(path, folder / "tokenizer")
+
+
+def test_a_projection_in_transformers_layout(folder, single, tmp_path):
+    """Some converters write the second encoder's projection as NAME.weight, not transposed."""
+    tensors, path = load_file(single), tmp_path / "model.safetensors"
+    name = keys.TEXT_2 + "text_projection"
+    tensors[f"{name}.weight"] = tensors.pop(name).T.contiguous()
+    save_file(tensors, path)
+    got = load.load_sdxl(path, folder / "tokenizer").encoder_2.text_projection.weight
+    assert torch.equal(got, load.load_sdxl(folder).encoder_2.text_projection.weight)
 
 
 # ----------------------------------------------------------------------------- not-a-number
@@ -273,7 +321,9 @@ def test_a_merge_without_a_vae_takes_one_from_elsewhere(
     tensors = load_file(single)
     merge, bare = tmp_path / "merge.safetensors", tmp_path / "vae.safetensors"
     save_file({k: v for k, v in tensors.items() if not k.startswith(keys.VAE)}, merge)
-    save_file(spelled(single, keys.VAE, False), bare)
+    # What published VAE files carry beside the weights.
+    extras = {"model_ema.decay": torch.ones(()), "loss.logvar": torch.ones(())}
+    save_file(spelled(single, keys.VAE, False) | extras, bare)
     words = ["--tokenizer", folder / "tokenizer"]
     assert "holds no VAE: name one with --vae" in refused(monkeypatch, capsys, merge, *words)
     words += ["--prompt", "a fox", "--steps", 1]
@@ -312,6 +362,10 @@ def test_controlnets_of_one_file_and_of_several(folder, monkeypatch, capsys, tmp
     assert torch.equal(latents((file, 0.8)), expected)
     assert close(latents((file, 0.3), (tmp_path / "control", 0.5)), expected, 1e-5)
     assert not close(latents((file, 0.5)), expected, 1e-2)
+    small = shared | {"block_out_channels": (32, 128, 128), "attention_head_dim": (1, 2, 2)}
+    ControlNetModel(**small).save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match=r"small does not fit the model: its channels is \(32,"):
+        load.load_controlnet(tmp_path / "small", load.load_sdxl(folder).unet.config)
     for mark, kind in (("lora_controlnet", "Control-LoRA"), ("task_embedding", "ControlNet-Union")):
         save_file({**load_file(file), mark: torch.zeros(1)}, tmp_path / "other.safetensors")
         with pytest.raises(ValueError, match=f"is a {kind}: only"):
@@ -336,6 +390,8 @@ RECIPES = [
      {"cfg": 1, "gamma": 0, "steps": 4, "kmin": 1, "kmax": 4, "tune_guidance": 8}),
     ({"tdd_method": "pcm", "tdd_K": "6", "tdd_solver_steps": "50"},
      {"cfg": 1.6, "gamma": 0, "steps": 6, "kmin": 6, "kmax": 6, "solver_steps": 50}),
+    ({"tdd_method": "pcm", "tdd_K": "4-8"},
+     {"cfg": 1.6, "gamma": 0, "steps": 4, "kmin": 4, "kmax": 4}),
     ({"tdd_method": "tcd", "tdd_w": "[2.0, 14.0]"}, {"cfg": 1, "gamma": 0.2, "tune_guidance": 9}),
     ({"tdd_method": "cm"}, {"cfg": 1, "gamma": 1}),
     ({"tdd_method": "cm", "tdd_gamma": "0.5", "tdd_cfg": "1.5"}, {"cfg": 1.5, "gamma": 0.5}),
@@ -386,13 +442,41 @@ def test_flags_not_given_are_the_files(folder, monkeypatch, capsys, tmp_path):
     assert config("--lora", tdm, "--tune-guidance", 4.5).w_distilled == 3.5
     plain = config()
     assert (plain.steps, plain.w, plain.gamma, plain.w_distilled) == (4, 1, 0.2, None)
+    # Where they differ, the line names a flag that there is, and only for what is used.
+    both = ["--lora", pcm, "--lora", tdm, "--steps", 4, "--cfg", 2, "--gamma", 0]
+    assert config(*both, "--solver-steps", 250).timesteps == tdd.equidistant(4, 250)
+    write_peft(tmp_path / "s.safetensors", lora, tdd_tcf="s")
+    write_peft(tmp_path / "1.safetensors", lora, tdd_tcf="1")
+    tcfs = ["--lora", tmp_path / "s.safetensors", "--lora", tmp_path / "1.safetensors"]
     for words, said in (
         (["--lora", pcm, "--lora", tdm], r"trained for 5 and 6: give --steps"),
+        ([*both, "--schedule", "nonequidistant"], "trained for 2 and 5: give one of them"),
+        (tcfs, "trained for 1 and s: give one of them"),
+        ([*tcfs, "--tcf", "1"], "trained for 1 and s: give one of them"),
         (["--lora", pcm, "--tune-guidance"], "no header says a value: give it as a number"),
         (["--tune-guidance"], "no header says a value"),
     ):
         with pytest.raises(ValueError, match=said):
             config(*words)
+
+
+def test_a_unets_header_and_its_scalar(folder, monkeypatch, capsys, tmp_path):
+    """A student that was trained as a whole, by train_sdxl.py --full --tcf s."""
+    unet = tmp_path / "unet"
+    shutil.copytree(folder / "unet", unet)
+    path, config = unet / "diffusion_pytorch_model.safetensors", unet / "config.json"
+    c = UNET["block_out_channels"][0]
+    scalar = {f"scalar_embedding.linear_{i}.bias": torch.zeros(4 * c) for i in (1, 2)}
+    scalar |= {f"scalar_embedding.linear_{i + 1}.weight": torch.zeros(4 * c, (c, 4 * c)[i])
+               for i in (0, 1)}  # fmt: skip
+    save_file(load_file(path) | scalar, path, {"tdd_method": "cm", "tdd_tcf": "1"})
+    content = json.loads(config.read_text()) | {"scalar": "target_time"}
+    config.write_text(json.dumps(content))
+    for words in (["--unet", unet], ["--unet", path]):
+        args = sample.parser().parse_args(["--model", "x", "--prompt", "a", *map(str, words)])
+        sample.check(args)
+        assert (args.cfg, args.gamma, args.tcf) == (1, 1, "1")
+        assert "takes a target time: give --tcf s" in refused(monkeypatch, capsys, folder, *words)
 
 
 def test_a_prompt_that_is_cut_is_shown_with_its_end(folder, monkeypatch, capsys, tmp_path):
@@ -444,6 +528,74 @@ def test_pictures_are_known_by_the_content_they_were_made_of(folder, monkeypatch
         assert (code, f"was made with another {part}: name another --output" in err) == (2, True)
         path.write_bytes(whole)
     assert "0 pictures sampled" in call(root, moved)[1]
+
+
+def test_fingerprints_are_of_the_files_that_are_loaded(folder, tmp_path):
+    """Of a folder with both precisions: the VAE's is float32 whatever --dtype says."""
+    root = tmp_path / "model"
+    shutil.copytree(folder, root)
+    for part in PARTS:
+        (path,) = (root / part).glob("*.safetensors")
+        shutil.copy(path, path.with_suffix(".fp16.safetensors"))
+    paths, before = ModelPaths(root), {}
+    for dtype in (torch.float32, torch.float16):
+        before[dtype] = paths.fingerprints(dtype)
+    for part in PARTS:
+        path = next(p for p in (root / part).glob("*.safetensors") if "fp16" not in p.name)
+        path.write_bytes(path.read_bytes() + b" ")
+    changed = {d: {p for p in PARTS if paths.fingerprints(d)[p] != before[d][p]} for d in before}
+    assert changed == {torch.float32: {*PARTS}, torch.float16: {"vae"}}
+
+
+def test_fingerprints_are_of_what_takes_a_parts_place(folder, tmp_path):
+    before = ModelPaths(folder).fingerprints()
+    for part in ("unet", "vae", "tokenizer"):
+        copy = tmp_path / part
+        shutil.copytree(folder / part, copy)
+        assert ModelPaths(folder, **{part: copy}).fingerprints() == before
+        path = copy / "added_tokens.json" if part == "tokenizer" else next(copy.glob("*.safet*"))
+        path.write_bytes((path.read_bytes() if path.exists() else b"{}") + b" ")
+        after = ModelPaths(folder, **{part: copy}).fingerprints()
+        assert {name for name in before if before[name] != after[name]} == {part}
+
+
+def test_contents_of_loras_and_controlnets(folder, tmp_path):
+    """Each counts by what is in it; the same LoRA twice, even under two names, is a mistake."""
+    lora, image, control = (tmp_path / name for name in ("a.safetensors", "x.png", "control"))
+    write_peft(lora, LoRA.init(load.load_sdxl(folder).unet, 4, 4, torch.Generator()))
+    Image.new("RGB", (8, 8)).save(image)
+    shutil.copytree(folder / "vae", control)
+
+    def contents(*words):
+        words = ["--model", folder, "--prompt", "a", "--device", "cpu", *words]
+        return sample.read_contents(sample.parser().parse_args(list(map(str, words))))
+
+    flags = ["--lora", lora, "--controlnet", control, "--control-image", image]
+    before = contents(*flags)
+    for path, name in ((image, "control image 1"), (control / "config.json", "controlnet 1")):
+        whole = path.read_bytes()
+        path.write_bytes(whole + b" ")
+        assert {k for k, v in contents(*flags).items() if v != before[k]} == {name}
+        path.write_bytes(whole)
+    assert contents(*flags) == before
+    shutil.copy(lora, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="is given twice: give it once, with the scales' sum"):
+        contents(*flags, "--lora", f"{tmp_path / 'b.safetensors'}:0.5")
+
+
+def test_tokenizers_of_another_model_are_refused(folder, tmp_path):
+    root = tmp_path / "model"
+    shutil.copytree(folder, root)
+    shutil.copytree(folder / "tokenizer", root / "tokenizer_2")
+    load.load_sdxl(root)
+    ids = json.loads((root / "tokenizer" / "vocab.json").read_text()).values()
+    added = json.dumps({"<sks>": max(ids) + 1})
+    (root / "tokenizer_2" / "added_tokens.json").write_text(added)
+    with pytest.raises(ValueError, match="tokenizer and tokenizer_2 differ in '<sks>'"):
+        load.load_sdxl(root)
+    (root / "tokenizer" / "added_tokens.json").write_text(added)
+    with pytest.raises(ValueError, match=r"'<sks>' is number .* they are not of one model"):
+        load.load_sdxl(root)
 
 
 def test_fingerprint_sees_one_changed_layer_of_a_large_file(tmp_path):

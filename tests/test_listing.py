@@ -188,7 +188,7 @@ def same_rows(a: dict, b: dict) -> bool:
         a[k][0] == b[k][0] and np.array_equal(a[k][1], b[k][1]) for k in a)  # fmt: skip
 
 
-DOTTED = ("photo.v2", "a.1", "a.2", "a", "d.1/x", "d.1/x.y", "d/1.5.2024 at 10.30", "plain")
+DOTTED = ("photo.v2", "a.1", "a.2", "a", "d", "d.1/x", "d.1/x.y", "d/1.5.2024 at 10.30", "plain")
 
 
 @pytest.mark.parametrize("order", ["by name", "images first", "captions first", "shuffled"])
@@ -196,7 +196,8 @@ def test_a_tar_gives_what_its_files_give_loose(tmp_path, order):
     members = []
     for i, stem in enumerate(DOTTED):
         members += example(stem, caption=(".txt", ".json", ".caption")[i % 3], seed=i)
-    members += [("a.3.png", PNG), ("mute.v1.png", PNG), ("lost.v1.txt", b"x")]
+    members += [(f"{stem}.png", PNG) for stem in ("a.3", "mute.v1", "d.1/mute")]
+    members += [("lost.v1.txt", b"x")]
     members.sort(key=lambda member: member[0])
     if order != "by name":
         members.sort(key=lambda m: m[0].endswith(".png"), reverse=order == "images first")
@@ -210,9 +211,9 @@ def test_a_tar_gives_what_its_files_give_loose(tmp_path, order):
     expected = {f"s.tar/{os.path.splitext(name)[0]}": row for name, row in expected.items()}
     assert same_rows(rows, expected)
     assert loose_loader.left_out == {
-        "images without a caption": 2, "loose texts without an image": 1}  # fmt: skip
+        "images without a caption": 3, "loose texts without an image": 1}  # fmt: skip
     # Of a.3.png webdataset says that it is another column of a.
-    assert loader.left_out == {"images without a caption": 1, "captions without an image": 1}
+    assert loader.left_out == {"images without a caption": 2, "captions without an image": 1}
 
 
 def webdataset(members) -> dict[str, dict[str, bytes]]:
@@ -289,10 +290,17 @@ def test_an_empty_caption_gives_way_to_the_next_and_a_giant_one_is_refused(tmp_p
         "b.png": PNG, "b.txt": "", "b.caption": "\t", "b.json": "{}",
         "c.png": PNG, "c.txt": "x" * 2**20 + "x", "d.png": PNG, "d.txt": "x" * 2**20,
         "e.png": PNG, "e.txt": b"\xff", "e.caption": "of e",
+        "f.png": PNG, "f.txt": "of f", "f.caption": "x", "f.json": json.dumps({"text": "x"}),
+        "g.png": PNG, "g.caption": "of g", "g.json": json.dumps({"text": "x"}),
     })  # fmt: skip
     rows, loader = one_pass(tmp_path)
     assert {name: row[0][:4] for name, row in rows.items()} == {
-        "a.png": "of a", "d.png": "xxxx", "e.png": "of e"}  # fmt: skip
+        "a.png": "of a",
+        "d.png": "xxxx",
+        "e.png": "of e",
+        "f.png": "of f",
+        "g.png": "of g",
+    }
     assert loader.problems["b.png"] == "its caption is empty or no text"
     assert loader.problems["c.png"] == "its caption has 1048577 bytes, more than 1048576"
     assert loader.left_out == {"captions that cannot be read": 2}
@@ -319,6 +327,11 @@ def test_no_image_is_opened_to_know_the_data_and_nothing_twice(tmp_path, monkeyp
     assert list_data(tmp_path).contents["file names"] == data.contents["file names"]
     assert [path.name for path in opened] == [f"{i:03}.txt" for i in range(0, 30, 3)] + [
         "0.tar", "3.tar", "6.tar"]  # fmt: skip
+    # The sizes of all tars count.
+    tars = list_data(tmp_path).contents["tars"]
+    with open(tmp_path / "1.tar", "ab") as file:
+        file.write(b"\0")
+    assert list_data(tmp_path).contents["tars"] != tars
 
 
 def test_two_images_that_change_places_are_noticed(tmp_path):

@@ -26,6 +26,7 @@ from sdxl.lora import (
     named_layers,
 )
 from sdxl.lora_files import read_lora, write_kohya, write_peft
+from sdxl.lora_peft import parse_settings
 from sdxl.weights import build_on_meta
 from tests.oracles import ALL, close
 from tests.test_lora import inputs, peft_unet, theirs
@@ -204,16 +205,12 @@ def test_kohya_header_is_what_programs_go_by(tmp_path):
     assert a1111_version(got) == "SDXL" and a1111_version({"tdd_K": "4-8"}) == "SD1"
     assert (got["ss_network_module"], got["ss_network_dim"], got["ss_network_alpha"]) == (
         "networks.lora", "4", "4")  # fmt: skip
-    assert json.loads(got["ss_network_args"]) == {"conv_dim": "4", "conv_alpha": "4"}
     assert got["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert (got["modelspec.title"], got["modelspec.prediction_type"]) == ("TDD LoRA", "epsilon")
     assert got["tdd_K"] == "4-8"
     lora.adapters["mid_block.attentions.0.proj_in"] = Adapter(torch.ones(2, 1), torch.ones(1, 2), 2)
     got = header(lora)
-    assert (got["ss_network_dim"], json.loads(got["ss_network_args"])["conv_dim"]) == (
-        "Dynamic",
-        "4",
-    )
+    assert (got["ss_network_dim"], got["ss_network_alpha"]) == ("Dynamic", "Dynamic")
 
 
 def test_merged_as_sd_scripts_does_it_is_the_same_model(folder, single, model, tmp_path):
@@ -315,7 +312,10 @@ def test_folders(tiny, tmp_path):
     save_file({k: v * NAN for k, v in GOOD.items()}, tmp_path / "hen.safetensors")
     with pytest.raises(ValueError, match="is a folder with 2"):
         read(tmp_path, tiny)
-    save_file({k: 3 * v for k, v in GOOD.items()}, tmp_path / "adapter_model.safetensors")
+    save_file({k: 3 * v for k, v in GOOD.items()}, tmp_path / "pytorch_lora_weights.safetensors")
+    (adapter,) = read(tmp_path, tiny)[0].adapters.values()
+    assert adapter.down.unique().tolist() == [3.0]
+    (tmp_path / "pytorch_lora_weights.safetensors").rename(tmp_path / "adapter_model.safetensors")
     (adapter,) = read(tmp_path, tiny)[0].adapters.values()
     assert adapter.down.unique().tolist() == [3.0]
 
@@ -371,8 +371,8 @@ def test_a_folder_that_peft_saved_after_pissa(folder, model, tmp_path):
     assert close(model.unet(*inputs()), theirs(wrapped.base_model.model), 2e-5)
 
 
-STARTS = [("corda", "CorDA"), ("lora_ga", "LoRA-GA"), ("pissa_niter_16", "randomised SVD"),
-          ("loftq", "LoftQ.*quantised base"), ("brand_new", "brand_new"), (7, "7"),
+STARTS = [("corda", "corda"), ("lora_ga", "lora_ga"), ("pissa_niter_16", "pissa_niter_16"),
+          ("loftq", "loftq.*quantised base"), ("brand_new", "brand_new"), (7, "7"),
           ([1], "a list")]  # fmt: skip
 
 
@@ -415,16 +415,17 @@ def refusal(model, folder, tensors=None, header=None):
 KINDS = {
     "DoRA": [f"{LAYER}.lora_magnitude_vector", "lora_unet_x.dora_scale"],
     "LoHa": ["lora_unet_x.hada_w1_a"], "LoKr": ["lora_unet_x.lokr_w1"],
-    "OFT": ["oft_unet_x.oft_blocks", f"{LAYER}.oft_R.weight"], "BOFT": [f"{LAYER}.boft_R"],
+    "OFT": ["oft_unet_x.oft_blocks", f"{LAYER}.oft_R.weight", f"{LAYER}.boft_R"],
     r"\(IA\)\^3": [f"{LAYER}.ia3_l", "lora_unet_x.on_input"], "GLoRA": ["lora_unet_x.a1.weight"],
     "Tucker": ["lora_unet_x.lora_mid.weight"],
     r"\.diff": ["lora_unet_x.diff", "lora_unet_x.diff_b"],
-    "normalisation": ["lora_unet_x.w_norm"], "AdaLoRA": [f"{LAYER}.lora_E"],
+    "normalisation": ["lora_unet_x.w_norm"],
     "bundle_emb": ["bundle_emb.fox.string_to_param.*"], "quantised": [f"{LAYER}.scale_weight"],
     "biases": [f"{LAYER}.lora_B.bias"], "embedding": ["clip_g"],
     "IP-Adapter": ["image_proj.norm.bias"],
     "ControlNet": ["lora_controlnet"], "--model": ["model.diffusion_model.out.2.weight"],
-    "--unet": ["conv_in.weight"], "whole layers": ["unet.conv_in.modules_to_save.weight"],
+    "--unet": ["conv_in.weight"], "--vae": ["decoder.conv_in.weight"],
+    "whole layers": ["unet.conv_in.modules_to_save.weight"],
 }  # fmt: skip
 
 
@@ -432,7 +433,7 @@ KINDS = {
 def test_other_kinds_are_named(kind, tiny, tmp_path):
     for key in KINDS[kind]:
         message = refusal(tiny, tmp_path, {key: torch.ones(1)})
-        assert re.search(f"no plain LoRA but .*{kind}", message) and key in message
+        assert re.search(f" is .*{kind}.*only plain LoRAs are read", message) and key in message
 
 
 HEADERS = [
@@ -443,8 +444,8 @@ HEADERS = [
     ("modelspec.architecture", "stable-diffusion-xl-v1-refiner/lora", "another model"),
     ("modelspec.architecture", "flux-1-dev/lora", "another model"),
     ("modelspec.prediction_type", "v", "v-prediction"), ("ss_v2", "True", "v-prediction"),
+    ("modelspec.predict_key", "V", "v-prediction"),
     ("ss_v_parameterization", "True", "v-prediction"),
-    ("ss_zero_terminal_snr", "True", "SDXL's schedule"),
     ("told", "s", "lost the embedding"), ("told", "nonsense", "lost the embedding"),
 ]  # fmt: skip
 
@@ -458,7 +459,8 @@ def test_headers_of_other_models(entry, value, words, tiny, tmp_path):
 
 def test_headers_of_sdxl_pass(tiny, tmp_path):
     for header in ({"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False",
-                    "ss_zero_terminal_snr": "False", "modelspec.prediction_type": "epsilon",
+                    "ss_zero_terminal_snr": "True", "modelspec.prediction_type": "epsilon",
+                    "modelspec.predict_key": "Epsilon", "ss_sd_model_name": "sd3-look.safetensors",
                     "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"},
                    {"ss_base_model_version": "pony", "ss_v_parameterization": "None"},
                    {"ss_base_model_version": "sdxl_1.0",
@@ -472,11 +474,11 @@ FAMILIES = {
                            "lora_unet_down_blocks_0_attentions_0_proj_in",
                            "unet.up_blocks.3.attentions.0.proj_in",
                            "lora_unet_input_blocks_1_1_proj_in"],
-    "Flux": ["lora_unet_double_blocks_0_img_attn_proj",
-             "transformer.single_transformer_blocks.0.attn.to_q"],
-    "Stable Diffusion 3": ["transformer.transformer_blocks.0.attn.add_k_proj"],
-    "Wan": ["diffusion_model.blocks.0.cross_attn.k"], "Cascade": ["lora_prior_unet_x"],
-    "diffusion transformer": ["transformer.transformer_blocks.0.attn.to_q"],
+    "a diffusion transformer": [
+        "lora_unet_double_blocks_0_img_attn_proj", "diffusion_model.blocks.0.cross_attn.k",
+        "transformer.single_transformer_blocks.0.attn.to_q", "lora_te3_encoder_block_0",
+        "transformer.transformer_blocks.0.attn.to_q", "diffusion_model.joint_blocks.0.x",
+    ],
 }  # fmt: skip
 
 
@@ -485,12 +487,15 @@ def test_other_families_are_named(family, tiny, tmp_path):
     for key in FAMILIES[family]:
         message = refusal(tiny, tmp_path, {f"{key}.lora_down.weight": torch.ones(2, 8)})
         assert re.search(f"no LoRA for this model but for .*{family}", message), message
+    # SDXL's own layers are no sign of another family.
+    odd = {"unet.mid_block.attentions.0.transformer_blocks.0.x.lora_A.weight": torch.ones(2, 8)}
+    assert "no LoRA for this model: 1 keys that fit nothing" in refusal(tiny, tmp_path, odd)
     layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
     wide = {
         f"{layer}.lora_A.weight": torch.ones(2, 768),
         f"{layer}.lora_B.weight": torch.ones(128, 2),
     }
-    assert "a LoRA for Stable Diffusion 1" in refusal(tiny, tmp_path, wide)
+    assert "(2, 768), its layer (128, 128): a LoRA for" in refusal(tiny, tmp_path, wide)
 
 
 def with_alpha(alpha):
@@ -590,6 +595,20 @@ def test_damaged_settings_are_refused_in_one_line_or_mean_what_peft_means(tiny, 
     assert time.monotonic() - start < 20
 
 
+PATTERNS = [{"to_q": 1, "b.to_q": 2}, {"b.to_q": 2, "to_q": 1}, {"^to_q": 3}, {"^b.to_q": 3},
+            {"a.*to_q": 4}, {"o_q": 5}, {"c.a.to_q": 6, ".*a.to_q": 7}, {}]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_name_the_layers_that_peft_takes_them_for(pattern):
+    """The end of a name or all of it, the first that matches; without a number it is PEFT's 8."""
+    names = ["to_q", "a.to_q", "b.to_q", "c.a.to_q", "c.b.to_q", "a.x.to_q"]
+    content = {"peft_type": "LORA", "alpha_pattern": pattern}
+    alphas, start = parse_settings("x", content, dict.fromkeys(names, 8))
+    expected = {name: pattern.get(get_pattern_key(pattern, name), 8) for name in names}
+    assert (alphas, start) == (expected, "")
+
+
 def test_damaged_json_and_a_broken_config_beside(tiny, tmp_path):
     for text in ("[" * 10**5, '{"unet.r": ' + "9" * 5000 + "}", "{", "7", '"x"', "nul", ""):
         assert "is broken" in refusal(tiny, tmp_path, header={"lora_adapter_metadata": text})
@@ -599,11 +618,11 @@ def test_damaged_json_and_a_broken_config_beside(tiny, tmp_path):
     raw = {f"base_model.model.{k.removeprefix('unet.')}": v for k, v in GOOD.items()}
     save_file(raw, tmp_path / "adapter_model.safetensors")
     for content, words in [
-        ({"peft_type": "LOHA"}, "'LOHA'"), ({"use_dora": True, "r": 2}, "DoRA"),
+        ({"peft_type": "LOHA"}, "'LOHA'"), ({"use_dora": True, "r": 2}, "use_dora"),
         ({"r": 4}, "says 4"),
         ({"r": 2, "lora_alpha": "8"}, "'8', not a finite"),
         ({"r": 2, "use_rslora": 1}, "not of type bool"),
-        ({"r": 2, "kasa_config": {"x": 1}}, "KaSA"),
+        ({"r": 2, "kasa_config": {"x": 1}}, "kasa_config"),
         ({"r": 2, "rank_pattern": [1]}, "a list, not of type dict"),
     ]:  # fmt: skip
         (tmp_path / "adapter_config.json").write_text(json.dumps(content))

@@ -498,6 +498,10 @@ def test_a_config_of_an_older_version_is_refused():
     for told in ("", "s"):
         with pytest.raises(ValueError, match="written by an older version"):
             UNetConfig.from_json(written | {"told": told})
+    # A whole UNet is trained for TCF(S+) alone; another scalar would go without its value.
+    assert UNetConfig.from_json(written | {"scalar": "target_time"}).scalar == "target_time"
+    with pytest.raises(ValueError, match="scalar is 'num_steps'"):
+        UNetConfig.from_json(written | {"scalar": "num_steps"})
 
 
 def test_other_controlnets_are_refused():

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from common.pictures import _srgb_transform, open_image, to_rgb
-from tests.datasets import encoded, names, noise, write
+from tests.datasets import encoded, names, noise, on_white, write
 from training.images import Images
 from training.streams import Loader
 
@@ -31,12 +31,6 @@ def repeat(grey) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------- transparency
-
-
-def on_white(pixels, alpha) -> np.ndarray:
-    """Alpha blending by its definition."""
-    opacity = alpha / 255.0
-    return pixels * opacity + 255 * (1 - opacity)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "JPEG2000", "QOI"])
@@ -205,6 +199,14 @@ def test_adobe_rgb_becomes_srgb(kind):
     grey = noise(16, 16)
     expected = srgb_bytes((repeat(grey) / 255.0) ** GAMMA @ ADOBE.T)
     assert near(encoded(grey, kind, **options), expected, 2)
+
+
+def test_a_profile_that_changes_little_is_used():
+    """sRGB's colours with a plain power for its curve: up to eight levels apart in the shadows."""
+    rgb = noise(16, 16, 3) // 8
+    expected = srgb_bytes((rgb / 255.0) ** 2.2 @ SRGB.T)
+    assert near(encoded(rgb, icc_profile=matrix_profile(SRGB, 2.2)), expected, 2)
+    assert 5 < np.abs(expected - rgb).max() < 9
 
 
 def test_where_a_profile_changes_nothing_pixels_stay_bit_by_bit():

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_sdxl
+from common import files
 from tests.helpers import run
 from training import checkpoint, distributed
 
@@ -64,12 +65,47 @@ def test_the_same_content_elsewhere_goes_on(folder, images, train, tmp_path):
 def test_another_content_under_the_same_path_is_refused(part, folder, images, train, tmp_path):
     model = shutil.copytree(folder, tmp_path / "model")
     assert train(model, images, "--steps", 1)[0] == 0
-    (path,) = (model / part).glob("*.safetensors")
-    tensors = {k: v * 1.01 for k, v in load_file(path).items()}
-    save_file(tensors, path, {"format": "pt"})
+    rescale(model / part)
     code, _, err = train(model, images, "--resume")
     assert code == 2 and f"was made with content of {part} " in err
     assert "resume it with the same, or name another --output" in err
+
+
+def rescale(folder, factor=1.01):
+    (path,) = folder.glob("*.safetensors")
+    save_file({k: v * factor for k, v in load_file(path).items()}, path, {"format": "pt"})
+
+
+def test_a_cache_serves_any_unet_but_no_other_text_encoder(folder, images, train, tmp_path):
+    model, words = shutil.copytree(folder, tmp_path / "model"), ["--cache", tmp_path / "cache"]
+    assert train(model, images, *words)[0] == 0
+    rescale(model / "unet")
+    assert train(model, images, *words, output="other")[0] == 0
+    rescale(model / "text_encoder_2")
+    code, _, err = train(model, images, *words, output="third")
+    assert code == 2 and "cache was made with content of text_encoder_2 " in err
+
+
+def test_images_below_a_quarter_of_the_resolution_are_left_out(folder, images, train):
+    for name, height in (("small", 15), ("enough", 16)):
+        Image.new("RGB", (40, height)).save(images / f"{name}.png")
+        (images / f"{name}.txt").write_text("x")
+    code, _, err = train(folder, images, "--steps", 5)
+    assert code == 0 and "skipped small.png: 40 x 15 is smaller than --min-size 16" in err
+    assert "enough" not in err
+
+
+def test_another_lora_to_go_on_from_is_refused(folder, images, train, tmp_path):
+    assert train(folder, images, output="first")[0] == 0
+    init = tmp_path / "init"
+    init.mkdir()
+    shutil.copy(tmp_path / "first" / "lora.safetensors", init)
+    words = ["--init", init / "lora.safetensors"]
+    assert train(folder, images, *words)[0] == 0
+    assert train(folder, images, *words, "--resume", "--steps", 3)[0] == 0
+    shutil.copy(tmp_path / "run" / "lora.safetensors", init)
+    code, _, err = train(folder, images, *words, "--resume", "--steps", 4)
+    assert code == 2 and "was made with content of init " in err
 
 
 def test_learning_rate_and_intervals_may_change_and_are_logged(folder, images, train, tmp_path):
@@ -92,11 +128,65 @@ def test_learning_rate_and_intervals_may_change_and_are_logged(folder, images, t
             assert torch.allclose(step_a, 8 * step_b, rtol=1e-2, atol=1e-6)
             moved += step_a.abs().sum()
     assert moved > 0
+    # Killed before its checkpoint, the run of another rate leaves no trace in the log.
+    shutil.rmtree(tmp_path / "b" / "checkpoint-3")
+    assert train(folder, images, *words, output="b")[0] == 0
+    words = ["--resume", "--steps", 4, "--lr", "1.25e-4", "--save-every", 1]
+    assert train(folder, images, *words, output="b")[0] == 0
     notes = [json.loads(x) for x in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
-    assert [x["changes"]["lr"] for x in notes if "changes" in x] == ["0.001 -> 0.000125"]
-    assert [x["step"] for x in notes if "loss" in x] == [1, 2, 3]
-    code, _, err = train(folder, images, "--resume", "--rho", 0.1)
-    assert code == 2 and "was made with rho 0.2, not 0.1" in err
+    changes = {"lr": "0.001 -> 0.000125", "save-every": "500 -> 1", "steps": "2 -> 3"}
+    assert [x["changes"] for x in notes if "changes" in x] == [changes, {"steps": "3 -> 4"}]
+    assert [x["step"] for x in notes if "loss" in x] == [1, 2, 3, 4]
+    cache = tmp_path / "cache"
+    for flag, differ in (
+        (["--rho", 0.1], "rho 0.2, not 0.1"),
+        (["--cache", cache], "examples from --data, not --cache"),
+    ):
+        code, _, err = train(folder, images, "--resume", *flag)
+        assert code == 2 and f"was made with {differ}" in err
+    # Refused before hours of encoding.
+    assert not cache.exists()
+
+
+# What no step depends on, learning rates, and paths, whose content is compared instead.
+MAY_CHANGE = [
+    "model",
+    "tokenizer",
+    "vae",
+    "data",
+    "cache",
+    "init",
+    "output",
+    "sample_prompts",
+    "lr",
+    "adv_lr",
+    "fake_lr",
+    "warmup",
+    "steps",
+    "save_every",
+    "keep",
+    "resume",
+    "sample_every",
+    "device",
+    "compile",
+    "checkpointing",
+    "workers",
+    "max_bad",
+]
+
+
+def test_every_flag_may_change_or_is_refused(monkeypatch, tmp_path):
+    flags = {action.dest for action in train_sdxl.parser()._actions} - {"help"}
+    assert flags > {*MAY_CHANGE}
+    config = {"settings": checkpoint.VERSION | dict.fromkeys(flags, "a"), "positions": [{}]}
+    monkeypatch.setattr(checkpoint, "_newest_intact", lambda *_: (tmp_path, config))
+    for flag in flags:
+        settings = dict.fromkeys(flags, "a") | {flag: "b"}
+        if flag in MAY_CHANGE:
+            assert checkpoint.resume_point(tmp_path, True, settings) == (tmp_path, config)
+        else:
+            with pytest.raises(ValueError, match=f"made with {flag.replace('_', '-')} a, not b"):
+                checkpoint.resume_point(tmp_path, True, settings)
 
 
 def test_a_broken_checkpoint_is_passed_over(folder, images, train, tmp_path):
@@ -131,23 +221,50 @@ def test_adversarial_training_has_the_papers_rate_and_batch():
         assert (args.lr, 8 * args.batch_size * args.grad_accum) == (rate, batch)
 
 
-def test_a_second_run_in_the_same_folder_ends_the_first(tmp_path):
+def test_a_second_run_in_the_same_folder_ends_the_first(tmp_path, monkeypatch):
     """Whoever begins last writes; the first says so at its next checkpoint and leaves all alone."""
-    states = [checkpoint.TrainState(tmp_path, {}, {}, None, None, {}, run_id=k) for k in "ab"]
-    states[0].claim_output()
-    states[0].check_alone()
-    states[1].claim_output()
-    states[1].check_alone()
-    with pytest.raises(ValueError, match=r"another run \(b\) has begun in .*: this one stops"):
-        states[0].check_alone()
+    states = [checkpoint.TrainState(tmp_path, {}, {}, None, None, {}) for _ in range(2)]
+    for state, node in zip(states, ("here", "there")):
+        # Two containers may begin in the same second, each as its process 1.
+        monkeypatch.setattr("platform.node", lambda node=node: node)
+        state.claim_output()
+        state.check_alone()
+    with pytest.raises(ValueError, match=r"another run \(.* on there, .*\) has .*: this one stops"):
+        states[0].save(keep=1)
+
+
+def test_where_a_file_ends_is_part_of_the_content(tmp_path):
+    """A tokenizer's two files, of which one has lost a line to the other."""
+    prints = set()
+    for i, contents in enumerate([("ab", "c"), ("a", "bc"), ("abc", "")]):
+        paths = [tmp_path / f"{i}{k}" for k in range(2)]
+        for path, content in zip(paths, contents):
+            path.write_text(content)
+        prints.add(files.fingerprint(*paths))
+    assert len(prints) == 3
+
+
+def test_what_is_left_out_is_logged_when_it_is_news(tmp_path, capsys):
+    counts = {"cut": 1}
+    state = checkpoint.TrainState(tmp_path, {}, {}, None, None, {}, counts=counts.copy)
+    for state.step, more in ((1, {}), (2, {}), (3, {"bad": 2})):
+        counts.update(more)
+        state.log_counts()
+    notes = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert notes == [{"step": 1, "counts": {"cut": 1}}, {"step": 3, "counts": {"cut": 1, "bad": 2}}]
+    assert capsys.readouterr().err.splitlines() == ["by step 1: 1 cut", "by step 3: 1 cut; 2 bad"]
 
 
 def test_processes_with_different_content_are_refused(monkeypatch):
     """Another machine's model, or its newest checkpoint where no folder is shared."""
-    mine, theirs = {"content of unet": "aa", "checkpoint": "none"}, {"content of unet": "aa"}
-    for other in ({**theirs, "checkpoint": "checkpoint-500"}, {**mine, "content of unet": "bb"}):
+    mine = {"content of unet": "aa", "checkpoint": "none"}
+    for other, differ in (
+        ({**mine, "checkpoint": "checkpoint-500"}, "checkpoint checkpoint-500, not none"),
+        ({**mine, "content of unet": "bb"}, "content of unet bb, not aa"),
+        ({**mine, "content of scheduler": "cc"}, "content of scheduler cc, not None"),
+    ):
         monkeypatch.setattr(distributed, "gather", lambda value, other=other: [other, value])
-        with pytest.raises(ValueError, match=r"differs: process 0 has .*; give all the same"):
+        with pytest.raises(ValueError, match=f"process 0 has {differ} as process 0: give the same"):
             distributed.check_same(mine)
     monkeypatch.setattr(distributed, "gather", lambda value: [value, dict(value)])
     distributed.check_same(mine)

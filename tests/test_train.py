@@ -377,8 +377,11 @@ def test_losses_without_a_logarithm_are_left_out_of_the_picture(tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
-def test_ten_bad_steps_in_a_row_end_the_run(tmp_path):
+@pytest.mark.parametrize("with_scaler", [False, True])
+def test_ten_bad_steps_in_a_row_end_the_run(tmp_path, with_scaler):
+    """No smaller loss scale helps a loss that is infinite itself."""
     state, losses, model = stub_state(tmp_path)
+    state.scaler = build.loss_scaler("cpu", with_scaler)
 
     def spoilt(batch):
         factor = math.inf if state.loader.position > 4 else 1.0

@@ -159,6 +159,18 @@ def test_torchrun_passes_over_bad_data(two):
     assert Image.open(output / "loss.png").size == (900, 500)
 
 
+def test_a_process_that_waits_for_one_that_ended_says_so(folder, tmp_path):
+    """Of two that encode an image each, one meets a broken file that --max-bad does not allow."""
+    for name, content in (("a", picture(0)), ("b", b"no")):
+        (tmp_path / f"{name}.png").write_bytes(content)
+        (tmp_path / f"{name}.txt").write_text("x")
+    words = ["--cache", tmp_path / "cache", "--max-bad", 0]
+    done = run(command(folder, tmp_path, tmp_path / "out", *words, processes=2))
+    assert done.returncode == 1 and "more than --max-bad allows; the first: b.png" in done.stderr
+    assert "another process of this run has ended, and says why" in done.stderr
+    assert "RuntimeError" not in done.stderr
+
+
 def test_two_processes_killed_and_resumed_end_the_same(two, folder, shards, tmp_path):
     words = ["--ema", 0.5, "--adv"]
     call = command(folder, shards, tmp_path, *words, processes=2)

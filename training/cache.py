@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from common import files
-from training.listing import FIRST, NOT_FINITE, LeftOut
+from training.listing import NOT_FINITE, LeftOut
 from training.streams import Entry, ListStream, Loader
 
 ROWS_PER_SHARD = 256
@@ -43,9 +43,8 @@ def read_shard(path: Path) -> tuple[dict, dict]:
         if not all(isinstance(name, str) for name in metadata["names"]):
             raise ValueError("its names are no texts")
     except (ValueError, KeyError, TypeError, RecursionError) as problem:
-        raise ValueError(
-            f"{path} is no shard of a cache: {problem}; name another --cache"
-        ) from None
+        message = f"{path} is no shard of a cache: {problem}"
+        raise ValueError(f"{message}; name another --cache") from None
     return tensors, metadata
 
 
@@ -53,14 +52,13 @@ def read_index(folder: Path) -> dict:
     """A complete cache's settings, rows by shard, a row's shapes, and how many were left out."""
     path = Path(folder) / "index.json"
     index = files.read_json(path)
-    for name in ("shards", "left_out"):
-        numbers = index.get(name)
-        if not isinstance(numbers, dict) or not all(
-            type(n) is int and n > 0 for n in numbers.values()
-        ):
-            raise ValueError(f"{path} is no index of a cache: its {name}; name another --cache")
-    if not index["shards"] or "shapes" not in index:
-        raise ValueError(f"{path} names no shards or shapes; name another --cache")
+    try:
+        numbers = [*index["shards"].values(), *index["left_out"].values()]
+        is_index = index["shards"] and all(type(n) is int and n > 0 for n in numbers)
+    except (KeyError, AttributeError):
+        is_index = False
+    if not is_index or "shapes" not in index:
+        raise ValueError(f"{path} is no index of a cache; name another --cache")
     return index
 
 
@@ -72,13 +70,10 @@ def is_full(folder: Path, settings: dict, may_change=()) -> bool:
     # As JSON returns them, to which they are compared.
     settings = json.loads(json.dumps(VERSION | settings))
     index = Path(folder) / "index.json"
-    full = index.exists()
-    if full:
-        contents = [files.read_json(index)]
-    else:
-        # One shard of each rank is enough: a rank checks it before it adds another.
-        first_shards = sorted(index.parent.glob("rank*-00000.safetensors"))
-        contents = [read_shard(path)[1] for path in first_shards]
+    is_full = index.exists()
+    # One shard of each rank is enough: a rank checks it before it adds another.
+    begun = [] if is_full else sorted(index.parent.glob("rank*-00000.safetensors"))
+    contents = [files.read_json(index)] if is_full else [read_shard(path)[1] for path in begun]
     for content in contents:
         recorded = content.get("settings")
         if not isinstance(recorded, dict):
@@ -86,7 +81,7 @@ def is_full(folder: Path, settings: dict, may_change=()) -> bool:
         # Version 1 was not recorded.
         if differ := files.first_difference({"version": 1, **recorded}, settings, may_change):
             raise ValueError(f"{folder} was made with {differ}; name another --cache")
-    return full
+    return is_full
 
 
 def fill(folder, loader: Loader, encode: Callable, settings: dict, rank, world, barrier) -> None:
@@ -103,89 +98,75 @@ def fill(folder, loader: Loader, encode: Callable, settings: dict, rank, world, 
     if done:
         position = read_shard(done[-1])[1].get("position", {})
         loader = Loader(loader.dataset, loader.workers, loader.max_bad, position, loader.tail)
-    bar = tqdm(desc="encoding", unit="image", disable=rank > 0, dynamic_ncols=True)
-    bar.update(sum(map(_rows, done)))
-    shards = _Shards(loader, encode, bar)
+    not_finite = LeftOut()
+    shards = _encoded_shards(loader, encode, sum(map(_rows, done)), not_finite)
     for number, (tensors, names) in enumerate(shards, len(done)):
-        position = {**loader.position, "left_out": shards.left_out()}
+        position = {**loader.position, "left_out": loader.left_out + not_finite.counts}
         metadata = {"names": names, "position": position, "settings": settings}
         metadata = {key: json.dumps(value) for key, value in metadata.items()}
         files.write_tensors(folder / f"rank{rank:05}-{number:05}.safetensors", tensors, **metadata)
-    bar.close()
-    files.write_json(folder / f"rank{rank:05}.json", shards.left_out())
+    files.write_json(folder / f"rank{rank:05}.json", loader.left_out + not_finite.counts)
     barrier()
     paths = []
     for r in range(world):
         paths += sorted(folder.glob(f"rank{r:05}-*.safetensors"))
-    # Every rank raises: none of them would come to the second barrier.
-    if not paths:
-        left_out = LeftOut(_sum_left_out(folder, world))
-        raise ValueError(f"no usable example in {loader.dataset.path}; left out: {left_out}")
-    if rank == 0:
-        rows = {path.name: _rows(path) for path in paths}
-        index = {
-            "settings": settings, "shards": rows, "shapes": shapes_of(read_shard(paths[0])[0]),
-            "left_out": _sum_left_out(folder, world),
-        }  # fmt: skip
+    # Rank 0 writes the index; every rank raises, as none would come to the second barrier.
+    if rank == 0 or not paths:
+        left_out = Counter()
+        for r in range(world):
+            left_out.update(files.read_json(folder / f"rank{r:05}.json"))
+        if not paths:
+            left_out = LeftOut(left_out)
+            raise ValueError(f"no usable example in {loader.dataset.path}; left out: {left_out}")
+        index = {"settings": settings, "shards": {path.name: _rows(path) for path in paths},
+                 "shapes": _row_shapes(read_shard(paths[0])[0]), "left_out": left_out}  # fmt: skip
         files.write_json(folder / "index.json", index)
     barrier()
 
 
-def shapes_of(tensors: dict) -> dict[str, list[int]]:
-    """The shape of a row by name."""
+def _row_shapes(tensors: dict) -> dict[str, list[int]]:
     return {name: list(tensor.shape[1:]) for name, tensor in tensors.items()}
-
-
-def _sum_left_out(folder: Path, world: int) -> dict[str, int]:
-    left_out = Counter()
-    for rank in range(world):
-        left_out.update(files.read_json(folder / f"rank{rank:05}.json"))
-    return dict(left_out)
 
 
 def _rows(path: Path) -> int:
     return len(read_shard(path)[1]["names"])
 
 
-class _Shards:
-    """Iterates over (tensors, names) of the shards that are still to be written."""
-
-    def __init__(self, loader: Loader, encode: Callable, bar: tqdm):
-        self.loader, self.encode, self.bar, self.not_finite = loader, encode, bar, []
-
-    def __iter__(self) -> Iterator[tuple[dict, list[str]]]:
-        parts, names = [], []
-        for batch in chain(self.loader, [None]):
+def _encoded_shards(
+    loader: Loader, encode: Callable, done: int, not_finite: LeftOut
+) -> Iterator[tuple[dict, list[str]]]:
+    """(tensors, names) of the shards that are still to be written, after `done` rows."""
+    parts, names = [], []
+    bar = tqdm(desc="encoding", unit="image", initial=done, disable=loader.dataset.rank > 0)
+    with bar:
+        for batch in chain(loader, [None]):
             if batch is not None:
-                tensors, usable = self._finite(self.encode(batch), batch["names"])
+                tensors, usable = _finite(encode(batch), batch["names"], loader, not_finite)
                 parts.append(tensors)
                 names += usable
-                self.bar.update(len(batch["names"]))
+                bar.update(len(batch["names"]))
             # A shard ends where a batch ends, as only there is a position to go on from.
             if names and (batch is None or len(names) >= ROWS_PER_SHARD):
                 yield {key: torch.cat([part[key] for part in parts]) for key in parts[0]}, names
                 parts, names = [], []
 
-    def left_out(self) -> dict[str, int]:
-        """How many up to here, by reason."""
-        return dict(Counter(self.loader.left_out) + Counter({NOT_FINITE: len(self.not_finite)}))
 
-    def _finite(self, tensors: dict, names: list[str]) -> tuple[dict, list[str]]:
-        """The rows without NaN and infinity, and their names."""
-        finite = torch.ones(len(names), dtype=torch.bool)
-        for tensor in tensors.values():
-            finite &= tensor.flatten(1).isfinite().all(1)
-        if finite.all():
-            return tensors, names
-        for i in (~finite).nonzero()[:, 0].tolist():
-            if len(self.not_finite) < FIRST:
-                tqdm.write(f"skipped {names[i]}: its latents are not finite", file=sys.stderr)
-            self.not_finite.append(names[i])
-        if self.loader.bad + len(self.not_finite) > self.loader.max_bad:
-            message = f"{len(self.not_finite)} {NOT_FINITE}, more than --max-bad allows"
-            raise ValueError(f"{message}; the first: {self.not_finite[0]}")
-        usable = [name for name, is_finite in zip(names, finite, strict=True) if is_finite]
-        return {key: tensor[finite] for key, tensor in tensors.items()}, usable
+def _finite(
+    tensors: dict, names: list[str], loader: Loader, not_finite: LeftOut
+) -> tuple[dict, list[str]]:
+    """The rows without NaN and infinity, and their names; the others are counted."""
+    finite = torch.ones(len(names), dtype=torch.bool)
+    for tensor in tensors.values():
+        finite &= tensor.flatten(1).isfinite().all(1)
+    usable = []
+    for name, is_finite in zip(names, finite, strict=True):
+        if is_finite:
+            usable.append(name)
+        elif not_finite.add(NOT_FINITE, name):
+            tqdm.write(f"skipped {name}: its latents are not finite", file=sys.stderr)
+    if loader.bad + not_finite.counts[NOT_FINITE] > loader.max_bad:
+        raise ValueError(f"{not_finite}, with other broken examples more than --max-bad allows")
+    return {key: tensor[finite] for key, tensor in tensors.items()}, usable
 
 
 # --------------------------------------------------------------------------------------- reading it
@@ -209,7 +190,7 @@ class Cached(ListStream):
         self.read_shard = lru_cache(1000)(read_shard)
         for path, rows in zip(self.shards, shards.values(), strict=True):
             tensors, _ = files.read_tensors(path)
-            if (shapes := shapes_of(tensors)) != index["shapes"] or not {*TENSORS} <= {*shapes}:
+            if (shapes := _row_shapes(tensors)) != index["shapes"] or not {*TENSORS} <= {*shapes}:
                 raise ValueError(f"{path} is no shard of this cache: its rows are {shapes}")
             if (present := len(tensors["latents"])) != rows:
                 raise ValueError(f"{path} holds {present} rows, not {rows}")

@@ -1,11 +1,10 @@
-"""Checkpoints of a run: all that training changes, written whole, and where a run goes on.
+"""Checkpoints: all that training changes, so that a run killed and resumed ends like any other.
 
-A run that is killed and resumed ends like an uninterrupted one, on a CPU bit by bit (GPUs add up in
-any order unless told otherwise): a checkpoint holds the step, the weights, the optimizers, and each
-process's random generator and place in the data, and the run depends on nothing else.
+On a CPU that holds bit by bit; GPUs add up in any order unless told otherwise.
 """
 
 import os
+import platform
 import re
 import shutil
 import sys
@@ -21,7 +20,8 @@ from tqdm import tqdm
 
 from common import files
 from training import distributed
-from training.log import draw_loss, write_note
+from training.listing import LeftOut
+from training.log import draw_loss, write_line
 
 # -------------------------------------------------------------------------------------- checkpoints
 #
@@ -29,19 +29,17 @@ from training.log import draw_loss, write_note
 # for all; other machines need to see the folder only to resume. A run resumes with as many
 # processes as it had, because each has its own random generator and its own share of the data.
 
-# Settings that may differ when a run goes on: learning rates, what no step depends on, and paths,
-# as settings hold the content of what they lead to as well.
-RATES = {"lr", "adv_lr", "fake_lr", "warmup"}
-PATHS = {"model", "tokenizer", "vae", "data", "cache", "init", "sample_prompts", "output"}
-MAY_CHANGE = RATES | PATHS | {
+# Settings that may differ when a run goes on: learning rates, paths (settings hold the content of
+# what they lead to as well), and what no step depends on.
+MAY_CHANGE = {
+    "lr", "adv_lr", "fake_lr", "warmup",
+    "model", "tokenizer", "vae", "data", "cache", "init", "sample_prompts", "output",
     "steps", "save_every", "keep", "sample_every", "resume", "device", "compile", "checkpointing",
     "max_bad", "workers",
 }  # fmt: skip
 # Version 1 recorded guidance as w, not as g = 1 + w, and the places of several reading processes;
 # version 2 knew models and data by their paths.
 VERSION = {"checkpoint_version": 3}
-
-
 SCALER_STATE = GradScaler("cpu").state_dict().keys()
 RUN_FILE = ".run"  # says which run writes to a folder: two at once would mix their checkpoints
 
@@ -68,8 +66,8 @@ class TrainState:
     counts: Callable[[], dict[str, int]] = dict
     step: int = 0
     changes: dict[str, str] = field(default_factory=dict)
-    run_id: str = field(default_factory=lambda: f"process {os.getpid()}, {time.ctime()}")
-    logged_counts: dict[str, int] = field(default_factory=dict)
+    run_id: str = ""
+    logged_counts: dict = field(default_factory=dict)
     log: list[dict] = field(default_factory=list)
 
     def weights(self) -> dict[str, Tensor]:
@@ -105,6 +103,8 @@ class TrainState:
 
     def claim_output(self) -> None:
         """Make the output this run's: `check_alone` ends a run that is still writing there."""
+        # The machine's name, because each container has a process 1.
+        self.run_id = f"process {os.getpid()} on {platform.node()}, {time.ctime()}"
         if distributed.is_main():
             (self.output / RUN_FILE).write_text(self.run_id, encoding="utf-8")
 
@@ -120,16 +120,13 @@ class TrainState:
 
     def log_counts(self) -> None:
         """A line, and one in the log, of what all processes left out so far, if it is news."""
-        total = {}
+        total = LeftOut()
         for counts in distributed.gather(self.counts()):
-            for reason, number in counts.items():
-                total[reason] = total.get(reason, 0) + number
-        total = {reason: number for reason, number in total.items() if number}
-        if distributed.is_main() and total != self.logged_counts:
-            self.logged_counts = total
-            write_note(self.output, self.step, counts=total)
-            text = ", ".join(f"{number} {reason}" for reason, number in total.items())
-            tqdm.write(f"by step {self.step}: {text}", file=sys.stderr)
+            total.counts.update(counts)
+        if distributed.is_main() and total.counts != self.logged_counts:
+            self.logged_counts = total.counts
+            write_line(self.output, {"step": self.step, "counts": total.counts})
+            tqdm.write(f"by step {self.step}: {total}", file=sys.stderr)
 
     def _write(self, folder: Path, tensors: dict[str, Tensor], positions: list) -> None:
         part = folder.with_name(f".{folder.name}.part")
@@ -164,14 +161,13 @@ class TrainState:
             if old != new:
                 self.changes[name.replace("_", "-")] = f"{old} -> {new}"
         if distributed.is_main() and self.changes:
-            changes = ", ".join(f"{name} {change}" for name, change in self.changes.items())
+            changes = ", ".join(map(" ".join, self.changes.items()))
             print(f"going on from {folder} with changes: {changes}", file=sys.stderr)
 
     def _check_tensors(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         """ValueError unless names and shapes are this run's."""
-        expected = {
-            f"rng/{i}": self.generator.get_state().shape for i in range(distributed.world_size())
-        }
+        rng_shape = self.generator.get_state().shape
+        expected = {f"rng/{i}": rng_shape for i in range(distributed.world_size())}
         for key, module in self.modules.items():
             for name, tensor in module.state_dict().items():
                 expected[f"{key}/{name}"] = tensor.shape
@@ -220,15 +216,15 @@ def _delete_old(output: Path, step: int, keep: int) -> None:
             _delete(folder)
 
 
-def checkpoint_step(folder: Path) -> int | None:
-    """The step in a checkpoint's name; None if it is no checkpoint's name."""
-    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    return int(match[1]) if match else None
+def checkpoint_step(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def checkpoints(output: Path) -> list[Path]:
     """The folders of complete checkpoints, the oldest first."""
-    folders = [path for path in output.glob("checkpoint-*") if checkpoint_step(path) is not None]
+    folders = output.glob("checkpoint-*")
+    folders = [path for path in folders if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(folders, key=checkpoint_step)
 
 
@@ -275,11 +271,10 @@ def _newest_intact(output: Path, resume: bool) -> tuple[Path | None, dict]:
 def _check_config(config: dict) -> None:
     """ValueError if a checkpoint's config.json is not as `_write` writes it."""
     kinds = {"step": int, "positions": list, "settings": dict, "scaler": dict}
-    for name, kind in kinds.items():
-        if type(config.get(name)) is not kind:
-            raise ValueError(f"its config.json has no proper {name}")
-    scaler = config["scaler"]
-    # GradScaler's state, {} where it is off.
-    numbers = [type(value) in (int, float) for value in scaler.values()]
-    if scaler and not (scaler.keys() == SCALER_STATE and all(numbers)):
-        raise ValueError("its config.json has no proper scaler")
+    wrong = [name for name, kind in kinds.items() if type(config.get(name)) is not kind]
+    # GradScaler's state is {} where it is off.
+    if not wrong and (scaler := config["scaler"]):
+        are_numbers = all(type(value) in (int, float) for value in scaler.values())
+        wrong = [] if are_numbers and scaler.keys() == SCALER_STATE else ["scaler"]
+    if wrong:
+        raise ValueError(f"its config.json has no proper {wrong[0]}")

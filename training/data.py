@@ -44,12 +44,11 @@ def open_data(config: DataConfig, model: SDXL, rank: int, world: int, device, po
         dataset = open_cache(config, model, rank, world, device)
     if config.cache is None:
         model.to(device)
-    _print_lines(dataset.lines, rank)
+    _print_lines(rank, *dataset.lines)
     # Each process takes its share of what must be the same list.
     contents = {k: str(v) for k, v in dataset.identity.items() if k != "rank"}
     distributed.check_same({f"data ({name})": value for name, value in contents.items()})
-    tail = model.tokenizer.tail
-    return Loader(dataset, config.workers, config.max_bad, position, tail)
+    return Loader(dataset, config.workers, config.max_bad, position, model.tokenizer.tail)
 
 
 def open_cache(config: DataConfig, model: SDXL, rank: int, world: int, device) -> cache.Cached:
@@ -60,11 +59,11 @@ def open_cache(config: DataConfig, model: SDXL, rank: int, world: int, device) -
         # What the cache holds is all that training needs.
         if not cache.is_full(config.cache, config.settings, may_change=CONTENTS):
             raise
-        _print_lines([f"{problem}: the run goes on from --cache alone"], rank)
+        _print_lines(rank, f"{problem}: the run goes on from --cache alone")
     else:
         settings = config.settings | images.contents
         if not cache.is_full(config.cache, settings):
-            _print_lines(images.lines, rank)
+            _print_lines(rank, *images.lines)
             fill_cache(config, images, settings, model.to(device), device)
     return cache.Cached(config.cache, config.batch_size, config.seed, rank, world)
 
@@ -91,7 +90,6 @@ def _images(config: DataConfig, rank: int, world: int, once: bool) -> Images:
     )  # fmt: skip
 
 
-def _print_lines(lines: list[str], rank: int) -> None:
+def _print_lines(rank: int, *lines: str) -> None:
     if rank == 0:
-        for line in lines:
-            print(line, flush=True)
+        print(*lines, sep="\n", flush=True)

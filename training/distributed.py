@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import cli
+from common.files import first_difference
 
 # ---------------------------------------------------------------------------------------- processes
 
@@ -87,10 +88,11 @@ def gather(value) -> list:
 def check_same(values: dict[str, str]) -> None:
     """ValueError on every process if one of them, on another machine perhaps, has other values."""
     for other_rank, others in enumerate(gather(values)):
-        for name, value in values.items():
-            if others.get(name) != value:
-                both = f"process {other_rank} has {others.get(name)}, process {rank()} {value}"
-                raise ValueError(f"{name} differs: {both}; give all the same")
+        # Names count on either side: a process that alone saw no difference would wait for ever.
+        if differ := first_difference(others, values):
+            raise ValueError(
+                f"process {other_rank} has {differ} as process {rank()}: give the same"
+            )
 
 
 # ------------------------------------------------------------------------------- gradients, weights

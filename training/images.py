@@ -5,8 +5,9 @@ import json
 import os
 import random
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterator
-from itertools import chain, count, groupby, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,56 +65,32 @@ def tar_members(file: Path, name: str, problems: dict) -> Iterator[tuple[str, st
         problems[name] = listing.BROKEN_TAR, f"no complete, uncompressed tar: {problem}"
 
 
-def webdataset_key(member: tuple) -> str:
-    """A member's path up to the first dot of its base name."""
-    folder, slash, base = member[0].rpartition("/")
-    return folder + slash + base.partition(".")[0]
-
-
 def tar_sources(file: Path, name: str, problems: dict) -> Iterator[Source]:
     """The examples of a tar, by the rule of loose files: an image and a caption of one stem.
 
-    Parts without a counterpart wait for it until the end of the tar. What is left then and
-    webdataset's key joins to an example (x.seg.png beside x.jpg and x.txt) is another column of it.
+    Passes over what has no counterpart but is, to webdataset, another column of an example: the
+    x.seg.png beside x.jpg and x.txt. Second images go to problems.
     """
-    waiting, complete = {}, set()
-    for key, members in groupby(tar_members(file, name, problems), key=webdataset_key):
-        parts = waiting.pop(key, {})
-        for stem, suffix, location in members:
-            parts.setdefault(stem, {})[suffix] = location
-        for stem in [stem for stem in parts if all(match(tuple(parts[stem]))[:2])]:
-            if stem not in complete:
-                complete.add(stem)
-                yield make_source(f"{name}/{stem}", parts.pop(stem), problems)
-        if parts:
-            waiting[key] = parts
-    if not (waiting or complete or name in problems):
+    stems = defaultdict(dict)
+    for stem, suffix, location in tar_members(file, name, problems):
+        stems[stem][suffix] = location
+    if not stems and name not in problems:
         problems[name] = listing.BROKEN_TAR, "holds neither images nor captions"
-    for key, parts in waiting.items():
-        for stem, locations in parts.items():
-            image, *_ = match(tuple(locations))
-            if stem in complete and image:
-                message = "another one of this name was read"
-                problems[f"{name}/{stem}{image}"] = listing.SECOND_IMAGE, message
-            elif not complete.intersection(dotted_prefixes(key, stem)):
-                yield make_source(f"{name}/{stem}", locations, problems)
+    complete = {stem for stem, locations in stems.items() if all(match(tuple(locations))[:2])}
+    for stem, locations in stems.items():
+        if stem not in complete and complete.intersection(dotted_prefixes(stem)):
+            continue
+        image, captions, others = match(tuple(locations))
+        example = f"{name}/{stem}"
+        for suffix in others:
+            problems[example + suffix] = listing.SECOND_IMAGE, f"{example}{image} is read"
+        yield Source(example, locations.get(image), [(kind, locations[kind]) for kind in captions])
 
 
-def dotted_prefixes(key: str, stem: str) -> Iterator[str]:
-    """All that stem may be a column of: it, and what stands before each of its dots behind key."""
-    while len(stem) >= len(key):
-        yield stem
-        stem, dot, _ = stem.rpartition(".")
-        if not dot:
-            return
-
-
-def make_source(name: str, locations: dict[str, tuple], problems: dict) -> Source:
-    """The source of a stem's parts by suffix; a second image goes to problems."""
-    image, captions, others = match(tuple(locations))
-    for suffix in others:
-        problems[name + suffix] = listing.SECOND_IMAGE, f"{name}{image} is read"
-    return Source(name, locations.get(image), [(kind, locations[kind]) for kind in captions])
+def dotted_prefixes(stem: str) -> list[str]:
+    """What stands before each dot of the name behind the folders."""
+    start = stem.rfind("/") + 1
+    return [stem[:i] for i in range(start, len(stem)) if stem[i] == "."]
 
 
 # ----------------------------------------------------------------------------------------- decoding
@@ -222,7 +199,8 @@ class Images(Stream):
                 drawn += 1
                 yield Entry(each, drawn, source, dict(problems), each == 0)
                 problems.clear()
-            yield Entry(each, drawn, None, problems, each == 0)
+            # A place of its own: whoever goes on from here has counted these problems.
+            yield Entry(each, drawn + 1, None, problems, each == 0)
             if self.once:
                 return
             drawn = 0

@@ -1,19 +1,19 @@
 """What lies below --data: images with captions, tars, and what is left out, by reason."""
 
 import hashlib
-import heapq
 import os
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image
-
 from common.files import fingerprint
-from common.pictures import FORMATS
 
+# Of pictures.FORMATS; of two images of one name the one whose suffix is earlier here is read.
+IMAGES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".avifs",
+          ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".tif", ".tiff", ".bmp", ".dib", ".gif",
+          ".pbm", ".pgm", ".ppm", ".pnm", ".pfm", ".qoi")  # fmt: skip
 CAPTIONS = (".txt", ".caption", ".json")
 ARCHIVES = (".tgz", ".tbz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z",
             ".rar", ".parquet", ".arrow")  # fmt: skip
@@ -41,18 +41,6 @@ MAX_REASONS = 20  # from here on other suffixes are counted together
 FIRST = 5  # names of a reason that are printed
 # At most so many, evenly spaced, are looked at to know the data again.
 SIZES, CAPTION_FILES, TARS = 1_000_000, 20_000, 64
-
-
-def _image_suffixes() -> tuple[str, ...]:
-    """Pillow's suffixes for FORMATS, JPEG's first."""
-    formats = Image.registered_extensions()
-    formats = {suffix: "JPEG" if kind == "MPO" else kind for suffix, kind in formats.items()}
-    suffixes = [suffix for suffix, kind in formats.items() if kind in FORMATS]
-    return tuple(sorted(suffixes, key=lambda suffix: FORMATS.index(formats[suffix])))
-
-
-IMAGES = _image_suffixes()
-
 
 # ----------------------------------------------------------------------------------------- left out
 
@@ -117,12 +105,8 @@ def list_data(path: Path) -> Listing:
     path = Path(path).resolve()
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    if path.is_file():
-        listing = Listing(path.parent)
-        folders = [("", [path.name])]
-    else:
-        listing = Listing(path)
-        folders = walk(path, listing.left_out)
+    listing = Listing(path if path.is_dir() else path.parent)
+    folders = walk(path, listing.left_out) if path.is_dir() else [("", [path.name])]
     for folder, names in folders:
         _add_folder(listing, folder, names)
     listing.files.sort()
@@ -138,10 +122,9 @@ def walk(root: Path, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
     # By device and number, which a folder has whatever leads to it.
     above = {_folder_id(folder) for folder in root.parents}
     visited = set()
-    folders, links = [""], []
+    folders, links = [""], deque()
     while folders or links:
-        # Of two links to one folder the one that lies higher is followed.
-        folder = folders.pop() if folders else heapq.heappop(links)[1]
+        folder = folders.pop() if folders else links.popleft()
         try:
             if (number := _folder_id(root / folder)) in visited:
                 continue
@@ -159,10 +142,7 @@ def walk(root: Path, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
                 continue
             name, is_link = folder + entry.name, entry.is_symlink()
             if os.path.isdir(entry.path) if is_link else entry.is_dir():
-                if is_link:
-                    heapq.heappush(links, (name.count("/"), f"{name}/"))
-                else:
-                    folders.append(f"{name}/")
+                (links if is_link else folders).append(f"{name}/")
             elif is_link and not os.path.exists(entry.path):
                 left_out.add("broken links", name)
             elif entry.is_file():
@@ -177,15 +157,6 @@ def _folder_id(path: Path) -> tuple[int, int]:
     return stat.st_dev, stat.st_ino
 
 
-def _reason(kind: str, counts: Counter) -> str:
-    """Why files of another suffix are not read: they are archives, or just that."""
-    if kind in ARCHIVES:
-        return ARCHIVE
-    reason = f"{printable(kind)} files"
-    is_counted_apart = kind and (reason in counts or len(counts) < MAX_REASONS)
-    return reason if is_counted_apart else "other files"
-
-
 def _add_folder(listing: Listing, folder: str, names: list[str]) -> None:
     """Sort the files of one folder into examples, tars and what is left out."""
     stems = defaultdict(list)
@@ -196,8 +167,12 @@ def _add_folder(listing: Listing, folder: str, names: list[str]) -> None:
             stems[stem].append(suffix)
         elif kind == ".tar":
             listing.files.append((folder + name, ()))
+        elif kind in ARCHIVES:
+            listing.left_out.add(ARCHIVE, folder + name)
         else:
-            reason = _reason(kind, listing.left_out.counts)
+            counts, reason = listing.left_out.counts, f"{printable(kind)} files"
+            if not kind or (reason not in counts and len(counts) >= MAX_REASONS):
+                reason = "other files"
             listing.left_out.add(reason, folder + name)
     for stem, suffixes in stems.items():
         image, captions, others = match(tuple(suffixes))
@@ -236,18 +211,17 @@ def describe_contents(root: Path, files: list) -> dict[str, str]:
     """
     loose = [file for file in files if file[1]]
     tars = [root / name for name, captions in files if not captions]
-    sampled_tars = evenly(tars, TARS)
     captions = []
     for name, suffixes in evenly(loose, CAPTION_FILES):
         stem = os.path.splitext(name)[0]
         captions += [root / (stem + suffix) for suffix in suffixes]
     sizes = [_size(root / name) for name, _ in evenly(loose, SIZES)]
     return {
-        "file names": f"{len(files)} ({_digest(map(repr, files))})",
-        "image sizes": f"{sum(sizes)} bytes ({_digest(map(str, sizes))})",
-        "captions": _digest(map(_fingerprint, captions)),
-        "tars": _digest([*(str(_size(path)) for path in tars), *map(_fingerprint, sampled_tars)]),
-    }  # fmt: skip
+        "file names": f"{len(files)} ({digest(files)})",
+        "image sizes": f"{sum(sizes)} bytes ({digest(sizes)})",
+        "captions": digest(map(_fingerprint, captions)),
+        "tars": digest([*map(_size, tars), *map(_fingerprint, evenly(tars, TARS))]),
+    }
 
 
 CONTENTS = ("file names", "image sizes", "captions", "tars")
@@ -258,11 +232,12 @@ def evenly(rows: list, limit: int) -> list:
     return rows[:: -(-len(rows) // limit) or 1]
 
 
-def _digest(texts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode("utf-8", "surrogateescape") + b"\0")
-    return digest.hexdigest()[:16]
+def digest(values: Iterable) -> str:
+    """Values, in 16 hexadecimal digits."""
+    sha256 = hashlib.sha256()
+    for value in values:
+        sha256.update(str(value).encode() + b"\0")
+    return sha256.hexdigest()[:16]
 
 
 # A file that cannot be read is an error of its example, later.

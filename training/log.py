@@ -28,19 +28,21 @@ def read_log(output: Path, step: int) -> list[dict]:
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         # A kill may have cut off the last line in the middle.
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
-    lines = [line for line in lines if isinstance(line, dict) and line.get("step", 0) <= step]
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            line = json.loads(text)
+            # Changes right after the checkpoint are of a run that came to no other.
+            if line["step"] <= (step - 1 if "changes" in line else step):
+                lines.append(line)
     if distributed.is_main():
         with files.atomic_write(path) as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return [line for line in lines if "loss" in line]
 
 
-def write_note(output: Path, step: int, **note) -> None:
-    """A line of the log that is not a step's: what changed, or what was left out, before it."""
+def write_line(output: Path, line: dict) -> None:
+    """A line of the log: a step's, or what changed after it, or was left out up to it."""
     with open(output / "log.jsonl", "a", encoding="utf-8") as log:
-        log.write(json.dumps({"step": step, **note}) + "\n")
+        log.write(json.dumps(line) + "\n")
 
 
 def draw_loss(path: Path, log: list[dict]) -> None:
@@ -64,10 +66,8 @@ def draw_loss(path: Path, log: list[dict]) -> None:
     figure.save(path)
 
 
-def write_line(output: Path, line: dict, bar: tqdm) -> None:
-    """The step's line, in log.jsonl and on the progress bar."""
-    with open(output / "log.jsonl", "a", encoding="utf-8") as log:
-        log.write(json.dumps(line) + "\n")
+def show_line(line: dict, bar: tqdm) -> None:
+    """The step's line on the progress bar."""
     shown = {"loss": "loss", "norm": "grad_norm", "img/s": "images_per_s", "GiB": "memory_gib"}
     if line["bad"]:
         shown["bad"] = "bad"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from training import distributed
 from training.checkpoint import TrainState, optimizer_parameters
-from training.log import peak_memory_gib, read_log, write_line, write_note
+from training.log import peak_memory_gib, read_log, show_line, write_line
 
 MAX_SKIPPED_STEPS = 10  # in a row without a finite loss and gradient, before the run gives up
 
@@ -81,7 +81,7 @@ def fit(
     state.claim_output()
     state.log = read_log(state.output, state.step)
     if is_main and state.changes:
-        write_note(state.output, state.step, changes=state.changes)
+        write_line(state.output, {"step": state.step, "changes": state.changes})
     skipped = 0
     bar = tqdm(total=config.steps, initial=state.step, disable=not is_main, dynamic_ncols=True)
     with distributed.GracefulExit() as stop, bar:
@@ -89,13 +89,16 @@ def fit(
             start = time.perf_counter()
             batches = _backward(state, config.grad_accum, losses, ddp_modules)
             line = _optimizer_step(state, config, batches, after_step, start)
+            losses_are_finite = all(line[name] is not None for name in batches.losses)
             if not line["skipped"]:
                 skipped = 0
-            elif not _only_overflowed(state, batches, line):
+            # A smaller factor may help the gradient of finite losses.
+            elif not (losses_are_finite and state.scaler.get_scale() > 1):
                 skipped += 1
             if is_main:
                 state.log.append(line)
-                write_line(state.output, line, bar)
+                write_line(state.output, line)
+                show_line(line, bar)
             if skipped == MAX_SKIPPED_STEPS:
                 _give_up(state.step, batches)
             # One process's signal is everyone's, at the same step: none may wait for another.
@@ -179,12 +182,6 @@ def _optimizer_step(
     }  # fmt: skip
     # JSON knows no NaN.
     return {key: value if math.isfinite(value) else None for key, value in line.items()}
-
-
-def _only_overflowed(state: TrainState, batches: StepBatches, line: dict) -> bool:
-    """Whether a skipped step's losses are finite, and a smaller factor may help its gradient."""
-    losses_are_finite = all(line[name] is not None for name in batches.losses)
-    return losses_are_finite and state.scaler.is_enabled() and state.scaler.get_scale() > 1
 
 
 def _read(numbers: list[Tensor]) -> list[float]:

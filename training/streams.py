@@ -1,6 +1,5 @@
 """Streams of examples, and a loader that makes batches of them which a resumed run continues."""
 
-import hashlib
 import random
 import sys
 from collections import Counter, deque
@@ -17,7 +16,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from common.files import first_difference, read_lines
-from training.listing import BAD, CUT, NO_CAPTION, LeftOut, printable
+from training.listing import BAD, CUT, NO_CAPTION, LeftOut, digest, printable
 
 PREFETCHED_BATCHES = 2
 
@@ -55,8 +54,8 @@ class Stream:
     walk(epoch, drawn) yields one Entry after another from that place on. example(entry) reads one,
     in many threads at once; BadExample skips it, any other error ends the run; an example may hold
     "notes", (reason to count, message) each. identity: all that its order depends on, which a
-    resumed run compares, so nothing of where it lies. left_out: how many were from the start, by reason;
-    missing: how many of those are broken examples. lines: what a user is told at the start.
+    resumed run compares. left_out: how many were from the start, by reason; missing: how many of
+    those are broken examples. lines: what a user is told at the start.
     """
 
     def __init__(self, path, batch_size: int, seed: int, rank: int, world: int):
@@ -86,8 +85,7 @@ class Prompts(ListStream):
         super().__init__(path, batch_size, seed, rank, world)
         self.prompts = read_lines("--data", self.path)
         self.rows = len(self.prompts)
-        digest = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16]
-        self.identity["prompts"] = f"{self.rows} ({digest})"
+        self.identity["prompts"] = f"{self.rows} ({digest(self.prompts)})"
         self.lines = [f"{self.path}: {self.rows} prompts"]
 
     def order(self, epoch: int) -> list[int]:
@@ -103,12 +101,21 @@ class Prompts(ListStream):
 # two processes do. Another thread walks the stream, collates and pins batches ahead of training.
 
 
-def _is_position(position) -> bool:
-    """Whether a value that was read from JSON has the form of a place."""
-    if not isinstance(position, dict) or not isinstance(position.get("left_out"), dict):
-        return False
-    numbers = [position.get("epoch"), position.get("drawn"), *position["left_out"].values()]
-    return all(type(number) is int and number >= 0 for number in numbers)
+def _check_position(position, identity: dict) -> None:
+    """ValueError unless a value that was read from JSON is a place in the stream so identified."""
+    advice = "begin with another --output and --cache"
+    try:
+        numbers = [position["epoch"], position["drawn"], *position["left_out"].values()]
+        is_place = all(type(number) is int and number >= 0 for number in numbers)
+    except (TypeError, KeyError, AttributeError):
+        is_place = False
+    if not is_place:
+        damage = "the run's place in its data is damaged, or of an earlier version"
+        raise ValueError(f"{damage}: {advice}")
+    place = ("epoch", "drawn", "left_out")
+    if differ := first_difference(position, identity, may_change=place):
+        message = f"the run so far read its data with {differ}"
+        raise ValueError(f"{message}: go on with the same, or {advice}")
 
 
 class Loader(Iterator):
@@ -126,20 +133,15 @@ class Loader(Iterator):
         self, dataset: Stream, workers: int, max_bad=1000, position: dict | None = None,
         tail: Callable[[str], str] = lambda caption: "",
     ):  # fmt: skip
-        left_out = {} if dataset.rank else dataset.left_out
-        first = {**dataset.identity, "epoch": 0, "drawn": 0, "left_out": left_out}
-        self.position = first if position is None else position
-        place = ("epoch", "drawn", "left_out")
-        if not _is_position(self.position):
-            message = "the run's place in its data is damaged, or of an earlier version"
-            raise ValueError(f"{message}: begin with another --output and --cache")
-        if differ := first_difference(self.position, dataset.identity, may_change=place):
-            advice = "go on with the same, or begin with another --output and --cache"
-            raise ValueError(f"the run so far read its data with {differ}: {advice}")
+        if position is None:
+            left_out = {} if dataset.rank else dataset.left_out
+            position = {**dataset.identity, "epoch": 0, "drawn": 0, "left_out": left_out}
+        _check_position(position, dataset.identity)
+        self.position = position
         self.dataset, self.workers, self.max_bad, self.tail = dataset, workers, max_bad, tail
         # The collating thread counts, a few batches ahead of self.position.
-        self.counts = Counter(self.position["left_out"])
-        # What this rank met, since it began.
+        self.counts = Counter(position["left_out"])
+        # What this rank met since it began, and the broken ones by name.
         self.met, self.problems, self.first_problem = LeftOut(), {}, ""
         self.broken = dataset.missing
         self._check_broken(f"{dataset.missing} {NO_CAPTION}")
@@ -164,8 +166,8 @@ class Loader(Iterator):
         return batch
 
     @property
-    def left_out(self) -> dict[str, int]:
-        return self.position["left_out"]
+    def left_out(self) -> Counter:
+        return Counter(self.position["left_out"])
 
     @property
     def bad(self) -> int:
@@ -174,20 +176,23 @@ class Loader(Iterator):
     def _batches(self, entries: Iterator[Entry]) -> Iterator[dict]:
         """Collated examples, with "place" as it is behind the last of them."""
         examples, empty_epochs = [], 0
-        for entry, example in self._decoded(entries):
+        for entry, future in self._decoded(entries):
             for name, problem in entry.problems.items():
                 self._count(entry, name, *problem)
             try:
-                if example is None:
+                if future is None:
                     empty_epochs += 1
                 else:
-                    examples.append(self._without_notes(entry, example.result()))
+                    example = future.result()
+                    for note in example.pop("notes", []):
+                        self._count(entry, example["names"], *note, verb="")
+                    examples.append(example)
                     empty_epochs = -1  # 0 at the end of this epoch
             except BadExample as problem:
                 self._count(entry, *problem.args)
             # In one of two such blocks this rank has met every example there is.
             if empty_epochs == 2 * self.dataset.world:
-                first = f"; the first problem: {self.first_problem}" * bool(self.first_problem)
+                first = f"; the first problem: {self.first_problem}" if self.first_problem else ""
                 where = f"no usable example in {self.dataset.path}"
                 raise ValueError(f"{where}; left out: {self.met}{first}")
             if len(examples) == self.dataset.batch_size:
@@ -210,7 +215,8 @@ class Loader(Iterator):
     def _read(self, entry: Entry) -> dict:
         example = self.dataset.example(entry)
         if tail := self.tail(example.get("captions", "")):
-            example.setdefault("notes", []).append((CUT, f"its caption is cut before {tail!r}"))
+            message = f"its caption is cut before {tail[:40]!r}"
+            example.setdefault("notes", []).append((CUT, message))
         return example
 
     def _collate(self, examples: list[dict], entry: Entry) -> dict:
@@ -222,18 +228,12 @@ class Loader(Iterator):
         place = {"epoch": entry.epoch, "drawn": entry.drawn, "left_out": dict(self.counts)}
         return {**batch, "place": place}
 
-    def _without_notes(self, entry: Entry, example: dict) -> dict:
-        for note in example.pop("notes", []):
-            self._count(entry, example["names"], *note, verb="")
-        return example
-
     def _count(self, entry: Entry, name: str, reason: str, message: str, verb="skipped ") -> None:
         """Count what is left out once, name the first of each reason, and end if too many broke."""
-        # An example is skipped for one reason, and may be noted for several.
-        key = name if verb else (name, reason)
-        if key in self.problems:
+        # --max-bad limits the broken ones, so their names fit in memory, unlike those of millions
+        # that are too small, say: of these later epochs have no news.
+        if name in self.problems or not (entry.is_counted or reason in BAD):
             return
-        self.problems[key] = message
         # In later epochs another rank has counted it.
         if entry.is_counted:
             self.counts[reason] += 1
@@ -241,6 +241,7 @@ class Loader(Iterator):
         if self.met.add(reason, name):
             tqdm.write(f"{verb}{problem}", file=sys.stderr)
         if reason in BAD:
+            self.problems[name] = message
             self.first_problem = self.first_problem or problem
             self.broken += 1
             self._check_broken(self.first_problem)
