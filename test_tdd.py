@@ -125,6 +125,20 @@ def test_targets_on_another_number_of_timesteps():
             assert here.admitted(n) == [(tau + 1) // 2 - (tau > 0) for tau in there.admitted(n)]
 
 
+@pytest.mark.parametrize("N, percent", [(250, 21), (50, 22)])
+def test_share_of_targets_that_no_sampler_jumps_to(N, percent):
+    """docs/differences.md: Eq. 7's targets that end no interval of an equidistant schedule."""
+    targets, share = targets_of("tdd", N), 0.0
+    for n in range(N):
+        admitted, ends = targets.admitted(n), set()
+        for k in range(4, 9):
+            ends.add(max(s for s in (0, *equidistant(k, N)) if s <= targets.grid[n]))
+        share += sum(tau not in ends for tau in admitted) / len(admitted) / N
+    assert round(100 * share) == percent
+    page = Path(__file__).with_name("docs") / "differences.md"
+    assert f"{percent} %" in page.read_text(encoding="utf-8")
+
+
 def test_reach_may_be_a_fraction():
     # At t_n = 376 (n = 94) e = 90.5 reaches 285.5: 2/7 = 285.71, visited at 287, is just in.
     assert target_set(250, 4, 16, e=90.5).admitted(94)[0] == 287

@@ -90,7 +90,11 @@ def parser() -> cli.Parser:
          help=f"students, of {' '.join(STUDENTS)}; tdd_rho0 adds the guidance study")  # fmt: skip
     flag("--tcf", nargs="+", choices=TCF, default=list(TCF), metavar="F",
          help="functions f of tcd and tdd: order 1, order 2, s as an input")  # fmt: skip
-    flag("--ablations", action="store_true", help="reach e of Eq. 7, and TDM's Tables 5-8 and Fig. 8: 5 minutes more")
+    flag(
+        "--ablations",
+        action="store_true",
+        help="reach e of Eq. 7, and TDM's Tables 5-8 and Fig. 8: 5 minutes more",
+    )
     flag("--steps", type=cli.positive_int, default=3000, help="steps of teacher and students")
     flag("--seeds", type=cli.positive_int, default=3, help="number of teachers, each distilled")
     flag("--seed", type=number(int, 0, 2**31), default=0, help="random seed")

@@ -182,7 +182,9 @@ def sweep(path: Path, ev: Evaluation, methods: list[str]) -> None:
     for _, x, _, cases in panels:
         panel = {m: (x, *_mean_and_std([ev.find(m, case) for case in cases])) for m in methods}
         curves.append(panel)
-    limits = compare.log_limits([v for panel in curves for _, mean, _ in panel.values() for v in mean])
+    limits = compare.log_limits(
+        [v for panel in curves for _, mean, _ in panel.values() for v in mean]
+    )
     for i, ((title, x, xlabel, _), panel) in enumerate(zip(panels, curves, strict=True)):
         box, ylabel = (100 + i * 500, 100, 440, 440), "" if i else "rmse (log scale)"
         compare.curve_panel(figure, box, title, ylabel, x, panel, limits, 16, xlabel)
