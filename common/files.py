@@ -21,11 +21,11 @@ from torch import Tensor
 def read_lines(flag: str, path: Path) -> list[str]:
     """The lines of the file of a flag that are not blank; ValueError if there are none."""
     try:
-        # Lines end with a line feed: splitlines() would cut captions at a dozen other characters.
+        # Read as text, all line ends are line feeds; splitlines() would cut at a dozen others too.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as problem:
         raise ValueError(f"{flag} {path} cannot be read: {problem}") from None
-    lines = [line.rstrip("\r") for line in lines if line.strip()]
+    lines = [line for line in lines if line.strip()]
     if not lines:
         raise ValueError(f"{flag} {path} holds no prompt")
     return lines

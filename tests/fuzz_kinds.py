@@ -641,8 +641,9 @@ def prompt_files(draw: random.Random, base: Base, work: Path) -> Callable:
 
     def attempt():
         lines = files.read_lines("--prompts", work / "prompts.txt")
-        expected = io.StringIO(data.decode("utf-8-sig"), newline="\n").readlines()
-        expected = [line.rstrip("\n").rstrip("\r") for line in expected if line.strip()]
+        # A line ends with LF, CR LF or, as on the oldest Macs, CR.
+        expected = re.split("\r\n|\r|\n", data.decode("utf-8-sig"))
+        expected = [line for line in expected if line.strip()]
         expect(lines == expected, f"{lines}")
         base.model.tokenizer(lines, 0)
 
