@@ -29,6 +29,7 @@ from tdd import (
     targets_of,
     tdd_loss,
     tuned,
+    tuned_with_negative,
     with_x0_clipping,
 )
 from tests.helpers import ALPHA, SCHEDULE, SIGMA, Net, V, randn, toy_eps
@@ -565,6 +566,20 @@ def test_tuning_is_equation_13_and_undoes_the_distilled_guidance():
     ours = guided(student, cond, null, tuned(w, w_distilled))(x_t, t)
     assert torch.allclose(ours, literal)
     assert torch.allclose(ours, guided(teacher, cond, null, w)(x_t, t))
+
+
+@pytest.mark.parametrize("w", [1.0, 0.0])
+def test_tuning_beside_a_negative_prompt_has_three_terms(w):
+    """g = 2 tuned from g' = 4.5: 2/4.5 of the prompt, -1/4.5 of the negative, 3.5/4.5 of null."""
+    prompt, empty, negative = torch.eye(3, dtype=torch.float64)
+
+    def network(x_t, t, cond):  # its eps says which condition it had
+        return cond
+
+    x_t, t = torch.zeros(2, 3, dtype=torch.float64), torch.tensor([999, 5])
+    eps_hat = tuned_with_negative(network, prompt.expand(2, 3), empty[None], negative[None], w, 3.5)
+    expected = torch.tensor([(1 + w) / 4.5, 3.5 / 4.5, -w / 4.5], dtype=torch.float64)
+    assert torch.allclose(eps_hat(x_t, t), expected.expand(2, 3))
 
 
 def test_clipping_is_numpys_percentile():

@@ -37,7 +37,7 @@ from training.preview import Pictures, PreviewConfig
 
 # The papers' batches: 512 images a step on 8 GPUs for TDD, 448 with its adversary, 64 for TDM.
 TDD_DEFAULTS = {"steps": 20_000, "batch_size": 16, "grad_accum": 4}
-ADV_DEFAULTS = {"steps": 20_000, "batch_size": 14, "grad_accum": 4, "lr": 2e-6}
+ADV_DEFAULTS = {**TDD_DEFAULTS, "batch_size": 14, "lr": 2e-6}
 TDM_DEFAULTS = {"steps": 1000, "batch_size": 8, "grad_accum": 1}
 # Fields of DistillConfig that only one of the two has a use for.
 TDD_FIELDS = ("kmin", "kmax", "reach", "rho", "eta")
@@ -205,9 +205,9 @@ def build_data(args) -> DataConfig:
                 "dtype": args.dtype, "seed": str(args.seed)}  # fmt: skip
     if args.cache is not None:
         parts = model_paths(args).fingerprints(DTYPES[args.dtype])
-        # Nothing of these is in a cache.
-        names = [name for name in parts if name not in ("unet", "scheduler")]
-        settings |= {f"content of {name}": parts[name] for name in names}
+        # Nothing of the UNet is in a cache.
+        parts.pop("unet", None)
+        settings |= {f"content of {name}": content for name, content in parts.items()}
     return DataConfig(
         data=args.data, is_prompts=args.method == "tdm", cache=args.cache, settings=settings,
         resolution=args.resolution, min_size=min_size, batch_size=args.batch_size, seed=args.seed,

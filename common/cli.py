@@ -62,7 +62,7 @@ def is_out_of_memory(problem: BaseException) -> bool:
 # What takes less memory, as far as a program has the flag.
 LESS_MEMORY = {
     "--batch-size": "lower", "--resolution": "lower", "--height": "lower", "--width": "lower",
-    "--low-memory": "add", "--checkpointing": "add", "--cache": "add", "--rank": "lower",
+    "--low-memory": "add", "--checkpointing": "keep", "--cache": "add", "--rank": "lower",
 }  # fmt: skip
 
 

@@ -170,7 +170,7 @@ def check_vocabulary(tokenizer: Tokenizer, *encoders: TextEncoder) -> None:
                          "embeddings: they are not of one model")  # fmt: skip
 
 
-def check_same(tokenizer: Tokenizer, second: Tokenizer) -> None:
+def check_same_tokens(tokenizer: Tokenizer, second: Tokenizer) -> None:
     """ValueError unless the second tokenizer of a folder splits texts as the first does."""
     for ours, theirs in ((tokenizer.vocab, second.vocab), (tokenizer.rank, second.rank)):
         for symbol in ours.keys() | theirs.keys():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from common.files import fingerprint, read_json, read_tensors
 from sdxl import keys
-from sdxl.clip import TextConfig, TextEncoder, Tokenizer, check_same, check_vocabulary
+from sdxl.clip import TextConfig, TextEncoder, Tokenizer, check_same_tokens, check_vocabulary
 from sdxl.controlnet import ControlNet, ControlNetConfig
 from sdxl.vae import VAE, VAEConfig
 from sdxl.weights import (
@@ -42,6 +42,7 @@ def component_files(path: Path, dtype=None) -> list[Path]:
 def read_weights(path: Path, dtype=None) -> tuple[Path, dict[str, Tensor]]:
     """A component's tensors, and the file or folder to name in messages."""
     tensors, files = {}, component_files(path, dtype)
+    # A folder's first file is its config.json.
     weights = files[1:] or files
     for file in weights:
         tensors |= read_tensors(file)[0]
@@ -273,7 +274,7 @@ def _load_folder(paths: ModelPaths, dtype) -> SDXL:
     like = read_config(path / "unet", UNetConfig)
     tokenizer = Tokenizer.from_folder(paths.tokenizer or path / "tokenizer")
     if paths.tokenizer is None and (path / "tokenizer_2").is_dir():
-        check_same(tokenizer, Tokenizer.from_folder(path / "tokenizer_2"))
+        check_same_tokens(tokenizer, Tokenizer.from_folder(path / "tokenizer_2"))
     return SDXL(
         unet=load_unet(paths.unet or path / "unet", like, dtype),
         vae=load_vae(paths.vae or path / "vae"),

@@ -606,6 +606,12 @@ def test_saved_networks_are_sampled_as_diffusers_would(
     assert np.abs(np.stack(got) - want).max() < 0.6
 
 
+def test_gamma_that_is_not_given_is_the_methods(runs, tmp_path, monkeypatch, capsys):
+    for name, gamma in (("cm", "1"), ("pcm4", "0"), ("tcd", "0.2"), ("tdd", "0.2"), ("tdm4", "0")):
+        words = ["--sample", name, "--runs", runs[0], "--steps", 1, "--output", tmp_path / "x.png"]
+        assert f"gamma = {gamma}\n" in run(cifar_sample, monkeypatch, capsys, *words)[1]
+
+
 @pytest.mark.parametrize("name", ["tcds", "tdds", "tdm_unify"])
 def test_students_with_a_scalar_are_sampled_as_diffusers_with_a_hook(
     runs, tmp_path, monkeypatch, capsys, name

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sdxl import keys
 from sdxl.added_tokens import END, START
-from sdxl.clip import TextConfig, TextEncoder, check_same, check_vocabulary, encode_prompts
+from sdxl.clip import TextConfig, TextEncoder, check_same_tokens, check_vocabulary, encode_prompts
 from sdxl.load import load_sdxl
 from sdxl.tokenizer import Tokenizer
 
@@ -342,11 +342,11 @@ def test_ids_beyond_the_embeddings(files, folders, tmp_path):
     message = f"'<sks>' is number {len(vocab)}, but a text encoder has {len(vocab)} embeddings"
     with pytest.raises(ValueError, match=message):
         check_vocabulary(added, *encoders)
-    check_same(tokenizer, Tokenizer(dict(vocab), [tuple(m) for m in merges]))
+    check_same_tokens(tokenizer, Tokenizer(dict(vocab), [tuple(m) for m in merges]))
     with pytest.raises(ValueError, match="tokenizer and tokenizer_2 differ in '<sks>'"):
-        check_same(tokenizer, added)
+        check_same_tokens(tokenizer, added)
     with pytest.raises(ValueError, match="tokenizer and tokenizer_2 differ in"):
-        check_same(tokenizer, Tokenizer(vocab, [tuple(m) for m in reversed(merges)]))
+        check_same_tokens(tokenizer, Tokenizer(vocab, [tuple(m) for m in reversed(merges)]))
 
 
 # ------------------------------------------------------------------------------ long, strange texts

@@ -155,6 +155,13 @@ def test_torchrun_passes_over_bad_data(two):
     assert all(line["loss"] > 0 and line["grad_norm"] > 0 and not line["skipped"] for line in log)
     for name, reason in (("000002", "Truncated"), ("001001", "caption"), ("002.tar", "tar")):
         assert any(name in line and reason in line for line in said.splitlines()), said
+    # Both processes' counts, of the first epoch, each example once.
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert [line["counts"] for line in lines if "counts" in line][-1] == {
+        "images that cannot be read": 1, "captions that cannot be read": 1,
+        ".tar files that are broken or hold no image": 1,
+        "images without a caption": 1,  # which the cut tar does not reach any more
+    }  # fmt: skip
     assert (output / "samples" / "step-000008.png").stat().st_size > 10_000
     assert Image.open(output / "loss.png").size == (900, 500)
 

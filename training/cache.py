@@ -70,10 +70,10 @@ def is_full(folder: Path, settings: dict, may_change=()) -> bool:
     # As JSON returns them, to which they are compared.
     settings = json.loads(json.dumps(VERSION | settings))
     index = Path(folder) / "index.json"
-    is_full = index.exists()
+    complete = index.exists()
     # One shard of each rank is enough: a rank checks it before it adds another.
-    begun = [] if is_full else sorted(index.parent.glob("rank*-00000.safetensors"))
-    contents = [files.read_json(index)] if is_full else [read_shard(path)[1] for path in begun]
+    begun = [] if complete else sorted(index.parent.glob("rank*-00000.safetensors"))
+    contents = [files.read_json(index)] if complete else [read_shard(path)[1] for path in begun]
     for content in contents:
         recorded = content.get("settings")
         if not isinstance(recorded, dict):
@@ -81,7 +81,7 @@ def is_full(folder: Path, settings: dict, may_change=()) -> bool:
         # Version 1 was not recorded.
         if differ := files.first_difference({"version": 1, **recorded}, settings, may_change):
             raise ValueError(f"{folder} was made with {differ}; name another --cache")
-    return is_full
+    return complete
 
 
 def fill(folder, loader: Loader, encode: Callable, settings: dict, rank, world, barrier) -> None:

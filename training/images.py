@@ -215,8 +215,8 @@ class Images(Stream):
         else:
             # All epochs of a block share one order, in which the ranks change places: each meets
             # every example once a block, even if there are fewer than ranks.
-            order = random.Random(f"{self.seed}/{epoch // self.world}")
-            files = order.sample(self.files, len(self.files))
+            block_rng = random.Random(f"{self.seed}/{epoch // self.world}")
+            files = block_rng.sample(self.files, len(self.files))
             offset = (self.rank + epoch) % self.world
         rng, stride = random.Random(f"{self.seed}/{epoch}/{self.rank}"), self.world
         # With enough files each rank takes whole ones, so that none reads another's headers.

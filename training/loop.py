@@ -77,8 +77,8 @@ def fit(
     leaves a checkpoint of its own.
     """
     is_main = distributed.is_main()
-    # What a killed run logged after its last checkpoint is about to be done again.
     state.claim_output()
+    # What a killed run logged after its last checkpoint is about to be done again.
     state.log = read_log(state.output, state.step)
     if is_main and state.changes:
         write_line(state.output, {"step": state.step, "changes": state.changes})
