@@ -1,25 +1,29 @@
 """The 2-D toy: its network, data and distances against second derivations, and its script."""
 
 import json
+import math
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import nn
 
 import tdm
 import train_toy
 from common import compare
+from common.compare import Case
 from common.plots import CLASS_COLOURS
 from tests import helpers
 from tests.helpers import SCHEDULE, SIGMA, randn, read_table
+from toy import ablations, model, students
 from toy import data as toy_data
 from toy import evaluate as toy_eval
-from toy import model, students
 from toy import tdm as toy_tdm
 from unet import timestep_embedding
 
@@ -252,10 +256,144 @@ def test_tdm_takes_the_fake_scores_step_first(together):
     assert not torch.allclose(weights, wrong, rtol=1e-3, atol=1e-3)
 
 
+# ----------------------------------------------------------------------------------- evaluation
+
+
+def small_evaluation(words=(), **changes):
+    """An Evaluation of 240 samples, its teacher random, and the students that the flags ask for."""
+    flags = ["--quick", "--steps", "2", "--seeds", "2", "--samples", "240", *map(str, words)]
+    config = replace(train_toy.build_config(train_toy.parser().parse_args(flags)), **changes)
+    teacher = model.BatchedMLP.init(2, SCHEDULE, torch.Generator().manual_seed(5), width=8)
+    for p in teacher.parameters():
+        p.data = 0.3 * randn(*p.shape, seed=p.numel(), dtype=torch.float32)
+    data = toy_data.Data(config.data)
+    groups = students.train_groups(config, teacher, data, torch.Generator().manual_seed(1))
+    return groups, toy_eval.Evaluation(config, teacher, data), data
+
+
+def test_rows_say_how_many_passes_a_sample_takes(monkeypatch):
+    """Against a count of the rows that the networks were given."""
+    groups, ev, _ = small_evaluation()
+    jobs = [partial(ev.teacher_row, Case(3))]
+    jobs += [partial(ev.teacher_row, Case(3), solver) for solver in toy_eval.TEACHER_SOLVERS]
+    for group in groups:
+        jobs += [partial(ev.student_rows, group, [0], Case(3, gamma)) for gamma in (0.0, 0.2)]
+        if group.jump is students.ddim and group.students[0].method != "tdm_unify":
+            jobs.append(partial(ev.student_rows, group, [0], Case(3, w=1.0)))
+    network_rows, forward = [], model.BatchedMLP.forward
+
+    def count(self, x_t, *inputs):
+        network_rows.append(len(x_t))
+        return forward(self, x_t, *inputs)
+
+    seen = set()
+    for job in jobs:
+        job()  # and all references, that the count must not contain
+        before = set(ev.rows)
+        ev.rows.clear()
+        monkeypatch.setattr(model.BatchedMLP, "forward", count)
+        network_rows.clear()
+        job()
+        monkeypatch.undo()
+        assert before  # the same row again
+        for row in ev.rows.values():
+            assert row["passes"] == sum(network_rows) / (240 // 8 * 8 * 2)
+            seen.add((row["method"], row["variant"], row["passes"]))
+    assert {("teacher", "", 6), ("teacher", "dpm++2s", 12), ("tcd2", "", 6), ("cm", "", 3)} <= seen
+
+
+def test_the_teachers_rows_with_better_solvers():
+    """Closed forms of one and two guided steps on a teacher that is linear in x_t."""
+    _, ev, _ = small_evaluation(["--methods", "cm"])
+    for p in ev.teacher.parameters():
+        p.data.zero_()  # eps = sigma_t x_t: x_0 = alpha_t x_t, whatever the condition
+    z = next(ev.noise(1)).double()
+    (a, s, l), (a_m, s_m, l_m) = helpers.at(999), helpers.at(499)
+
+    def first_order(x, x_0, start, end):  # Eq. 16
+        (_, s_t, l_t), (a_s, s_s, l_s) = start, end
+        return s_s / s_t * x - a_s * math.expm1(l_t - l_s) * x_0
+
+    # In two steps by way of 499, the last of them to CLEAN, where both solvers give x_0.
+    x_m = {"dpm++2m": first_order(z, a * z, (a, s, l), (a_m, s_m, l_m))}
+    half = (l + l_m) / 2
+    a_u, s_u = (1 / math.sqrt(1 + math.exp(sign * 2 * half)) for sign in (-1, 1))
+    x_u = first_order(z, a * z, (a, s, l), (a_u, s_u, half))
+    u = SCHEDULE.t_of_lam(torch.tensor(half).double())
+    a_net, s_net, _ = SCHEDULE.at(u[None] if u.ndim == 0 else u)
+    x_m["dpm++2s"] = first_order(z, (x_u - s_u * s_net * x_u) / a_u, (a, s, l), (a_m, s_m, l_m))
+    for solver, x in x_m.items():
+        ev.teacher_row(Case(2), solver)
+        samples = ev.samples["teacher", solver, Case(2)]
+        expected = rearrange(a_m * x, "(n s) d -> s n d", s=2)
+        torch.testing.assert_close(samples.double(), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_snapshots_are_the_network_after_so_many_steps():
+    network = model.BatchedMLP.init(2, SCHEDULE, torch.Generator().manual_seed(5), width=8)
+    target, snapshots, after = randn(60, 2).float(), {}, []
+    x, t, cond = randn(60, 2, seed=1).float(), torch.arange(60), randn(60, 4, seed=2).float()
+    vector = lambda net: nn.utils.parameters_to_vector(net.parameters()).detach().clone()  # noqa: E731
+    model.train(
+        network, lambda: (network(x, t, cond) - target).square().mean(1), 30, 1e-2, "test",
+        on_step_end=lambda: after.append(vector(network)), snapshots=snapshots,
+    )  # fmt: skip
+    assert sorted(snapshots) == sorted(model.SNAPSHOTS)
+    for share, steps in zip(model.SNAPSHOTS, (1, 3, 10), strict=True):
+        assert torch.equal(vector(snapshots[share]), after[steps - 1])
+    group = students.Group([None, None], network, snapshots=snapshots)
+    for share, steps in ((1.0, 30), (0.1, 3)):
+        member = lambda p: p[1:]  # noqa: E731
+        picked = group.select([1], share).state_dict().values()
+        all_members = snapshots.get(share, network).state_dict().values()
+        assert all(torch.equal(p, member(q)) for p, q in zip(picked, all_members, strict=True))
+
+
+def test_the_w_of_a_student_of_a_range_is_uniform(monkeypatch):
+    """Of each example in each step; who has one w' keeps it."""
+    drawn, loss = [], students.tdd_loss
+
+    def capture(*args, **kwargs):
+        drawn.append(args[7])
+        return loss(*args, **kwargs)
+
+    monkeypatch.setattr(students, "tdd_loss", capture)
+    small_evaluation(["--methods", "tdd_rho0", "--steps", 40, "--batch-size", 64])
+    w = rearrange(torch.stack(drawn), "step (b m s) -> m (step b s)", m=5, s=2)
+    assert (w[:3] == torch.tensor([1.0, 1.0, 5.0])[:, None]).all() and (w[3] == 5).all()
+    assert w.shape[1] == 40 * 64 * 2
+    uniform = torch.linspace(2, 8, w.shape[1])
+    assert (w[4].sort().values - uniform).abs().max() < 0.1
+
+
+def test_reach_is_the_targets_e(monkeypatch):
+    """`--reach`, and the ablation's rows: each network what it would be trained by itself."""
+    words = ["--methods", "tdd", "pcm4", "--kmin", 4, "--solver-steps", 50]
+    for flags, e in (([], 250), (["--reach", 125], 125), (["--reach", 1000], 1000)):
+        config = train_toy.build_config(train_toy.parser().parse_args([*map(str, words + flags)]))
+        pcm, tdd, *_ = students.make_students(config)
+        # By definition: targets from t_n - e to t_n.
+        targets = sorted({Fraction(1000 * m, k) for k in range(4, 9) for m in range(k)})
+        expected = [sum(20 * n - e <= tau <= 20 * n for tau in targets) for n in range(50)]
+        assert tdd.targets.count.tolist() == expected and (pcm.targets.count == 1).all()
+    _, ev, data = small_evaluation(["--methods", "cm"])
+    rows = []
+    ablations.ablate_reach(ev, data, rows)
+    assert [row["name"] for row in rows[:4]] == [f"TDD, e = {e}" for e in (125, 250, 500, 1000)]
+    assert [row["k"] for row in rows[::4]] == [4, 5, 6, 7, 8]
+    config = replace(ev.config, reach=500.0, methods=("tdd",), tcf=("1",))
+    generator = torch.Generator().manual_seed(config.seed + 4)
+    (group,) = students.train_groups(config, ev.teacher, data, generator)
+    ev.student_rows(group, [0], Case(8))
+    assert rows[18]["name"] == "TDD, e = 500" and rows[18]["k"] == 8
+    expected = ev.find("tdd", Case(8))["per_seed"]
+    assert rows[18]["per_seed"] == pytest.approx(expected, rel=1e-4)
+
+
 def load_rows(path):
     result = json.loads(path.read_text())
-    fields = {"method", "variant", "k", "gamma", "schedule", "w", "tune", "clip_steps", "metric",
-              "per_seed", "mean", "std"}  # fmt: skip
+    fields = {"method", "variant", "k", "gamma", "schedule", "w", "tune", "clip_steps", "passes",
+              "metric", "per_seed", "mean", "std"}  # fmt: skip
     assert all(set(row) == fields for row in result["rows"])
 
     def per_seed(method, ks=(4, 5, 6, 7, 8), metric="rmse", **case):

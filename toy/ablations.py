@@ -74,12 +74,16 @@ REACHES = (0.5, 1, 2, 4)  # of e, in T/K_min; the last are all targets below t_n
 
 
 def ablate_reach(ev: Evaluation, data: Data, rows: list[dict]) -> None:
-    """Add rows of TDD with shorter and longer reaches e: rmse at gamma = 0 in kmin to kmax steps."""
+    """Add rows of TDD with shorter and longer e: rmse at gamma = 0 in kmin to kmax steps."""
     config, students = ev.config, []
     for reach in REACHES:
         e = reach * ev.schedule.T / config.kmin
-        targets = targets_of("tdd", config.N, config.kmin, config.kmax, e)
         name = f"TDD, e = {e:g}"
+        try:
+            targets = targets_of("tdd", config.N, config.kmin, config.kmax, e)
+        except ValueError as error:
+            print(f"{name} is left out: {error}")
+            continue
         students.append(Student(name, targets, config.eta, config.rho, config.w))
     generator = torch.Generator().manual_seed(config.seed + 4)
     group = train_students(config, students, ev.teacher, data, generator)

@@ -1,8 +1,8 @@
 """Adversarial TDD, "Ours (adv)" in Table 1: a discriminator on the teacher's features.
 
-The paper takes over PCM's process, and this code PCM's heads, features and losses: the student's jump to tau~ is the fake sample, the target
-network's the real one; both are noised further to one time and compared by the features that the
-frozen teacher computes of them.
+The paper takes over PCM's process, and this code PCM's heads, features and losses: the student's
+jump to tau~ is the fake sample, the target network's the real one; both are noised further to one
+time and compared by the features that the frozen teacher computes of them.
 """
 
 import torch

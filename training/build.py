@@ -26,8 +26,9 @@ DISTANCES = {"l2": squared_l2, "huber": pseudo_huber}
 class DistillConfig:
     """What is distilled, and how: the paper's settings for SDXL unless given.
 
-    method: tdd, cm, pcm, tcd or tdm. reach: e of Eq. 7, T/kmin unless given. w: the range of w', or TDM's guidance twice. mu: rate of the
-    moving average. tcf, solver: names in tcd.TCF and solvers.SOLVERS. full: train the whole UNet.
+    method: tdd, cm, pcm, tcd or tdm. reach: e of Eq. 7, T/kmin unless given. w: the range of w',
+    or TDM's guidance twice. mu: rate of the moving average. tcf, solver: names in tcd.TCF and
+    solvers.SOLVERS. full: train the whole UNet.
     """
 
     method: str = "tdd"
