@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from common import cli, files
 from common.pictures import open_image, save_grid, to_images
-from sdxl import pipeline, png
+from sdxl import pipeline, png, told
 from sdxl.load import SDXL, ModelPaths, component_files, load_controlnet, load_sdxl
 from sdxl.pipeline import DTYPES, SCHEDULES, SamplerConfig
-from sdxl.recipe import read_recipe
+from sdxl.recipe import read_recipe, single_value
 from sdxl.weights import find_lora, find_weights, use_exact_float32
 from tcd import TCF
 from training import distributed
@@ -90,20 +90,11 @@ def read_headers(args) -> None:
             raise ValueError(
                 f"--lora or --unet was trained with --tcf {values[0]}: sample it with that"
             )
+    args.tell_k = told.told_k(args.tell_k, args.steps, recipes)
+    if args.tell_k is not None:
+        used.append(f"tell-k {args.tell_k}")
     if used:
         print(f"from the header of {', '.join(path.name for path in paths)}: {', '.join(used)}")
-
-
-def single_value(name: str, values: list, default):
-    """What all headers say, or the default; ValueError if they differ, or if there is neither."""
-    flag = f"--{name.replace('_', '-')}"
-    if len(values) > 1:
-        hint = "one of them" if name in ("tcf", "kmin", "kmax") else flag
-        trained = " and ".join(map(str, values))
-        raise ValueError(f"--lora and --unet were trained for {trained}: give {hint}")
-    if not values and default is None:
-        raise ValueError(f"{flag}: no header says a value: give it as a number")
-    return values[0] if values else default
 
 
 def build_config(args) -> SamplerConfig:
@@ -118,15 +109,14 @@ def build_config(args) -> SamplerConfig:
 
 
 def load_student(
-    paths: ModelPaths, loras: list[tuple[Path, float]], tcf: str, steps: int, dtype: torch.dtype,
-    device: str,
-) -> tuple[SDXL, object]:  # fmt: skip
-    """The model with every LoRA merged in, and the network to sample in so many steps."""
+    paths: ModelPaths, loras: list[tuple[Path, float]], tcf: str, dtype: torch.dtype, device: str
+) -> tuple[SDXL, object]:
+    """The model with every LoRA merged in, and the network to sample."""
     model = load_sdxl(paths, dtype=dtype)
     if model.unet.config.scalar and tcf != "s":
         raise ValueError(f"{paths.unet or paths.model}: its UNet takes a target time: give --tcf s")
     model.to(device)
-    network = pipeline.merge_loras(model, loras, tcf, steps)
+    network = pipeline.merge_loras(model, loras, tcf)
     # Pixels as rows of channels: transformers and convolutions then agree on the layout.
     model.unet.to(memory_format=torch.channels_last)
     return model, network
@@ -141,7 +131,9 @@ def build_network(args) -> tuple[SDXL, object, list[nn.Module]]:
     images = [control_pixels(path, args.width, args.height) for path in args.control_image]
     use_exact_float32(dtype)
     loras = [split_scale(entry) for entry in args.lora]
-    model, network = load_student(model_paths(args), loras, args.tcf, args.steps, dtype, home)
+    model, network = load_student(model_paths(args), loras, args.tcf, dtype, home)
+    if args.tell_k is not None:
+        network = told.tell(network, args.tell_k)
     denoisers, controls = [model.unet], []
     scales = args.control_scale or [1.0] * len(images)
     for path, pixels, scale in zip(args.controlnet, images, scales, strict=True):
@@ -154,6 +146,18 @@ def build_network(args) -> tuple[SDXL, object, list[nn.Module]]:
         for module in denoisers:
             pipeline.compile_blocks(module)
     return model, network, denoisers
+
+
+def export_k(args) -> None:
+    """--export-k: a told student for one K, as LoRA files that need no crop."""
+    output = Path(args.output)
+    if len(args.lora) != 1 or output.suffix != ".safetensors":
+        raise ValueError("--export-k needs one --lora, and --output NAME.safetensors")
+    model = load_sdxl(model_paths(args), dtype=DTYPES[args.dtype])
+    files.output_folder(output.parent)
+    path, _ = split_scale(args.lora[0])
+    paths = told.export_for_one_K(path, args.export_k, model.unet, output)
+    print(f"{path} for {args.export_k} steps: {', '.join(map(str, paths))}")
 
 
 def model_paths(args) -> ModelPaths:
@@ -227,6 +231,8 @@ class Job:
 
 def main(args) -> None:
     rank, world, args.device = distributed.get_dist_info(args.device)
+    if args.export_k is not None:
+        return export_k(args)
     check(args)
     prompts = expand_prompts(args.prompt, args.prompts, args.num_images)
     if world > 1 and (args.save_latents or args.prompts is None):
@@ -346,6 +352,10 @@ def sampler_flags(add) -> None:
     add("--tune-guidance", type=cli.number(float, 1), nargs="?", const=FROM_LORA, metavar="G'",
         help="g' = 1 + w' that the LoRA was distilled with, as a number or from its header: --cfg "
              "then acts as the teacher's (Eq. 13)")  # fmt: skip
+    add("--tell-k", type=cli.positive_int, metavar="K",
+        help="K that a student of several is told: --steps, or the nearest that it knows")  # fmt: skip
+    add("--export-k", type=cli.positive_int, metavar="K",
+        help="instead of sampling, write --lora for one K to --output: it needs no crop")  # fmt: skip
     add("--solver-steps", type=cli.positive_int,
         help="grid of the schedules, N: that of the LoRA or --unet, or 250")  # fmt: skip
     add("--sampler", choices=["tdd", "ddim", "dpm++2m", "dpm++2s"], default="tdd",

@@ -9,6 +9,7 @@ solver remembers the step before, so a new one is made for each trajectory: SOLV
 functions that return a solver.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -273,3 +274,14 @@ def solve(model, x_t: Tensor, timesteps, schedule: Schedule, solver=ddim, callba
         if callback is not None:
             callback(s, x_t)
     return x_t
+
+
+def noise_stream(seeds, shape, device="cpu") -> Iterator[Tensor]:
+    """Endless draws of (b, *shape), image i from its own CPU generator seeded with seeds[i].
+
+    The first draw is the starting noise: the same on every device, and the same as diffusers'.
+    """
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    while True:
+        draws = [torch.randn((1, *shape), generator=generator) for generator in generators]
+        yield to_device(torch.cat(draws), device)

@@ -30,35 +30,29 @@ from solvers import CLEAN, Schedule, ddim, eps_from_x0, renoise, solver_grid, to
 
 @dataclass(frozen=True)
 class TargetSet:
-    """The target timesteps (Eq. 5) and, for each solver step n, those that Eq. 7 admits.
+    """Target timesteps (Eq. 5) and, for each solver step n, those that a start may aim at.
 
     grid: (N + 1,) the solver's timesteps t_0..t_N
-    tau: (M,) targets in ascending order, on the grid points that the k-step schedules visit
+    tau: (M,) targets, on the grid points that the k-step schedules visit
     first, count: (N,) tau[first[n] : first[n] + count[n]] are admitted at t_n
-
-    A rule whose targets are no interval needs a class of its own with grid, count and select.
+    K: (M,) whose schedule's stop each target is, where that is told; else None
     """
 
     grid: Tensor
     tau: Tensor
     first: Tensor
     count: Tensor
+    K: Tensor | None = None
 
-    def select(self, n: Tensor, u: Tensor) -> Tensor:
-        """Eq. 7: tau_m, one of the targets admitted at t_n, by uniform u in [0, 1); (b,)."""
-        return self.tau[self.first[n] + (u * self.count[n]).floor().long()]
-
-    def admitted(self, n: int) -> list[int]:
-        """The targets that `select` chooses from at t_n."""
-        return self.tau[self.first[n] : self.first[n] + self.count[n]].tolist()
+    def select(self, n: Tensor, u: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Eq. 7: tau_m, one of the targets at t_n, by uniform u in [0, 1); (b,). And its K."""
+        m = self.first[n] + (u * self.count[n]).floor().long()
+        return self.tau[m], None if self.K is None else self.K[m]
 
 
-def target_set(
-    N: int, kmin: int, kmax: int, e: float | None = None, largest: bool = False, T: int = 1000
-) -> TargetSet:
+def target_set(N: int, kmin: int, kmax: int, e: float | None = None, T: int = 1000) -> TargetSet:
     """Eq. 5's targets for schedules of kmin..kmax steps, with Eq. 7's reach e (default T/kmin).
 
-    largest: PCM's rule instead of Eq. 7's, the one largest target at or below t_n.
     Raises ValueError unless 1 <= kmin <= kmax <= N, N >= 2 divides T, and e leaves every t_n
     a target.
     """
@@ -77,39 +71,53 @@ def target_set(
         # Eq. 7's t is t_n: the target network starts there and cannot jump back up beyond it.
         t = Fraction(n * T, N)
         low, high = bisect_left(exact, t - reach), bisect_right(exact, t)  # Eq. 7
-        if largest:
-            # Eq. 4 prints tau < t_n. In PCM's own paper a segment's end is its own target, where
-            # the target network's jump is the identity.
-            low = high - 1
         if low >= high:
             raise ValueError(f"no target lies within e = {float(reach):g} below t = {float(t):g}")
         first.append(low)
         count.append(high - low)
     # `equidistant` visits index floor(iN/k) from above, which is ceil(mN/k) from below: 750 -> 751.
     tau = [grid[math.ceil(time * N / T)] for time in exact]
-    return TargetSet(
-        torch.tensor(grid), torch.tensor(tau), torch.tensor(first), torch.tensor(count)
-    )
+    return TargetSet(*map(torch.tensor, (grid, tau, first, count)))
+
+
+def next_stops(N: int, Ks: tuple[int, ...], T: int = 1000) -> TargetSet:
+    """The next stop at or below t_n of the K-step schedule, for each K of Ks.
+
+    One K is PCM's rule (Eq. 4). Of several, one is drawn for each start: all the jumps that
+    samplers of these numbers of steps make, and no others. Not in the papers.
+    Raises ValueError unless 1 <= K <= N for each K, and N >= 2 divides T.
+    """
+    grid = solver_grid(N, T)
+    if not Ks or not 1 <= min(Ks) <= max(Ks) <= N or N < 2:
+        raise ValueError(f"K of {[*Ks]} do not fit N = {N} solver steps: 1 <= K <= N and N >= 2")
+    # m = floor(nK/N) makes mT/K the largest stop <= t_n. Eq. 4 prints tau < t_n; by PCM's paper a
+    # segment's end is its own target, where the target network's jump is the identity.
+    tau = [grid[-(-(n * K // N) * N // K)] for n in range(N) for K in Ks]
+    first = torch.arange(N) * len(Ks)
+    count = torch.full((N,), len(Ks))
+    return TargetSet(torch.tensor(grid), torch.tensor(tau), first, count, torch.tensor(Ks).repeat(N))
 
 
 def targets_of(
-    method: str, N: int, kmin: int = 4, kmax: int = 8, reach: float | None = None, T: int = 1000
-) -> TargetSet:
+    method: str, N: int, kmin: int = 4, kmax: int = 8, reach: float | None = None,
+    Ks: tuple[int, ...] = (), T: int = 1000,
+) -> TargetSet:  # fmt: skip
     """The targets in which consistency distillation's methods differ (the remark below Eq. 5).
 
     kmin, kmax: TDD's K_min and K_max; PCM's number of segments is kmin; the others ignore both.
-    reach: TDD's e of Eq. 7 in timesteps, T/kmin unless given.
+    reach: TDD's e of Eq. 7 in timesteps, T/kmin unless given. Ks: instead of all that, for TDD, the
+    numbers of steps whose next stops are the targets.
     TCD/CTM may reach anywhere below t_n: with Eq. 7's e = T/N they would be left two targets.
     """
     match method:
         case "cm":
             return target_set(N, 1, 1, T=T)
         case "pcm":
-            return target_set(N, kmin, kmin, largest=True, T=T)
+            return next_stops(N, (kmin,), T)
         case "ctm" | "tcd":
             return target_set(N, N, N, e=T, T=T)
         case "tdd":
-            return target_set(N, kmin, kmax, reach, T=T)
+            return next_stops(N, Ks, T) if Ks else target_set(N, kmin, kmax, reach, T)
     raise ValueError(f"unknown method {method!r}: cm, pcm, ctm, tcd or tdd")
 
 
@@ -131,14 +139,19 @@ def offset(tau: Tensor, eta: float, u: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StepSample:
-    """What Algorithm 1 draws for a batch: times, who keeps the prompt, and the noise."""
+    """What Algorithm 1 draws for a batch: times, who keeps the prompt, and the noise.
+
+    x_next: x_{t_{n+1}} itself, where it comes from the teacher's path and not from data.
+    """
 
     t_next: Tensor  # (b,) t_{n+1}
     t_n: Tensor  # (b,)
     tau: Tensor  # (b,) tau~
     keep_prompt: Tensor  # (b,) bool
-    noise: Tensor  # (b, ..)
+    noise: Tensor | None  # (b, ..)
     guided_rows: Tensor | None  # indices of the examples with a prompt; None guides all b
+    K: Tensor | None = None  # (b,) whose stop tau is, if that is told
+    x_next: Tensor | None = None  # (b, ..)
 
     def to(self, device) -> "StepSample":
         tensors = (getattr(self, field.name) for field in fields(self))
@@ -154,11 +167,12 @@ def sample_step(
     """
     u_n, u_tau, u_eta, u_rho = torch.rand((4, shape[0]), generator=generator, dtype=torch.float64)
     n = (u_n * len(targets.count)).floor().long()  # n ~ U[0, N - 1]
-    tau = offset(targets.select(n, u_tau), eta, u_eta)  # Eqs. 7 and 8
+    tau, K = targets.select(n, u_tau)  # Eq. 7
+    tau = offset(tau, eta, u_eta)  # Eq. 8
     keep_prompt = u_rho >= rho  # line 11
     noise = torch.randn(shape, generator=generator)
     guided_rows = keep_prompt.nonzero()[:, 0]
-    return StepSample(targets.grid[n + 1], targets.grid[n], tau, keep_prompt, noise, guided_rows)
+    return StepSample(targets.grid[n + 1], targets.grid[n], tau, keep_prompt, noise, guided_rows, K)
 
 
 def squared_l2(d: Tensor) -> Tensor:
@@ -180,23 +194,26 @@ class TDDLoss(NamedTuple):
     prediction: Tensor  # (b, ..) f_theta(x_{t_{n+1}}, t_{n+1}, tau~)
     target: Tensor  # (b, ..) f_theta-(x_{t_n}, t_n, tau~)
     cond: Tensor | dict  # the condition used, null where the prompt was dropped
+    x_n: Tensor  # (b, ..) where the teacher's step has led
 
 
 def tdd_loss(
-    student, target_net, teacher, x_0: Tensor, cond, null, sample: StepSample, w,
+    student, target_net, teacher, x_0: Tensor | None, cond, null, sample: StepSample, w,
     schedule: Schedule, solver=ddim, jump=ddim, distance=squared_l2,
 ) -> TDDLoss:  # fmt: skip
     """Algorithm 1, lines 10-16: the consistency loss that CM, PCM, TCD and TDD share (Eqs. 3, 10).
 
-    x_0: (b, ..) data. w: the distillation guidance w', a number or (b,); guidance g = 1 + w'.
+    x_0: (b, ..) data, unless the sample has x_next. w: the distillation guidance w', a number or (b,); guidance g = 1 + w'.
     solver: Phi, one step of the teacher's PF-ODE. jump: f, Eq. 15's `ddim` or another of tcd.TCF.
     distance: (b, ..) -> (b,).
 
     With every grid point as a target this is TCD's Algorithms 1 and 2.
     """
     t_next, t_n, tau = sample.t_next, sample.t_n, sample.tau
-    # Line 10: x_{t_{n+1}} ~ N(alpha x_0, sigma^2 I).
-    x_next = schedule.diffuse(x_0, sample.noise, t_next)
+    x_next = sample.x_next
+    if x_next is None:
+        # Line 10: x_{t_{n+1}} ~ N(alpha x_0, sigma^2 I).
+        x_next = schedule.diffuse(x_0, sample.noise, t_next)
     # Line 11: the condition, or with probability rho the null condition.
     cond = where_cond(sample.keep_prompt, cond, null)
     with torch.no_grad():
@@ -208,7 +225,7 @@ def tdd_loss(
         target = jump(conditioned(target_net, cond), x_n, t_n, tau, schedule)
     # .. and f_theta(x_{t_{n+1}}, t_{n+1}, tau~), which is to agree with it.
     prediction = jump(conditioned(student, cond), x_next, t_next, tau, schedule)
-    return TDDLoss(distance(prediction - target), prediction, target, cond)
+    return TDDLoss(distance(prediction - target), prediction, target, cond, x_n)
 
 
 @torch.no_grad()
@@ -232,9 +249,14 @@ def conditioned(model, cond):
     return lambda x_t, t, *extra: model(x_t, t, cond, *extra)
 
 
-def with_scalar(model, value: float):
-    """model(x_t, t, cond, value) with the same value for all examples."""
-    return lambda x_t, t, cond, *extra: model(x_t, t, cond, torch.full_like(t, value), *extra)
+def with_scalar(model, value):
+    """model(x_t, t, cond, value) with one value for all examples, or with (b,) of them."""
+
+    def network(x_t: Tensor, t: Tensor, cond, *extra):
+        values = value if torch.is_tensor(value) else torch.full_like(t, value)
+        return model(x_t, t, cond, values, *extra)
+
+    return network
 
 
 def guided(model, cond, null, w, rows: Tensor | None = None):
@@ -385,14 +407,3 @@ def gamma_sample(
         if callback is not None:
             callback(p, x_t)
     return x_t
-
-
-def noise_stream(seeds, shape, device="cpu") -> Iterator[Tensor]:
-    """Endless draws of (b, *shape), image i from its own CPU generator seeded with seeds[i].
-
-    The first draw is the starting noise: the same on every device, and the same as diffusers'.
-    """
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    while True:
-        draws = [torch.randn((1, *shape), generator=generator) for generator in generators]
-        yield to_device(torch.cat(draws), device)

@@ -3,13 +3,14 @@
     python train_sdxl.py --model models/sdxl --data images/ --output runs/tdd
     torchrun --nproc-per-node 8 train_sdxl.py --model models/sdxl --data shards/ --output runs/tdd
     torchrun --nproc-per-node 8 train_sdxl.py --model models/sdxl --method tdm --data prompts.txt
+    python train_sdxl.py --model models/sdxl --data prompts.txt --pairs teacher --ks 4 5 6 7 8
 
 The losses are in tdd.py and tdm.py, the training step in training/distill.py, the loop in
 training/loop.py; this file holds the flags and puts the parts together.
 """
 
 import argparse
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from sdxl.load import SDXL, ModelPaths, load_sdxl
 from sdxl.lora import LoRA
 from sdxl.lora_files import read_lora
 from sdxl.pipeline import DTYPES, encode_batch, make_conditions, null_condition
-from sdxl.recipe import RECOMMENDED
+from sdxl.recipe import RECOMMENDED, read_recipe
 from sdxl.weights import use_exact_float32
 from solvers import SOLVERS
 from tcd import TCF
@@ -33,6 +34,7 @@ from training.build import DISTANCES, DistillConfig
 from training.checkpoint import TrainState, resume_point
 from training.data import DataConfig, open_data
 from training.distill import TDDStep, TDMStep
+from training.paths import PathLoader
 from training.preview import Pictures, PreviewConfig
 
 # The papers' batches: 512 images a step on 8 GPUs for TDD, 448 with its adversary, 64 for TDM.
@@ -40,8 +42,8 @@ TDD_DEFAULTS = {"steps": 20_000, "batch_size": 16, "grad_accum": 4}
 ADV_DEFAULTS = {**TDD_DEFAULTS, "batch_size": 14, "lr": 2e-6}
 TDM_DEFAULTS = {"steps": 1000, "batch_size": 8, "grad_accum": 1}
 # Fields of DistillConfig that only one of the two has a use for.
-TDD_FIELDS = ("kmin", "kmax", "reach", "rho", "eta")
-TDM_FIELDS = ("Ks", "fake_lr", "fake_weight")
+TDD_FIELDS = ("kmin", "kmax", "reach", "rho", "eta", "pairs")
+TDM_FIELDS = ("fake_lr", "fake_weight")
 
 # -------------------------------------------------------------------------------------------- setup
 #
@@ -56,6 +58,8 @@ def check(args) -> None:
     check_method(args)
     if args.full and (args.init or args.compile or not args.model.is_dir()):
         raise ValueError("--full is for a model's folder, without --init and --compile")
+    if args.full and build_config(args).told_ks:
+        raise ValueError("--full: K is told to a LoRA: add --no-tell-k")
     if args.full and args.sample_every and distributed.get_dist_info(args.device)[1] > 1:
         raise ValueError("--full: no process has all weights to draw with: --sample-every 0")
     if args.init is not None and not args.init.is_file():
@@ -71,33 +75,49 @@ def check(args) -> None:
     if args.sample_every or args.Ks:
         for k in preview_steps(build_config(args)):
             equidistant(k, args.solver_steps)
-    if args.method == "tdm":
+    if needs_prompts(args):
+        if args.cache is not None:
+            raise ValueError("--cache holds images' latents, and these pairs come from prompts alone")
         read_lines("--data", args.data)
-    else:
+    if args.method != "tdm":
         build.build_tdd_config(build_config(args), "cpu")
+
+
+def needs_prompts(args) -> bool:
+    """Whether --data is a file of prompts: the method looks at no images."""
+    return args.method == "tdm" or args.pairs == "teacher"
 
 
 def check_method(args) -> None:
     """Fill in the method's defaults; ValueError for flags that it has no use for."""
     config = DistillConfig.of_method(args.method)
+    args.Ks = config.Ks if args.Ks is None else tuple(dict.fromkeys(args.Ks))
+    several = len(args.Ks) > 1
+    useless = {"no-tell-k": not (args.tell_k or several),
+               "k-lr": args.k_lr is not None and not (args.tell_k and several)}  # fmt: skip
     if args.method == "tdm":
         defaults, names, others = TDM_DEFAULTS, TDM_FIELDS, (*TDD_FIELDS, "cache", "guidance_range")
-        useless = {"adv": args.adv, "ema": args.mu, "full": args.full, "tcf": args.tcf != "1"}
+        useless |= {"adv": args.adv, "ema": args.mu, "full": args.full, "tcf": args.tcf != "1"}
     else:
         defaults, names, others = TDD_DEFAULTS, TDD_FIELDS, TDM_FIELDS
         if args.adv:
             defaults = ADV_DEFAULTS
-        useless = {"loss": args.loss not in (None, *DISTANCES),
-                   "solver": args.solver not in ("ddim", "dpm++2s"),
-                   "reach": args.reach is not None and args.method != "tdd"}  # fmt: skip
-    useless |= {name.lower().replace("_", "-"): getattr(args, name) is not None for name in others}
+        useless |= {"loss": args.loss not in (None, *DISTANCES),
+                    "solver": args.solver not in ("ddim", "dpm++2s"),
+                    "ks": args.Ks and args.method != "tdd",
+                    "reach": args.reach is not None and args.method != "tdd"}  # fmt: skip
+    useless |= {name.replace("_", "-"): getattr(args, name) is not None for name in others}
     for flag, was_given in useless.items():
         if was_given:
             raise ValueError(f"--method {args.method} has no use for --{flag} with this value")
-    defaults = {"lr": config.lr, **defaults, "guidance": 1 + config.w[0]}
+    if args.method == "tdd" and args.Ks:
+        for name in ("kmin", "kmax", "reach"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--ks says what the targets are: leave --{name} away")
+        # Samplers of these K land on their stops, and nowhere else.
+        config = replace(config, kmin=min(args.Ks), kmax=max(args.Ks), eta=0.0)
+    defaults = {"lr": config.lr, "k_lr": config.k_lr, **defaults, "guidance": 1 + config.w[0]}
     defaults |= {name: getattr(config, name) for name in (*names, "loss")}
-    if args.Ks is not None:
-        args.Ks = tuple(args.Ks)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -152,10 +172,13 @@ def build_preview(args, config: DistillConfig) -> PreviewConfig:
     )  # fmt: skip
 
 
-def read_init(path: Path | None, model: SDXL) -> LoRA | None:
-    """--init; ValueError if it changes the text encoders too."""
+def read_init(path: Path | None, model: SDXL, told_ks: tuple[int, ...]) -> LoRA | None:
+    """--init; ValueError if it changes the text encoders too, or is told other K."""
     if path is None:
         return None
+    known = read_recipe(path, files.read_tensors(path)[1]).get("told_ks")
+    if known and known != told_ks:
+        raise ValueError(f"--init {path} is told K of {[*known]}: give --ks {' '.join(map(str, known))}")
     init, *others = read_lora(path, model.unet, model.encoder_1, model.encoder_2)
     if any(lora.adapters for lora in others):
         raise ValueError(f"--init {path} changes the text encoders, which stay as they are")
@@ -178,12 +201,16 @@ def export(
     match config.method:
         case "tdm":
             settings["K"] = list(config.Ks)
+        case "tdd" if config.Ks:
+            settings |= {"K": list(config.Ks), "gamma": 0.0}
         case "tdd":
             settings["K"] = f"{config.kmin}-{config.kmax}"
         case "pcm":
             settings["K"] = config.kmin
     if config.method != "tdm":
-        settings |= {"eta": config.eta, "rho": config.rho}
+        settings |= {"eta": config.eta, "rho": config.rho, "pairs": config.pairs}
+    if config.told_ks:
+        settings["told_ks"] = list(config.told_ks)
     # A prefix, because other programs write into this header too.
     metadata = {f"tdd_{name}": str(value) for name, value in settings.items()}
     if config.full:
@@ -209,10 +236,34 @@ def build_data(args) -> DataConfig:
         parts.pop("unet", None)
         settings |= {f"content of {name}": content for name, content in parts.items()}
     return DataConfig(
-        data=args.data, is_prompts=args.method == "tdm", cache=args.cache, settings=settings,
-        resolution=args.resolution, min_size=min_size, batch_size=args.batch_size, seed=args.seed,
+        data=args.data, is_prompts=needs_prompts(args), cache=args.cache, settings=settings,
+        resolution=args.resolution, min_size=min_size, seed=args.seed,
+        # A walker takes one prompt at a time.
+        batch_size=1 if args.pairs == "teacher" else args.batch_size,
         workers=args.workers, max_bad=args.max_bad,
     )  # fmt: skip
+
+
+def open_paths(
+    args, model: SDXL, step: TDDStep, shape, generator: torch.Generator, device, position
+) -> PathLoader:
+    """Walkers on the teacher's path to the prompts of --data, staggered unless the run goes on."""
+    rank, world, _ = distributed.get_dist_info(args.device)
+    place = None if position is None else position.get("prompts")
+    prompts = open_data(build_data(args), model, rank, world, device, place)
+
+    def draw_conds(count: int) -> list:
+        batches = [next(prompts) for _ in range(count)]
+        return [(*batch["captions"], *batch["names"]) for batch in batches]
+
+    def encode(captions: list[str]) -> tuple:
+        cond, _ = make_conditions(model, captions, None, args.resolution, args.resolution)
+        return cond, null_condition(cond)
+
+    loader = PathLoader(step, shape, args.batch_size, generator, device, draw_conds, prompts)
+    if position is None:
+        loader.start(encode)
+    return loader
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -229,9 +280,18 @@ def main(args) -> None:
         print(describe_guidance(config))
     use_exact_float32(DTYPES[args.dtype])
     model = load_sdxl(model_paths(args), dtype=DTYPES[args.dtype])
-    step = build.build_step(config, model.unet, device, read_init(args.init, model))
+    step = build.build_step(
+        config, model.unet, device, read_init(args.init, model, config.told_ks)
+    )
+    # Each process draws its own random numbers.
+    generator = torch.Generator().manual_seed(args.seed * 10_000 + rank)
     position = saved["positions"][rank] if folder else None
-    loader = open_data(build_data(args), model, rank, world, device, position)
+    size, side = args.resolution, args.resolution // model.vae.factor
+    shape = model.unet.config.in_channels, side, side
+    if config.pairs == "teacher":
+        loader = open_paths(args, model, step, shape, generator, device, position)
+    else:
+        loader = open_data(build_data(args), model, rank, world, device, position)
     pictures = None
     if args.sample_every and distributed.is_main():
         pictures = Pictures(build_preview(args, config), model, step, device)
@@ -239,8 +299,6 @@ def main(args) -> None:
         # The cache holds everything that training needs of these.
         model.encoder_1 = model.encoder_2 = None
         model.vae.to("cpu")
-    # Each process draws its own random numbers.
-    generator = torch.Generator().manual_seed(args.seed * 10_000 + rank)
     state = TrainState(
         output, step.modules, build.build_optimizers(config, step), generator, loader, settings,
         partial(export, config, args.model, step),
@@ -248,20 +306,19 @@ def main(args) -> None:
     if folder is not None:
         state.restore(folder, saved)
     step.distribute(distributed.wrap_ddp)
-    side = args.resolution // model.vae.factor
 
     def losses(batch: dict) -> dict:
-        shape = len(batch["names"]), model.unet.config.in_channels, side, side
-        x_0 = None  # TDM starts from noise
-        if args.method == "tdm":
-            size = args.resolution
-            cond, _ = make_conditions(model, batch["captions"], None, size, size)
+        x_0 = None  # TDM starts from noise, and walkers are where they are
+        if needs_prompts(args):
+            captions = batch["captions"] if config.method == "tdm" else batch["conds"]
+            cond, _ = make_conditions(model, captions, None, size, size)
         elif args.cache is None:
             x_0, cond = encode_batch(model, batch, generator, device)
         else:
             cond = {name: batch[name].to(device, non_blocking=True) for name in cache.TENSORS}
             x_0 = cond.pop("latents")
-        sample = step.sample(shape, generator, device)
+        walkers = {"walkers": batch["walkers"]} if "walkers" in batch else {}
+        sample = step.sample((len(batch["names"]), *shape), generator, device, **walkers)
         batch["timesteps"] = sample.timesteps
         return step.losses(x_0, cond, null_condition(cond), sample)
 
@@ -304,7 +361,14 @@ def method_flags(add) -> None:
         help="l2 or huber, the distance of Eq. 10 (l2); for tdm huber (Eq. 11), l2 (Eq. 6), dmd or "
         "fisher (huber)")  # fmt: skip
     add("--ks", type=positive_int, nargs="+", dest="Ks", metavar="K",
-        help="K of tdm: 4; several make TDM-unify")  # fmt: skip
+        help="K of tdm (4; several make TDM-unify); for tdd, the K whose next stops are the targets, "
+        "instead of Eqs. 5 to 8")  # fmt: skip
+    add("--no-tell-k", action="store_false", dest="tell_k",
+        help="do not tell the student which of several K is meant")  # fmt: skip
+    add("--k-lr", type=non_negative, help="learning rate of what is told of each K: 1e-4")
+    add("--pairs", choices=["data", "teacher"],
+        help="source of x_{t_{n+1}}: noised data, or the teacher's own path, for which --data is a "
+        "file of prompts (data)")  # fmt: skip
     add("--fake-lr", type=non_negative, help="learning rate of TDM's fake score: 5e-6")
     add("--fake-weight", choices=WEIGHTS, help="weight in the fake score's loss (tdm.py): exact")
 

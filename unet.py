@@ -139,17 +139,15 @@ class Embedding(nn.Module):
 
 
 class ScalarEmbedding(Embedding):
-    """One more scalar input (b,) as a vector that is added to the time embedding, (b, 4 c).
+    """Where a jump ends (TCD, Eq. 24), (b,), as a vector to add to the time embedding, (b, 4 c).
 
-    kind: "target_time", where a jump ends (TCD, Eq. 24), or "num_steps", the number of sampling
-    steps K (TDM, Eq. 8). The last layer is zero-initialised, so it has no effect at first.
+    The last layer is zero-initialised, so it has no effect at first.
     """
 
-    def __init__(self, c: int, kind: str):
+    def __init__(self, c: int):
         super().__init__(c, 4 * c)
         nn.init.zeros_(self.linear_2.weight)
         nn.init.zeros_(self.linear_2.bias)
-        self.kind = kind
 
     def forward(self, value: Tensor) -> Tensor:
         return super().forward(timestep_embedding(value, self.linear_1.in_features))
@@ -380,7 +378,7 @@ class UNet(Encoder):
         self.conv_norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
         if config.scalar:
-            self.scalar_embedding = ScalarEmbedding(widths[0], config.scalar)
+            self.scalar_embedding = ScalarEmbedding(widths[0])
 
     def forward(self, x_t: Tensor, t: Tensor, cond: dict, control: list[Tensor] | None = None):
         """control: a ControlNet's residuals, one for each skip connection and the middle."""

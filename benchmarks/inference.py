@@ -17,7 +17,7 @@ from common import files
 from common.pictures import to_images
 from sdxl.load import load_component
 from sdxl.lora import merge
-from sdxl.lora_files import write_peft
+from sdxl.lora_files import write_diffusers
 from sdxl.pipeline import (
     DTYPES,
     SamplerConfig,
@@ -27,7 +27,7 @@ from sdxl.pipeline import (
     sample_latents,
 )
 from sdxl.weights import build_on_meta
-from tdd import noise_stream
+from solvers import noise_stream
 from training.distill import LoRANetwork
 from unet import UNet, UNetConfig
 
@@ -152,7 +152,7 @@ def bench_sample(config: BenchConfig, report: Report):
         folder, ours = Path(name), Ours(config)
         unet = ours.model.unet
         lora = models.random_lora(unet).half()
-        write_peft(folder / "lora.safetensors", lora)
+        write_diffusers(folder / "lora.safetensors", lora)
         plain = ours.latents()
         merge(unet, [(lora, 1.0)])
         unet.to(memory_format=torch.channels_last)

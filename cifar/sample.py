@@ -23,9 +23,9 @@ from sdxl.lora import merge
 from sdxl.lora_files import read_lora
 from sdxl.pipeline import DTYPES, SCHEDULES, null_condition, scalar_network
 from sdxl.recipe import RECOMMENDED
-from solvers import ddim, sdxl_schedule
+from solvers import ddim, noise_stream, sdxl_schedule
 from tcd import TCF
-from tdd import clip_x0, gamma_sample, guided, noise_stream
+from tdd import clip_x0, gamma_sample, guided
 from unet import ScalarEmbedding, UNet, UNetConfig
 
 # ------------------------------------------------------------------------------------- networks
@@ -87,7 +87,9 @@ def sample_pictures(
 ) -> Tensor:
     """Pictures (n, 3, 32, 32) in uint8 for labels (n,), picture i from seeds[i]."""
     device, schedule, pictures = model.unet.conv_in.weight.device, sdxl_schedule(), []
-    network = scalar_network(model.unet, model.scalar_embedding, len(timesteps))
+    network = scalar_network(model.unet, model.scalar_embedding)
+    if model.told_ks:
+        network = told.tell(network, tell_k or told.nearest(len(timesteps), model.told_ks))
     # On a CPU 50 fit into the caches, which is a fifth faster than 200.
     batch_size = 50 if device.type == "cpu" else 500
     for start in range(0, len(label), batch_size):

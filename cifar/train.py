@@ -25,7 +25,7 @@ from cifar.sample import load_teacher
 from cifar.stage import Stage, read_stage, weights_digest
 from common import cli, files
 from common.compare import PASSES, equal_budget_steps
-from sdxl.lora_files import write_peft
+from sdxl.lora_files import write_diffusers
 from sdxl.pipeline import compile_blocks, null_condition
 from sdxl.weights import load_strict
 from solvers import sdxl_schedule
@@ -170,7 +170,7 @@ def train_student(config: CifarConfig, stage: Stage) -> None:
         return step.losses(x_0, cond, null_condition(cond), sample)
 
     def export(folder: Path) -> None:
-        write_peft(folder / "lora.safetensors", step.output_network.lora, **stage.settings)
+        write_diffusers(folder / "lora.safetensors", step.output_network.lora, **stage.settings)
 
     optimizers = build_optimizers(student, step)
     stage.train(step.modules, optimizers, losses, export, after_step=step.after_step)

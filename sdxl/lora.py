@@ -73,20 +73,20 @@ class LoRA(nn.Module):
         self.scalar_embedding = embedding
 
     @classmethod
-    def init(cls, base: nn.Module, rank: int, alpha: float, generator, kind: str = "") -> "LoRA":
+    def init(cls, base: nn.Module, rank: int, alpha: float, generator, scalar: str = "") -> "LoRA":
         """A LoRA on the base's TARGET_MODULES that has no effect yet.
 
-        kind: of a `ScalarEmbedding`, which has no effect yet either; "" for none.
+        scalar: "target_time" for a `ScalarEmbedding`, which has no effect yet either; "" for none.
         """
         layers = {k: layer for k, layer in named_layers(base).items() if TARGET_MODULES.search(k)}
         adapters = {k: Adapter.init(layer, rank, alpha, generator) for k, layer in layers.items()}
-        return cls(adapters, init_scalar_embedding(base, kind, generator) if kind else None)
+        return cls(adapters, init_scalar_embedding(base, generator) if scalar else None)
 
 
-def init_scalar_embedding(base: UNet, kind: str, generator: torch.Generator) -> ScalarEmbedding:
+def init_scalar_embedding(base: UNet, generator: torch.Generator) -> ScalarEmbedding:
     """A scalar embedding for this UNet that has no effect yet."""
     c = base.config.channels[0]
-    embedding = ScalarEmbedding(c, kind)
+    embedding = ScalarEmbedding(c)
     # torch's initialisation of a linear layer, but from the generator.
     for p in embedding.linear_1.parameters():
         p.data = (torch.rand(p.shape, generator=generator) * 2 - 1) / c**0.5

@@ -1,4 +1,4 @@
-"""LoRA files: every common naming is read; PEFT/diffusers and kohya naming are written."""
+"""LoRA files: every common naming is read; those of diffusers and kohya are written."""
 
 import json
 import math
@@ -23,10 +23,8 @@ COMFYUI = {
 }  # fmt: skip
 
 # A student's scalar embedding has keys that only this project reads, and a header entry "told" with
-# the paper's symbol for the scalar.
-SCALAR = "unet.told."
-SCALAR_KINDS = {"s": "target_time", "K": "num_steps"}
-SCALAR_SYMBOLS = {kind: symbol for symbol, kind in SCALAR_KINDS.items()}
+# the paper's symbol for the target time.
+SCALAR, TARGET_TIME = "unet.told.", "s"
 
 # ----------------------------------------------------------------------------------------- reading
 #
@@ -42,6 +40,7 @@ PART = re.compile(
 RAW_PEFT = "base_model.model."
 # The oldest diffusers files hold attention processors: .processor.to_out_lora.up.weight
 PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)")
+ATTENTION = re.compile(r"\.(to_[qkv]|to_out)(\.0)?\.lora$")
 
 
 def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module) -> list[LoRA]:
@@ -79,10 +78,12 @@ def _build_scalar_embedding(path: Path, tensors, symbol: str | None, unet: UNet)
         return None
     if not weights:
         raise ValueError(f"{path} has lost the embedding that its header names: use the original")
-    if symbol not in SCALAR_KINDS:
+    if symbol == "K":
+        message = "an embedding of K of an earlier version: K is told as a crop since"
+        raise ValueError(f"{path} has {message}: train it again")
+    if symbol != TARGET_TIME:
         raise ValueError(f"{path} has a scalar embedding, but its header does not say of what")
-    embedding = ScalarEmbedding(unet.config.channels[0], SCALAR_KINDS[symbol])
-    return load_strict(embedding, weights, path)
+    return load_strict(ScalarEmbedding(unet.config.channels[0]), weights, path)
 
 
 def _group_by_layer(path: Path, tensors: dict[str, Tensor], bases: dict[str, nn.Module]) -> dict:
@@ -208,12 +209,16 @@ def _read_alpha(source: str, alpha: Tensor) -> float:
 # that never look for alpha. TDD's FLUX LoRA lost its alpha, and is eight times too strong.
 
 
-def write_peft(path: Path, lora: LoRA, **metadata: str) -> None:
-    """A UNet's LoRA in PEFT/diffusers naming, with its scalar embedding; metadata: the header's."""
+def write_diffusers(path: Path, lora: LoRA, **metadata: str) -> None:
+    """A UNet's LoRA in diffusers' naming, with its scalar embedding; metadata: the header's.
+
+    Attention has the names from before PEFT: diffusers reads both, and ComfyUI these alone.
+    """
     tensors, ranks = {}, {}
     for name, adapter in lora.adapters.items():
-        tensors[f"unet.{name}.lora_A.weight"] = adapter.down
-        tensors[f"unet.{name}.lora_B.weight"] = adapter.scale * adapter.up
+        key = ATTENTION.sub(r".processor.\1_lora", f"unet.{name}.lora")
+        tensors[f"{key}.down.weight"] = adapter.down
+        tensors[f"{key}.up.weight"] = adapter.scale * adapter.up
         ranks[name] = len(adapter.down)
     # Layers may differ in rank: the settings have the largest, and a pattern for each other layer.
     rank = max(ranks.values())
@@ -225,7 +230,7 @@ def write_peft(path: Path, lora: LoRA, **metadata: str) -> None:
     if lora.scalar_embedding is not None:
         for name, tensor in lora.scalar_embedding.state_dict().items():
             tensors[SCALAR + name] = tensor
-        metadata["told"] = SCALAR_SYMBOLS[lora.scalar_embedding.kind]
+        metadata["told"] = TARGET_TIME
     metadata["lora_adapter_metadata"] = json.dumps(settings)
     files.write_tensors(path, tensors, format="pt", **metadata)
 

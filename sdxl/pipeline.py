@@ -13,7 +13,7 @@ from sdxl.clip import encode_prompts
 from sdxl.load import SDXL
 from sdxl.lora import merge
 from sdxl.lora_files import read_lora
-from solvers import CLEAN, SOLVERS, sdxl_schedule, solve, to_device
+from solvers import CLEAN, SOLVERS, noise_stream, sdxl_schedule, solve, to_device
 from tcd import TCF
 from unet import Block, Encoder, ScalarEmbedding
 
@@ -56,24 +56,19 @@ def encode_batch(model: SDXL, batch: dict, generator: torch.Generator, device) -
 # ---------------------------------------------------------------------------------------- networks
 
 
-def scalar_network(unet: nn.Module, embedding: ScalarEmbedding | None, k: int | None = None):
-    """The UNet as eps(x_t, t, cond, value), if there is an embedding for value (b,).
-
-    k: the number of steps to sample in; a network of the number of steps then takes it from here.
-    """
+def scalar_network(unet: nn.Module, embedding: ScalarEmbedding | None):
+    """The UNet as eps(x_t, t, cond, value), if there is an embedding for value (b,)."""
     if embedding is None:
         return unet
 
     def network(x_t: Tensor, t: Tensor, cond: dict, value: Tensor, *control) -> Tensor:
         return unet(x_t, t, {**cond, "scalar": embedding(value)}, *control)
 
-    if k is not None and embedding.kind == "num_steps":
-        return tdd.with_scalar(network, k)
     return network
 
 
-def merge_loras(model: SDXL, loras: list[tuple[Path, float]], tcf: str, k: int):
-    """The network eps(x_t, t, cond) of the model with (file, scale) LoRAs merged in, for k steps.
+def merge_loras(model: SDXL, loras: list[tuple[Path, float]], tcf: str):
+    """The network eps(x_t, t, cond) of the model with (file, scale) LoRAs merged in.
 
     Merged, a LoRA costs nothing when sampling. Raises ValueError if files and --tcf do not agree.
     """
@@ -86,18 +81,15 @@ def merge_loras(model: SDXL, loras: list[tuple[Path, float]], tcf: str, k: int):
         embedding = unet_lora.scalar_embedding
         if embedding is None:
             continue
-        is_tcf_s = embedding.kind == "target_time"
-        if network is not model.unet or is_tcf_s != (tcf == "s"):
-            scalar = "target time" if is_tcf_s else "number of steps"
-            hint = "give --tcf s, and only then" if is_tcf_s else "leave --tcf s away"
-            message = f"--lora {path} takes the {scalar} as an input: {hint}"
-            raise ValueError(f"{message}, and give no second LoRA of its kind")
+        if network is not model.unet or tcf != "s":
+            message = "takes the target time as an input: give --tcf s"
+            raise ValueError(f"--lora {path} {message}, and no second LoRA of its kind")
         # A part of the UNet from here on, so that it moves where that moves.
         model.unet.scalar_embedding = embedding.to(model.unet.conv_in.weight.device)
         # The last layer is linear: scaling it scales the whole embedding.
         for parameter in embedding.linear_2.parameters():
             parameter.mul_(scale)
-        network = scalar_network(model.unet, embedding, k)
+        network = scalar_network(model.unet, embedding)
     if tcf == "s" and network is model.unet:
         raise ValueError("--tcf s: neither a --lora nor a --unet was trained with it")
     return network
@@ -194,7 +186,7 @@ def sample_latents(
     else:
         eps = tdd.tuned_with_negative(network, cond, null, negative, config.w, config.w_distilled)
     # Image i has its own CPU generator, so it is the same alone, in a batch or on a GPU.
-    noise = tdd.noise_stream(seeds, shape, device)
+    noise = noise_stream(seeds, shape, device)
     x_T = next(noise)
     if config.sampler != "tdd":
         stops = [*config.timesteps, CLEAN]

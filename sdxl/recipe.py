@@ -15,7 +15,8 @@ RECOMMENDED = {"cm": (1.0, 1.0), "pcm": (1.6, 0.0), "tcd": (1.0, 0.2), "tdd": (2
 def read_recipe(path: Path, header: dict[str, str]) -> dict:
     """How a file from train_sdxl.py is sampled, by sample.py's flags; {} if it says nothing.
 
-    tune_guidance is g' = 1 + w', the middle of a range of w'. ValueError if the header is broken.
+    tune_guidance is g' = 1 + w', the middle of a range of w'; told_ks are the K that the student is
+    told apart. ValueError if the header is broken.
     """
     entries = {k.removeprefix("tdd_"): v for k, v in header.items() if k.startswith("tdd_")}
     recipe, name = {}, "method"
@@ -45,6 +46,8 @@ def _read_entry(name: str, text: str, method: str | None) -> dict:
         case "w":
             low, high = w if isinstance(w := json.loads(text), list) else (w, w)
             return {"tune_guidance": _within(1, 1 + (low + high) / 2)}
+        case "told_ks":
+            return {"told_ks": tuple(_within(1, int(k)) for k in json.loads(text))}
         # "4-8" of TDD, [1, 2, 4] of TDM, the number of PCM's segments.
         case "K" if method in ("tdd", "pcm", "tdm"):
             Ks = [_within(1, int(k)) for k in re.findall(r"\d+", text)]
@@ -60,3 +63,15 @@ def _within(low, number, high=10_000):
     if not low <= number <= high:
         raise ValueError
     return number
+
+
+def single_value(name: str, values: list, default):
+    """What all headers say, or the default; ValueError if they differ, or if there is neither."""
+    flag = f"--{name.replace('_', '-')}"
+    if len(values) > 1:
+        hint = "one of them" if name in ("tcf", "kmin", "kmax") else flag
+        trained = " and ".join(map(str, values))
+        raise ValueError(f"--lora and --unet were trained for {trained}: give {hint}")
+    if not values and default is None:
+        raise ValueError(f"{flag}: no header says a value: give it as a number")
+    return values[0] if values else default

@@ -19,7 +19,7 @@ from common import files
 from sdxl import keys, load, png
 from sdxl.clip import TextEncoder
 from sdxl.lora import LoRA
-from sdxl.lora_files import read_lora, write_kohya, write_peft
+from sdxl.lora_files import read_lora, write_diffusers, write_kohya
 from sdxl.vae import VAE
 from tests import datasets
 from tests.fuzz import WrongLoadError
@@ -62,7 +62,7 @@ def build(root: Path) -> Base:
     for adapter in lora.adapters.values():
         torch.nn.init.normal_(adapter.up, std=0.1)
     header = {"tdd_method": "tdd", "tdd_K": "4-8", "tdd_w": "3.5", "tdd_tcf": "1"}
-    write_peft(root / "peft.safetensors", lora, **header, tdd_solver_steps="250")
+    write_diffusers(root / "peft.safetensors", lora, **header, tdd_solver_steps="250")
     write_kohya(root / "kohya.safetensors", lora, **header)
     for name in ("peft", "kohya"):
         base.deltas[name] = read_deltas(root / f"{name}.safetensors", model)

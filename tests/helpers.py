@@ -81,6 +81,11 @@ class Net(torch.nn.Module):
         return h.sin().reshape(x_t.shape)
 
 
+def admitted(targets, n):
+    """The targets that a TargetSet chooses from at t_n."""
+    return targets.tau[targets.first[n] : targets.first[n] + targets.count[n]].tolist()
+
+
 def read_table(page, after):
     """The first table of a page, such as "README.md", after these words: cells by row name."""
     text = (Path(__file__).parent.parent / page).read_text(encoding="utf-8")

@@ -19,7 +19,7 @@ from common import cli, files
 from sdxl import keys, load
 from sdxl.load import ModelPaths
 from sdxl.lora import LoRA
-from sdxl.lora_files import write_peft
+from sdxl.lora_files import write_diffusers
 from sdxl.recipe import read_recipe
 from tests.oracles import UNET, close, ours, randomise, run_sample
 
@@ -182,7 +182,7 @@ def test_latents_that_are_not_finite_are_no_picture(folder, monkeypatch, capsys,
     lora = LoRA.init(load.load_sdxl(folder).unet, 4, 4, torch.Generator().manual_seed(0))
     for adapter in lora.adapters.values():
         adapter.up.data.fill_(1e30)
-    write_peft(tmp_path / "lora.safetensors", lora)
+    write_diffusers(tmp_path / "lora.safetensors", lora)
     prompts, out = tmp_path / "prompts.txt", tmp_path / "set"
     prompts.write_text("a fox\n")
     words = ["--model", folder, "--device", "cpu", "--height", 64, "--width", 64, "--prompts"]
@@ -228,13 +228,13 @@ def test_a_folder_in_the_place_of_a_lora(folder, monkeypatch, capsys, tmp_path):
     inside = tmp_path / "run"
     inside.mkdir()
     assert "0 .safetensors in it" in refused(monkeypatch, capsys, folder, "--lora", inside)
-    write_peft(inside / "a.safetensors", lora)
+    write_diffusers(inside / "a.safetensors", lora)
     words = ["--prompt", "a fox", "--steps", 1, "--lora"]
     one = ours(monkeypatch, capsys, folder, tmp_path, *words, inside)
     assert torch.equal(
         one, ours(monkeypatch, capsys, folder, tmp_path, *words, inside / "a.safetensors")
     )
-    write_peft(inside / "b.safetensors", lora)
+    write_diffusers(inside / "b.safetensors", lora)
     assert "2 .safetensors in it" in refused(monkeypatch, capsys, folder, "--lora", inside)
 
 
@@ -421,8 +421,8 @@ def test_flags_not_given_are_the_files(folder, monkeypatch, capsys, tmp_path):
     """A TDM file is sampled at g = 1 and gamma = 0; what a flag says wins; two must agree."""
     lora = LoRA.init(load.load_sdxl(folder).unet, 4, 4, torch.Generator().manual_seed(0))
     tdm, pcm = tmp_path / "tdm.safetensors", tmp_path / "pcm.safetensors"
-    write_peft(tdm, lora, tdd_method="tdm", tdd_K="[2, 6]", tdd_w="7.0", tdd_solver_steps="200")
-    write_peft(pcm, lora, tdd_method="pcm", tdd_K="5")
+    write_diffusers(tdm, lora, tdd_method="tdm", tdd_K="[2, 6]", tdd_w="7.0", tdd_solver_steps="200")
+    write_diffusers(pcm, lora, tdd_method="pcm", tdd_K="5")
 
     def config(*words):
         args = sample.parser().parse_args(["--model", "x", "--prompt", "a", *map(str, words)])
@@ -445,8 +445,8 @@ def test_flags_not_given_are_the_files(folder, monkeypatch, capsys, tmp_path):
     # Where they differ, the line names a flag that there is, and only for what is used.
     both = ["--lora", pcm, "--lora", tdm, "--steps", 4, "--cfg", 2, "--gamma", 0]
     assert config(*both, "--solver-steps", 250).timesteps == tdd.equidistant(4, 250)
-    write_peft(tmp_path / "s.safetensors", lora, tdd_tcf="s")
-    write_peft(tmp_path / "1.safetensors", lora, tdd_tcf="1")
+    write_diffusers(tmp_path / "s.safetensors", lora, tdd_tcf="s")
+    write_diffusers(tmp_path / "1.safetensors", lora, tdd_tcf="1")
     tcfs = ["--lora", tmp_path / "s.safetensors", "--lora", tmp_path / "1.safetensors"]
     for words, said in (
         (["--lora", pcm, "--lora", tdm], r"trained for 5 and 6: give --steps"),
@@ -503,7 +503,7 @@ def test_pictures_are_known_by_the_content_they_were_made_of(folder, monkeypatch
     prompts.write_text("a fox\n")
     lora = tmp_path / "lora.safetensors"
     fresh = LoRA.init(load.load_sdxl(folder).unet, 4, 4, torch.Generator().manual_seed(0))
-    write_peft(lora, fresh)
+    write_diffusers(lora, fresh)
 
     def call(model, lora):
         words = ["--device", "cpu", "--height", 64, "--width", 64, "--steps", 1, "--prompts"]
@@ -562,7 +562,7 @@ def test_fingerprints_are_of_what_takes_a_parts_place(folder, tmp_path):
 def test_contents_of_loras_and_controlnets(folder, tmp_path):
     """Each counts by what is in it; the same LoRA twice, even under two names, is a mistake."""
     lora, image, control = (tmp_path / name for name in ("a.safetensors", "x.png", "control"))
-    write_peft(lora, LoRA.init(load.load_sdxl(folder).unet, 4, 4, torch.Generator()))
+    write_diffusers(lora, LoRA.init(load.load_sdxl(folder).unet, 4, 4, torch.Generator()))
     Image.new("RGB", (8, 8)).save(image)
     shutil.copytree(folder / "vae", control)
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from sdxl import keys, load
 from sdxl.lora import TARGET_MODULES, LoRA, active_adapters, add_adapter, merge
-from sdxl.lora_files import read_lora, write_kohya, write_peft
+from sdxl.lora_files import read_lora, write_diffusers, write_kohya
 from tests.oracles import ALL, Reference, close, ours
 
 
@@ -191,7 +191,7 @@ def test_fresh_lora_is_pefts_start(folder, model):
         assert adapter.down.std().item() == pytest.approx(a.std().item(), rel=0.05)
 
 
-@pytest.mark.parametrize("write", [write_peft, write_kohya])
+@pytest.mark.parametrize("write", [write_diffusers, write_kohya])
 def test_what_we_write_loads_in_diffusers_and_here(write, folder, model, tmp_path, caplog):
     path = tmp_path / "lora.safetensors"
     unet = peft_unet(folder, alpha=1)

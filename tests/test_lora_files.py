@@ -25,7 +25,7 @@ from sdxl.lora import (
     merge,
     named_layers,
 )
-from sdxl.lora_files import read_lora, write_kohya, write_peft
+from sdxl.lora_files import read_lora, write_diffusers, write_kohya
 from sdxl.lora_peft import parse_settings
 from sdxl.weights import build_on_meta
 from tests.oracles import ALL, close
@@ -640,7 +640,7 @@ def test_many_patterns_take_no_time(tmp_path):
         out, *fan_in = layer.weight.shape
         up = torch.zeros([out, i % 3 + 1] + [1] * (len(fan_in) - 1))
         adapters[name] = Adapter(torch.zeros(i % 3 + 1, *fan_in), up, 1)
-    write_peft(path, LoRA(adapters))
+    write_diffusers(path, LoRA(adapters))
     start = time.monotonic()
     got = read_lora(path, unet, torch.nn.Module(), torch.nn.Module())[0].adapters
     assert {len(adapter.down) for adapter in got.values()} == {1, 2, 3}

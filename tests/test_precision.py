@@ -10,7 +10,7 @@ import sample
 from sdxl import load
 from sdxl.load import ModelPaths
 from sdxl.lora import Adapter, LoRA, active_adapters, add_adapter, merge
-from sdxl.lora_files import write_peft
+from sdxl.lora_files import write_diffusers
 from sdxl.pipeline import SamplerConfig, null_condition, on_device, sample_latents
 from sdxl.weights import cast
 from tests.gpu_checks import EFFECT, compare_effect, set_effect
@@ -34,7 +34,7 @@ def stored(request, folder, tmp_path_factory):
             save_file(tensors, path, {"format": "pt"})
     unet = load.load_sdxl(root).unet
     lora = LoRA.init(unet, 4, 4, torch.Generator().manual_seed(1)).requires_grad_(False)
-    write_peft(root / "lora.safetensors", set_effect(lora, unet, EFFECT))
+    write_diffusers(root / "lora.safetensors", set_effect(lora, unet, EFFECT))
     return request.param, root, lora
 
 
@@ -138,7 +138,7 @@ def test_modules_move_and_come_back():
 def test_a_loras_scalar_embedding_moves_with_its_unet(folder, tmp_path):
     lora = busy(load.load_sdxl(folder).unet, scalar="target_time")
     path = tmp_path / "lora.safetensors"
-    write_peft(path, lora)
+    write_diffusers(path, lora)
     loras = [(path, 0.5)]
     model, _ = sample.load_student(ModelPaths(folder), loras, "s", 4, torch.float32, "cpu")
     weights = dict(model.unet.named_parameters())

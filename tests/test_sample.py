@@ -19,7 +19,7 @@ import sample
 from common import pictures
 from sdxl import keys, load
 from sdxl.lora import LoRA
-from sdxl.lora_files import write_peft
+from sdxl.lora_files import write_diffusers
 from solvers import SOLVERS, solve
 from tests.helpers import SCHEDULE
 from tests.oracles import UNET, VAE, Reference, close, ours, randomise, run_sample, text_config
@@ -103,7 +103,7 @@ def test_a_lora_brings_its_grid_and_leaves_the_last_layers_in_float32(folder, tm
     """N from the header that train_sdxl.py writes; a flag goes before it, the paper's 250 after."""
     unet, path = load.load_sdxl(folder).unet, tmp_path / "lora.safetensors"
     fresh = LoRA.init(unet, 4, 2.0, torch.Generator().manual_seed(0))
-    write_peft(path, fresh, tdd_solver_steps="50")
+    write_diffusers(path, fresh, tdd_solver_steps="50")
     (tmp_path / "unet").mkdir()
     shutil.copy(path, tmp_path / "unet/diffusion_pytorch_model.safetensors")
 
@@ -123,7 +123,7 @@ def test_a_lora_brings_its_grid_and_leaves_the_last_layers_in_float32(folder, tm
     assert timesteps("--lora", path, "--solver-steps", 250) == of_250
     other = tmp_path / "other.safetensors"
     for said in ("250", "many"):
-        write_peft(other, fresh, tdd_solver_steps=said)
+        write_diffusers(other, fresh, tdd_solver_steps=said)
         with pytest.raises(ValueError, match=r"trained for .* --solver-steps|solver_steps 'many'"):
             checked("--lora", path, "--lora", other)
     for words in ([], ["--lora", path]):

@@ -6,18 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from solvers import CLEAN, integrate_eps, renoise, solve
+from solvers import CLEAN, integrate_eps, noise_stream, renoise, solve
 from tcd import TCF, tcf_2, tcf_s
-from tdd import (
-    clip_x0,
-    equidistant,
-    gamma_sample,
-    guided,
-    noise_stream,
-    sample_step,
-    targets_of,
-    tdd_loss,
-)
+from tdd import clip_x0, equidistant, gamma_sample, guided, sample_step, targets_of, tdd_loss
 from tests.helpers import (
     ALPHA,
     SCHEDULE,

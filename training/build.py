@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import files
+from sdxl import told
 from sdxl.lora import LoRA, init_scalar_embedding
-from sdxl.lora_files import write_kohya, write_peft
+from sdxl.lora_files import write_diffusers, write_kohya
 from sdxl.pipeline import compile_blocks
 from solvers import SOLVERS, sdxl_schedule
 from tcd import TCF
@@ -26,9 +27,10 @@ DISTANCES = {"l2": squared_l2, "huber": pseudo_huber}
 class DistillConfig:
     """What is distilled, and how: the paper's settings for SDXL unless given.
 
-    method: tdd, cm, pcm, tcd or tdm. reach: e of Eq. 7, T/kmin unless given. w: the range of w',
-    or TDM's guidance twice. mu: rate of the moving average. tcf, solver: names in tcd.TCF and
-    solvers.SOLVERS. full: train the whole UNet.
+    method: tdd, cm, pcm, tcd or tdm. reach: e of Eq. 7, T/kmin unless given. Ks: TDM's K, or the K
+    whose next stops are TDD's targets. tell_k: tell the student which of several K. w: the range of
+    w', or TDM's guidance twice. mu: rate of the moving average. tcf, solver: names in tcd.TCF and
+    solvers.SOLVERS. pairs: from "data" or the "teacher"'s path. full: train the whole UNet.
     """
 
     method: str = "tdd"
@@ -45,7 +47,10 @@ class DistillConfig:
     loss: str = "l2"
     adv: bool = False
     adv_weight: float = 0.1
-    Ks: tuple[int, ...] = (4,)
+    Ks: tuple[int, ...] = ()
+    tell_k: bool = True
+    k_lr: float = 1e-4
+    pairs: str = "data"
     fake_weight: str = "exact"
     full: bool = False
     rank: int = 64
@@ -62,26 +67,29 @@ class DistillConfig:
     def of_method(cls, method: str) -> "DistillConfig":
         """The paper's settings for a method: the offset eta is TDD's alone, TDM has its own."""
         if method == "tdm":
-            return cls(method, w=(7.0, 7.0), loss="huber")
+            return cls(method, w=(7.0, 7.0), loss="huber", Ks=(4,))
         return cls(method, eta=0.3 if method == "tdd" else 0.0)
 
     @property
     def scalar(self) -> str:
         """The kind of scalar that the student takes as an input, "" for none."""
-        if self.tcf == "s":
-            return "target_time"
-        return "num_steps" if self.method == "tdm" and len(self.Ks) > 1 else ""
+        return "target_time" if self.tcf == "s" else ""
+
+    @property
+    def told_ks(self) -> tuple[int, ...]:
+        """The K that the student is told apart, () for none."""
+        return self.Ks if self.tell_k and len(self.Ks) > 1 else ()
 
 
 def build_tdd_config(config: DistillConfig, device) -> TDDConfig:
     """Algorithm 1's settings; ValueError if kmin, kmax and N do not go together."""
     return TDDConfig(
         targets=targets_of(
-            config.method, config.solver_steps, config.kmin, config.kmax, config.reach
+            config.method, config.solver_steps, config.kmin, config.kmax, config.reach, config.Ks
         ),
         schedule=sdxl_schedule(), eta=config.eta, rho=config.rho, w=config.w,
         mu=config.mu, solver=SOLVERS[config.solver](), jump=TCF[config.tcf],
-        distance=DISTANCES[config.loss], adv_weight=config.adv_weight,
+        distance=DISTANCES[config.loss], adv_weight=config.adv_weight, told_ks=config.told_ks,
     )  # fmt: skip
 
 
@@ -120,27 +128,31 @@ def _build_tdd(config: DistillConfig, unet: UNet, device, generator, init_lora) 
 
 def _build_tdm(config: DistillConfig, unet: UNet, device, generator, init_lora) -> TDMStep:
     lora = build_lora(config, unet, generator, init_lora).to(device)
-    fake_lora = LoRA.init(unet, config.rank, config.alpha, generator, config.scalar).to(device)
+    fake_lora = build_lora(config, unet, generator, None).to(device)
     tdm_config = TDMConfig(
-        schedule=sdxl_schedule(), Ks=config.Ks, N=config.solver_steps, w=config.w[0],
+        schedule=sdxl_schedule(), Ks=config.Ks, told_ks=config.told_ks, N=config.solver_steps, w=config.w[0],
         fake_weight=config.fake_weight, loss=config.loss, make_solver=SOLVERS[config.solver],
     )  # fmt: skip
     return TDMStep(unet, lora, fake_lora, tdm_config)
 
 
 def build_lora(config: DistillConfig, unet: UNet, generator, init_lora: LoRA | None) -> LoRA:
-    """The student's LoRA, new or from init_lora; ValueError if that takes another scalar."""
+    """The student's LoRA, new or from init_lora; ValueError if that takes another scalar or K."""
     lora = LoRA.init(unet, config.rank, config.alpha, generator, config.scalar)
+    if Ks := config.told_ks:
+        lora = told.add_told(lora, unet, Ks, config.rank, config.alpha, generator)
     if init_lora is None:
         return lora
     embedding = init_lora.scalar_embedding
-    if embedding is not None and embedding.kind != config.scalar:
-        kind = config.scalar.replace("_", " ") or "no scalar"
-        other = embedding.kind.replace("_", " ")
-        raise ValueError(f"--init takes a {other} as an input, this student {kind}")
+    if embedding is not None and not config.scalar:
+        raise ValueError("--init takes a target time as an input, this student no scalar")
     # A file's adapters are at full strength, and stay so under this run's alpha.
     scale = config.alpha / config.rank
     adapters = {name: adapter.scaled(scale) for name, adapter in init_lora.adapters.items()}
+    if config.told_ks and told.LINEAR_1 in adapters:
+        adapters[told.LINEAR_1] = told.KAdapter.of(init_lora.adapters[told.LINEAR_1])
+    elif config.told_ks:
+        adapters |= {name: lora.adapters[name] for name in (told.LINEAR_1, told.LINEAR_2)}
     return LoRA(adapters, embedding or lora.scalar_embedding).requires_grad_()
 
 
@@ -150,18 +162,18 @@ def copy_unet(unet: UNet, scalar: str, generator: torch.Generator) -> UNet:
     full = copy.deepcopy(unet).float().to(memory_format=torch.contiguous_format)
     full.config = replace(unet.config, scalar=scalar)
     if scalar:
-        embedding = init_scalar_embedding(unet, scalar, generator)
+        embedding = init_scalar_embedding(unet, generator)
         full.scalar_embedding = embedding.to(unet.conv_in.weight.device)
     return full.requires_grad_()
 
 
 def build_optimizers(config: DistillConfig, step: TDDStep | TDMStep) -> dict:
     """An AdamW for the student, and one for the fake score or the discriminator's heads."""
-    student = step.student.parameters()
+    student = _student_groups(config, step.student)
     # Each of two networks is what the other trains against: momentum would lead to where that was.
     no_momentum = (0.0, 0.999)
     if config.method == "tdm":
-        fake = step.fake.parameters()
+        fake = _student_groups(replace(config, lr=config.fake_lr), step.fake)
         return {
             "adam": loop.adamw(student, config.lr, config.weight_decay, no_momentum),
             "adam_fake": loop.adamw(fake, config.fake_lr, config.weight_decay, no_momentum),
@@ -173,6 +185,20 @@ def build_optimizers(config: DistillConfig, step: TDDStep | TDMStep) -> dict:
             heads, config.adv_lr, config.weight_decay, no_momentum
         )
     return optimizers
+
+
+def _student_groups(config: DistillConfig, student: nn.Module) -> list[dict]:
+    """The student's weights for an optimizer; the vectors of K at a rate of their own.
+
+    At 1e-6 a vector could move by 0.02 in 20,000 steps, which is a rounding error beside the
+    base's. Nor should a decay draw them to 0, where they would cancel nothing any more.
+    """
+    vectors = [m.up for m in student.modules() if isinstance(m, told.KAdapter)]
+    others = [p for p in student.parameters() if all(p is not vector for vector in vectors)]
+    groups = [{"params": others, "lr": config.lr, "weight_decay": config.weight_decay}]
+    if vectors:
+        groups.append({"params": vectors, "lr": config.k_lr, "weight_decay": 0.0})
+    return groups
 
 
 def loss_scaler(device: str, enabled: bool) -> torch.amp.GradScaler:
@@ -188,7 +214,7 @@ def loss_scaler(device: str, enabled: bool) -> torch.amp.GradScaler:
 
 def export_lora(folder: Path, lora: LoRA, metadata: dict[str, str]) -> None:
     """lora.safetensors and lora_kohya.safetensors, with the settings in their headers."""
-    write_peft(folder / "lora.safetensors", lora, **metadata)
+    write_diffusers(folder / "lora.safetensors", lora, **metadata)
     # Kohya's naming has no place for a scalar embedding, without which it is another model.
     if lora.scalar_embedding is None:
         write_kohya(folder / "lora_kohya.safetensors", lora, **metadata)

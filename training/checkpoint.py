@@ -32,7 +32,7 @@ from training.log import draw_loss, write_line
 # Settings that may differ when a run goes on: learning rates, paths (settings hold the content of
 # what they lead to as well), and what no step depends on.
 MAY_CHANGE = {
-    "lr", "adv_lr", "fake_lr", "warmup",
+    "lr", "k_lr", "adv_lr", "fake_lr", "warmup",
     "model", "tokenizer", "vae", "data", "cache", "init", "sample_prompts", "output",
     "steps", "save_every", "keep", "sample_every", "resume", "device", "compile", "checkpointing",
     "max_bad", "workers",
@@ -49,7 +49,7 @@ class TrainState:
     """Everything that training changes, and what else a checkpoint needs.
 
     modules, optimizers: by name. loader: an endless iterator of batches, with .position (JSON-able)
-    and .bad. settings: flags as strings; all but MAY_CHANGE must be the same on resume.
+    and .bad; of walkers, with .tensors() and .restore too. settings: flags as strings; all but MAY_CHANGE must be the same on resume.
     export(folder, step, tensors) writes the files for users, on rank 0. counts(): what this process
     left out or cut so far, by reason, for the log. scaler: of the loss, for fp16.
     changes: settings that differ from those of the checkpoint that was restored, "old -> new".
@@ -93,6 +93,9 @@ class TrainState:
         ranks = distributed.gather((self.generator.get_state(), self.loader.position))
         tensors = self.weights() | self.moments()
         if distributed.is_main():
+            shutil.rmtree(self._part, ignore_errors=True)
+        self._write_walkers()
+        if distributed.is_main():
             tensors |= {f"rng/{i}": rng for i, (rng, _) in enumerate(ranks)}
             positions = [position for _, position in ranks]
             self._write(self.output / f"checkpoint-{self.step}", tensors, positions)
@@ -128,10 +131,28 @@ class TrainState:
             write_line(self.output, {"step": self.step, "counts": total.counts})
             tqdm.write(f"by step {self.step}: {total}", file=sys.stderr)
 
+    @property
+    def _part(self) -> Path:
+        return self.output / f".checkpoint-{self.step}.part"
+
+    def _write_walkers(self) -> None:
+        """Each process's own; ValueError on all unless they share the folder."""
+        if not hasattr(self.loader, "tensors"):
+            return
+        distributed.barrier()
+        self._part.mkdir(parents=True, exist_ok=True)
+        path = walkers_file(self._part, distributed.rank())
+        files.write_tensors(path, self.loader.tensors())
+        distributed.barrier()
+        world, shared = distributed.world_size(), True
+        if distributed.is_main():
+            shared = all(walkers_file(self._part, i).exists() for i in range(world))
+        if not distributed.gather(shared)[0]:
+            raise ValueError(f"{self.output} is another folder on other machines: share one")
+
     def _write(self, folder: Path, tensors: dict[str, Tensor], positions: list) -> None:
-        part = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        part = self._part
+        part.mkdir(parents=True, exist_ok=True)
         files.write_tensors(part / "state.safetensors", tensors, format="pt")
         self.export(part, self.step, tensors)
         config = {"step": self.step, "positions": positions, "settings": VERSION | self.settings}
@@ -153,6 +174,9 @@ class TrainState:
             state = _optimizer_state(key, optimizer, tensors)
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         self.generator.set_state(tensors[f"rng/{distributed.rank()}"])
+        if hasattr(self.loader, "tensors"):
+            path = walkers_file(folder, distributed.rank())
+            self.loader.restore(config["positions"][distributed.rank()], files.read_tensors(path)[0])
         if config.get("scaler"):
             self.scaler.load_state_dict(config["scaler"])
         self.step = config["step"]
@@ -216,6 +240,11 @@ def _delete_old(output: Path, step: int, keep: int) -> None:
             _delete(folder)
 
 
+def walkers_file(folder: Path, rank: int) -> Path:
+    """Where a process's walkers are in a checkpoint."""
+    return folder / f"walkers-{rank}.safetensors"
+
+
 def checkpoint_step(folder: Path) -> int:
     """The step in a checkpoint's name."""
     return int(folder.name.removeprefix("checkpoint-"))
@@ -260,8 +289,12 @@ def _newest_intact(output: Path, resume: bool) -> tuple[Path | None, dict]:
             _check_config(config)
             if config["step"] != checkpoint_step(folder):
                 raise ValueError(f"its config.json is of step {config['step']}")
-            state = folder / "state.safetensors"
-            files.check_finite(state, files.read_tensors(state)[0])
+            paths = [folder / "state.safetensors"]
+            for i, position in enumerate(config["positions"]):
+                if isinstance(position, dict) and "conds" in position:
+                    paths.append(walkers_file(folder, i))
+            for path in paths:
+                files.check_finite(path, files.read_tensors(path)[0])
             return folder, config
         except ValueError as problem:
             print(f"passing over {folder}: {problem}", file=sys.stderr)

@@ -6,16 +6,27 @@ holds the base's weights once.
 """
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 import tdm
+from common.walkers import Walkers
+from sdxl import told
 from sdxl.lora import LoRA, active_adapters, add_adapter
 from sdxl.pipeline import scalar_network
 from solvers import SOLVERS, Schedule, ddim, to_device
-from tdd import StepSample, TargetSet, ema_update, guided, sample_step, squared_l2, tdd_loss
+from tdd import (
+    StepSample,
+    TargetSet,
+    conditioned,
+    ema_update,
+    guided,
+    sample_step,
+    squared_l2,
+    tdd_loss,
+)
 from training import distributed
 from training.adversarial import Discriminator
 from unet import Block, UNet
@@ -67,7 +78,10 @@ class FullNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class TDDConfig:
-    """Algorithm 1's settings, in the paper's symbols; w is the range that w' is drawn from."""
+    """Algorithm 1's settings, in the paper's symbols; w is the range that w' is drawn from.
+
+    told_ks: the K that the student is told apart (sdxl/told.py); such targets have a K each.
+    """
 
     targets: TargetSet
     schedule: Schedule
@@ -79,14 +93,19 @@ class TDDConfig:
     jump: object = ddim
     distance: object = squared_l2
     adv_weight: float = 0.1
+    told_ks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class TDDStepSample:
-    """All random numbers of a step: Algorithm 1's, w', and the discriminator's, if there is one."""
+    """All random numbers of a step: Algorithm 1's, w', and the discriminator's, if there is one.
+
+    walkers: (b,) indices of those whose places the examples are, if not of data.
+    """
 
     step: StepSample
     w: Tensor | float  # (b,) or one for all
+    walkers: Tensor | None = None
     adv_u: Tensor | None = None  # (b,)
     adv_noise: Tensor | None = None  # (2b, ..)
 
@@ -100,6 +119,7 @@ class TDDStepSample:
 class TDDStep:
     """Algorithm 1 on a frozen base: a student LoRA, or `full`, a copy of the base to train whole.
 
+    walkers: the teacher's path as the source of x_{t_{n+1}}, instead of data.
     .modules: everything that training changes, by name.
     """
 
@@ -108,6 +128,7 @@ class TDDStep:
     config: TDDConfig
     discriminator: Discriminator | None = None
     full: UNet | None = None
+    walkers: Walkers | None = None
     ddp_modules: list = field(default_factory=list)
 
     def __post_init__(self):
@@ -134,7 +155,8 @@ class TDDStep:
 
     def sampler(self, k: int):
         """The student's network eps(x_t, t, cond), and the jump to sample it with in k steps."""
-        return self.output_network, self.config.jump
+        network, Ks = self.output_network, self.config.told_ks
+        return told.tell(network, told.nearest(k, Ks)) if Ks else network, self.config.jump
 
     def distribute(self, wrap_ddp) -> None:
         """Average the gradients of everything trained over the processes."""
@@ -146,27 +168,44 @@ class TDDStep:
             self.discriminator.heads_ddp = wrap_ddp(self.discriminator.heads)
             self.ddp_modules.append(self.discriminator.heads_ddp)
 
-    def sample(self, shape, generator: torch.Generator, device) -> TDDStepSample:
-        """A step's random numbers for x_0 of this shape (b, ..), from a CPU generator."""
+    def sample(
+        self, shape, generator: torch.Generator, device, walkers: Tensor | None = None
+    ) -> TDDStepSample:
+        """A step's random numbers for x_0 of this shape (b, ..), from a CPU generator.
+
+        walkers: (b,) which of self.walkers to use, if there are any.
+        """
         config, b = self.config, shape[0]
-        step = sample_step(config.targets, shape, config.eta, config.rho, generator).to(device)
-        low, high = config.w
-        w = low
-        if low < high:
-            w = to_device(low + (high - low) * torch.rand(b, generator=generator), device)
+        if walkers is None:
+            step = sample_step(config.targets, shape, config.eta, config.rho, generator)
+            w, (low, high) = config.w[0], config.w
+            if low < high:
+                w = to_device(low + (high - low) * torch.rand(b, generator=generator), device)
+        else:
+            step = self.walkers.sample(walkers, config.targets, config.eta)
+            w = to_device(self.walkers.w[walkers], device)
+        sample = TDDStepSample(step.to(device), w, walkers)
         if self.discriminator is None:
-            return TDDStepSample(step, w)
+            return sample
         u = to_device(torch.rand(b, generator=generator), device)
         noise = to_device(torch.randn((2 * b, *shape[1:]), generator=generator), device)
-        return TDDStepSample(step, w, u, noise)
+        return replace(sample, adv_u=u, adv_noise=noise)
 
-    def losses(self, x_0: Tensor, cond, null, sample: TDDStepSample) -> dict[str, Tensor]:
-        """Algorithm 1, lines 10-16: "total" for the backward pass, and its parts; batch means."""
-        config = self.config
-        loss, prediction, target, cond = tdd_loss(
-            self.student_ddp, self.target_net, self.teacher, x_0, cond, null, sample.step,
+    def losses(self, x_0: Tensor | None, cond, null, sample: TDDStepSample) -> dict[str, Tensor]:
+        """Algorithm 1, lines 10-16: "total" for the backward pass, and its parts; batch means.
+
+        x_0 is not used where the sample is of walkers, which this moves on.
+        """
+        config, student, target_net = self.config, self.student_ddp, self.target_net
+        if config.told_ks:
+            cond, null = told.with_crop_top(cond, 0), told.with_crop_top(null, 0)
+            student, target_net = (told.tell(f, sample.step.K) for f in (student, target_net))
+        loss, prediction, target, cond, x_n = tdd_loss(
+            student, target_net, self.teacher, x_0, cond, null, sample.step,
             sample.w, config.schedule, config.solver, config.jump, config.distance,
         )  # fmt: skip
+        if sample.walkers is not None:
+            self.walkers.advance(sample.walkers, x_n)
         loss = loss.mean()
         if self.discriminator is None:
             return {"total": loss, "loss": loss}
@@ -194,11 +233,13 @@ class TDDStep:
 class TDMConfig:
     """TDM's settings. Ks: the numbers of steps that K is drawn from. N: the grid of those steps.
 
+    told_ks: those that student and fake score are told apart (sdxl/told.py).
     w: guidance of the real score. fake_weight, loss: of tdm.fake_loss and tdm.student_loss.
     """
 
     schedule: Schedule
     Ks: tuple[int, ...] = (4,)
+    told_ks: tuple[int, ...] = ()
     N: int = 250
     w: float = 7.0
     fake_weight: str = "exact"
@@ -210,7 +251,7 @@ class TDMConfig:
 class TDMStep:
     """TDM on a frozen base, the real score: student and fake score are LoRAs.
 
-    LoRAs with a scalar embedding take K as an input (TDM-unify).
+    Of several K (TDM-unify) both are told which it is.
     """
 
     base: nn.Module
@@ -229,7 +270,7 @@ class TDMStep:
 
     def sampler(self, k: int):
         """The student's network eps(x_t, t, cond) for k steps, and the jump to sample it with."""
-        return tdm.with_num_steps(self.student, self._num_steps(k)), ddim
+        return self._tell(self.student, k), ddim
 
     def distribute(self, wrap_ddp) -> None:
         """Average the gradients of both LoRAs over the processes."""
@@ -245,21 +286,22 @@ class TDMStep:
 
         x_0 is not used: TDM trains from prompts alone.
         """
-        config, schedule, K = self.config, self.schedule, self._num_steps(sample.K)
+        config, schedule = self.config, self.schedule
         # Lines 4-7: the student's sample at t_m, and the same diffused to tau.
-        student = tdm.conditioned_on_steps(self.student_ddp, cond, K)
+        student = conditioned(self._tell(self.student_ddp, sample.K), cond)
         p = tdm.generate(student, sample, schedule, config.make_solver)
         # Lines 9 and 10: the fake score denoises the student's samples.
-        fake = tdm.conditioned_on_steps(self.fake_ddp, cond, K)
+        fake = conditioned(self._tell(self.fake_ddp, sample.K), cond)
         fake_loss = tdm.fake_loss(fake, p.detach(), schedule, config.fake_weight).mean()
         # Line 12. Neither loss has a gradient for the other's weights.
         real = guided(self.teacher, cond, null, config.w)
-        fake = tdm.conditioned_on_steps(self.fake, cond, K)
+        fake = conditioned(self._tell(self.fake, sample.K), cond)
         loss = tdm.student_loss(real, fake, p, schedule, config.loss).mean()
         return {"total": loss + fake_loss, "loss": loss, "fake": fake_loss}
 
     def after_step(self) -> None:
         """TDM has no moving average."""
 
-    def _num_steps(self, k: int) -> int | None:
-        return None if self.lora.scalar_embedding is None else k
+    def _tell(self, network, k: int):
+        Ks = self.config.told_ks
+        return told.tell(network, told.nearest(k, Ks)) if Ks else network

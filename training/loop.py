@@ -25,7 +25,7 @@ def adamw(parameters, lr: float, weight_decay=0.0, betas=(0.9, 0.999)) -> torch.
     """AdamW in its fastest form, with what `fit` needs to change the learning rate."""
     optimizer = torch.optim.AdamW(parameters, lr, betas, weight_decay=weight_decay, fused=True)
     for group in optimizer.param_groups:
-        group["initial_lr"] = lr
+        group["initial_lr"] = group["lr"]
     return optimizer
 
 

@@ -11,8 +11,8 @@ from common.pictures import to_images
 from common.plots import GREY, INK, Figure
 from sdxl.load import SDXL
 from sdxl.pipeline import make_conditions, null_condition
-from solvers import ddim
-from tdd import equidistant, gamma_sample, guided, noise_stream
+from solvers import ddim, noise_stream
+from tdd import equidistant, gamma_sample, guided
 from training.distill import TDDStep, TDMStep
 
 PROMPTS = [

@@ -1,0 +1,109 @@
+"""Pairs (x_{t_{n+1}}, x_{t_n}) from the teacher's own path: walkers from noise to data.
+
+Guided, the teacher leaves the diffused data, and it is on its own path that one samples. A walker
+goes down that path by one teacher step of Algorithm 1 whenever it is used: no data is needed, and
+no more passes than with it. Not in the papers; TBCM (arXiv 2511.20410) has it for other methods.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from solvers import Schedule, ddim, to_device
+from tdd import StepSample, TargetSet, guided, offset, where_cond
+
+BATCHES = 4  # of walkers: the next batch is then not the one that was just moved on
+
+
+@dataclass
+class Walkers:
+    """Where each of W walkers is on its path, and what stays the same all along that path.
+
+    shape: (W, ..). grid: (N + 1,) the solver's timesteps. draw_conds(count) lists new conditions,
+    of any kind. generator: of all random numbers, on the CPU.
+
+    Nobody walks before `stagger`. x: (W, ..) each at its t_{n+1}. n: (W,). keep_prompt: (W,) bool, false with probability rho.
+    w: (W,) the guidance w', uniform in w_range. conds: W conditions.
+    """
+
+    shape: tuple[int, ...]
+    grid: Tensor
+    rho: float
+    w_range: tuple[float, float]
+    draw_conds: Callable[[int], list]
+    generator: torch.Generator
+    device: str = "cpu"
+
+    def __post_init__(self):
+        W = self.shape[0]
+        self.x = torch.zeros(self.shape, device=self.device)
+        self.n = torch.zeros(W, dtype=torch.int64)
+        self.keep_prompt = torch.ones(W, dtype=torch.bool)
+        self.w, self.conds = torch.zeros(W), [None] * W
+
+    def _begin(self, rows: Tensor) -> None:
+        """A new path from noise for each of these walkers."""
+        u_rho, u_w = torch.rand((2, len(rows)), generator=self.generator)
+        low, high = self.w_range
+        self.n[rows] = len(self.grid) - 2
+        self.keep_prompt[rows], self.w[rows] = u_rho >= self.rho, low + (high - low) * u_w
+        noise = torch.randn((len(rows), *self.shape[1:]), generator=self.generator)
+        self.x[to_device(rows, self.device)] = to_device(noise, self.device)
+        for row, cond in zip(rows.tolist(), self.draw_conds(len(rows)), strict=True):
+            self.conds[row] = cond
+
+    def draw(self, b: int) -> Tensor:
+        """The walkers to use next, (b,), all different."""
+        return torch.randperm(len(self.n), generator=self.generator)[:b]
+
+    def sample(self, rows: Tensor, targets: TargetSet, eta: float) -> StepSample:
+        """Algorithm 1's random numbers for these walkers: line 8 and 9's targets are drawn anew."""
+        u_tau, u_eta = torch.rand((2, len(rows)), generator=self.generator, dtype=torch.float64)
+        tau, K = targets.select(self.n[rows], u_tau)
+        return self._step_sample(rows, offset(tau, eta, u_eta), K)
+
+    def _step_sample(self, rows: Tensor, tau: Tensor, K: Tensor | None = None) -> StepSample:
+        n, keep_prompt = self.n[rows], self.keep_prompt[rows]
+        x_next = self.x[to_device(rows, self.device)]
+        return StepSample(
+            self.grid[n + 1], self.grid[n], tau, keep_prompt, None, keep_prompt.nonzero()[:, 0],
+            K, x_next,
+        )  # fmt: skip
+
+    def advance(self, rows: Tensor, x_n: Tensor) -> None:
+        """Move these walkers to x_n (b, ..); who has arrived at t_0 begins a new path."""
+        self.x[to_device(rows, self.device)] = x_n.to(self.x)
+        arrived = self.n[rows] == 0
+        self.n[rows[~arrived]] -= 1
+        self._begin(rows[arrived])
+
+    @torch.no_grad()
+    def stagger(
+        self, teacher, encode, schedule: Schedule, solver=ddim, batch: int = 16, quiet: bool = True
+    ) -> int:
+        """Begin, and spread the walkers evenly over their paths; returns the steps that took.
+
+        encode(conds) gives the condition and null condition of a list of conditions. Otherwise all
+        would begin their paths together, time after time.
+        """
+        N, W = len(self.grid) - 1, len(self.n)
+        self._begin(torch.arange(W))
+        goal = N - 1 - torch.arange(W) * N // W
+        steps = (self.n - goal).sum().item()
+        with tqdm(total=steps, desc="teacher's paths", disable=quiet, dynamic_ncols=True) as bar:
+            while len(behind := (self.n > goal).nonzero()[:, 0]):
+                for rows in behind.split(batch):
+                    cond, null = encode([self.conds[row] for row in rows.tolist()])
+                    self.advance(rows, self._teacher_step(rows, teacher, cond, null, schedule, solver))
+                    bar.update(len(rows))
+        return steps
+
+    def _teacher_step(self, rows: Tensor, teacher, cond, null, schedule, solver) -> Tensor:
+        """Algorithm 1, lines 11-15, as in tdd.tdd_loss."""
+        sample = self._step_sample(rows, self.n[rows]).to(self.device)
+        cond = where_cond(sample.keep_prompt, cond, null)
+        eps_hat = guided(teacher, cond, null, to_device(self.w[rows], self.device), sample.guided_rows)
+        return solver(eps_hat, sample.x_next, sample.t_next, sample.t_n, schedule)

@@ -1,0 +1,153 @@
+"""Telling a student its number of steps K as crop_top = 8 K, in a plain LoRA.
+
+SDXL's UNet takes the crop among its sizes, and add_embedding.linear_1 reads the sinusoids of it. A
+LoRA on that layer whose first factor reads K off those sinusoids has a vector for each K in its
+second. Any program that lets a user set the crop can sample such a student. Everything else is
+told the crop (0, 0): the teacher, the adversary, a ControlNet. Not in the papers.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common import files
+from sdxl.lora import Adapter, LoRA
+from sdxl.lora_files import read_lora, write_diffusers, write_kohya
+from sdxl.recipe import read_recipe, single_value
+from unet import UNet, timestep_embedding
+
+# The sinusoids of 8, 16, 24 .. lie far enough apart (smallest singular value 5.3 for K of 4 to 8);
+# those of 1, 2, 3 do not (0.0003).
+CROP_PER_K = 8
+LINEAR_1, LINEAR_2 = "add_embedding.linear_1", "add_embedding.linear_2"
+
+
+# ------------------------------------------------------------------------------------ conditions
+
+
+def with_crop_top(cond: dict, crop_top) -> dict:
+    """The condition with the crop (crop_top, 0); a number, or (b,)."""
+    time_ids = cond["time_ids"].clone()
+    time_ids[:, 2], time_ids[:, 3] = crop_top, 0
+    return {**cond, "time_ids": time_ids}
+
+
+def tell(network, K):
+    """network(x_t, t, cond) that is told K, a number or (b,); K = 0 tells nothing."""
+    return lambda x_t, t, cond, *more: network(x_t, t, with_crop_top(cond, CROP_PER_K * K), *more)
+
+
+def nearest(K: int, Ks: tuple[int, ...]) -> int:
+    """What a student that knows Ks is told for K steps: K, or the nearest that it knows."""
+    return min(Ks, key=lambda known: (abs(known - K), known))
+
+
+def told_k(asked: int | None, steps: int, recipes: list[dict]) -> int | None:
+    """The K to tell a student for so many steps, None if it knows none; ValueError if not `asked`."""
+    Ks = single_value("tell_k", sorted({r["told_ks"] for r in recipes if "told_ks" in r}), ())
+    if not Ks:
+        if asked is not None:
+            raise ValueError("--tell-k: no --lora is told K")
+        return None
+    if asked is None:
+        if (asked := nearest(steps, Ks)) != steps:
+            print(f"{steps} steps: told K = {asked}, the nearest of {[*Ks]}", file=sys.stderr)
+    elif asked not in Ks:
+        raise ValueError(f"--tell-k {asked}: the --lora knows {[*Ks]}")
+    return asked
+
+
+# ---------------------------------------------------------------------------------------- adapters
+
+
+class KAdapter(Adapter):
+    """linear_1's adapter: down, which is frozen, reads K; a column of up is the vector of a K."""
+
+    def __init__(self, down: Tensor, up: Tensor):
+        nn.Module.__init__(self)
+        self.register_buffer("down", down)
+        self.up, self.scale = nn.Parameter(up), 1.0
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> "KAdapter":
+        """An adapter from a file, to train on."""
+        return cls(adapter.down.detach().float(), adapter.scale * adapter.up.detach().float())
+
+
+def sinusoids(Ks, width: int) -> Tensor:
+    """What the UNet makes of crop_top = 8 K, (|Ks|, width), and width / 2 = |sinusoids of 0|^2."""
+    return timestep_embedding(torch.tensor([CROP_PER_K * K for K in Ks]), width)
+
+
+def reader(Ks: tuple[int, ...], width: int) -> Tensor:
+    """Rows that make a one-hot code of K's sinusoids, and zeros of those of crop_top = 0.
+
+    (|Ks|, width)
+    """
+    s_0, s = sinusoids([0], width).double(), sinusoids(Ks, width).double()
+    return torch.linalg.pinv(torch.cat([s - s_0, s_0]).T)[: len(Ks)].float()
+
+
+def crop_columns(unet: UNet) -> slice:
+    """Where linear_1's input has crop_top's sinusoids: behind those of the original size."""
+    width = unet.config.time_ids_width
+    first = unet.config.add_embedding_dim - 4 * width
+    return slice(first, first + width)
+
+
+def crop_effect(unet: UNet, Ks) -> Tensor:
+    """What linear_1 of the base makes of crop_top = 8 K, compared with 0: (out, |Ks|)."""
+    width = unet.config.time_ids_width
+    weight = unet.get_submodule(LINEAR_1).weight[:, crop_columns(unet)].float()
+    change = sinusoids(Ks, width) - sinusoids([0], width)
+    return weight @ change.T.to(weight.device)
+
+
+def add_told(lora: LoRA, unet: UNet, Ks: tuple[int, ...], rank: int, alpha: float, generator):
+    """The LoRA with adapters that take K and have no effect yet: they cancel the base's answer."""
+    layer = unet.get_submodule(LINEAR_1)
+    # Of the other layers' rank: programs that know no ranks by layer then get the scale right.
+    rank_1 = max(rank, len(Ks))
+    down = torch.zeros(rank_1, layer.in_features)
+    down[: len(Ks), crop_columns(unet)] = reader(Ks, unet.config.time_ids_width)
+    up = torch.zeros(layer.out_features, rank_1, device=layer.weight.device)
+    up[:, : len(Ks)] = -crop_effect(unet, Ks)
+    linear_2 = Adapter.init(unet.get_submodule(LINEAR_2), rank, alpha, generator)
+    adapters = {**lora.adapters, LINEAR_1: KAdapter(down, up), LINEAR_2: linear_2}
+    return LoRA(adapters, lora.scalar_embedding)
+
+
+def for_one_K(lora: LoRA, unet: UNet, K: int) -> LoRA:
+    """The same student for K steps alone, as a LoRA that needs no crop.
+
+    One row reads crop_top = 0, whose sinusoids are constant, and carries all that K does.
+    """
+    adapter, columns = lora.adapters[LINEAR_1], crop_columns(unet)
+    width = unet.config.time_ids_width
+    code = adapter.down.float()[:, columns] @ sinusoids([K], width)[0].to(adapter.down.device)
+    vector = adapter.scale * adapter.up.detach().float() @ code
+    down, up = torch.zeros_like(adapter.down).float(), torch.zeros_like(adapter.up).float()
+    down[0, columns] = sinusoids([0], width)[0].to(down) / (width / 2)
+    up[:, 0] = vector + crop_effect(unet, [K])[:, 0].to(vector)
+    return LoRA({**lora.adapters, LINEAR_1: KAdapter(down, up)}, lora.scalar_embedding)
+
+
+def export_for_one_K(path: Path, K: int, unet: UNet, output: Path) -> list[Path]:
+    """A told student's file as `for_one_K`, in diffusers' naming and beside it in kohya's.
+
+    Raises ValueError if the file is told no K, or not this one.
+    """
+    header = files.read_tensors(path)[1]
+    Ks = read_recipe(path, header).get("told_ks", ())
+    if K not in Ks:
+        raise ValueError(f"--export-k {K}: {path} is told {[*Ks] if Ks else 'no K'}")
+    lora, *_ = read_lora(path, unet, nn.Module(), nn.Module())
+    lora = for_one_K(lora, unet, K)
+    entries = {k: v for k, v in header.items() if k.startswith("tdd_") and k != "tdd_told_ks"}
+    entries |= {"tdd_K": str(K)}
+    kohya = output.with_name(f"{output.stem}_kohya.safetensors")
+    write_diffusers(output, lora, **entries)
+    write_kohya(kohya, lora, **entries)
+    return [output, kohya]

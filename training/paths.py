@@ -1,0 +1,82 @@
+"""Batches of walkers on the teacher's path, for the training loop of SDXL and CIFAR-10."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from common.walkers import BATCHES, Walkers
+from training import distributed
+from training.distill import TDDStep
+
+FIELDS = ("n", "keep_prompt", "w")  # of Walkers, beside x and conds
+
+
+class PathLoader(Iterator):
+    """Endless batches of walkers, each on its way to a condition of its own.
+
+    shape: of an example. draw_conds(count) lists new conditions: pairs [condition, name], of words
+    and numbers. prompts: the loader that they come from, if any. generator: the run's.
+
+    A batch has "walkers" (b,), "conds" and "names". position and tensors() are all that a resumed
+    run needs. Nobody walks before `start` or `restore`.
+    """
+
+    def __init__(
+        self, step: TDDStep, shape, batch_size: int, generator: torch.Generator, device,
+        draw_conds: Callable[[int], list], prompts=None,
+    ):  # fmt: skip
+        config = step.config
+        self.step, self.batch_size, self.prompts = step, batch_size, prompts
+        shape = (BATCHES * batch_size, *shape)
+        self.walkers = step.walkers = Walkers(
+            shape, config.targets.grid, config.rho, config.w, draw_conds, generator, device
+        )
+
+    def start(self, encode) -> int:
+        """Stagger the walkers; encode(conds) as for Walkers. Returns the steps that it took."""
+        config = self.step.config
+        return self.walkers.stagger(
+            self.step.teacher, lambda pairs: encode([cond for cond, _ in pairs]), config.schedule,
+            config.solver, self.batch_size, quiet=not distributed.is_main(),
+        )  # fmt: skip
+
+    def __next__(self) -> dict:
+        rows = self.walkers.draw(self.batch_size)
+        conds, names = zip(*(self.walkers.conds[row] for row in rows.tolist()), strict=True)
+        return {"walkers": rows, "conds": list(conds), "names": list(names)}
+
+    @property
+    def position(self) -> dict:
+        """What JSON can hold of the walkers, and the prompts' place."""
+        values = {name: getattr(self.walkers, name).tolist() for name in FIELDS}
+        prompts = None if self.prompts is None else self.prompts.position
+        return {**values, "conds": self.walkers.conds, "prompts": prompts}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The rest: a checkpoint keeps it in a file for each process."""
+        return {"x": self.walkers.x}
+
+    def restore(self, position: dict, tensors: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint; ValueError if it does not fit."""
+        walkers = self.walkers
+        try:
+            for name in FIELDS:
+                values = torch.tensor(position[name], dtype=getattr(walkers, name).dtype)
+                getattr(walkers, name).copy_(values)
+            walkers.x.copy_(tensors["x"])
+            walkers.conds = [(cond, name) for cond, name in position["conds"]]
+            fits = len(walkers.conds) == len(walkers.n) and walkers.n.min() >= 0
+            fits = fits and walkers.n.max() < len(walkers.grid) - 1
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            fits = False
+        if not fits:
+            raise ValueError("the checkpoint's walkers are damaged: begin with another --output")
+
+    @property
+    def bad(self) -> int:
+        return 0 if self.prompts is None else self.prompts.bad
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        return {} if self.prompts is None else self.prompts.left_out
