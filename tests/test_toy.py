@@ -318,7 +318,7 @@ def test_the_teachers_rows_with_better_solvers():
     x_m = {"dpm++2m": first_order(z, a * z, (a, s, lam), (a_m, s_m, lam_m))}
     half = (lam + lam_m) / 2
     a_u, s_u = (1 / math.sqrt(1 + math.exp(sign * 2 * half)) for sign in (-1, 1))
-    x_u = first_order(z, a * z, (a, s, l), (a_u, s_u, half))
+    x_u = first_order(z, a * z, (a, s, lam), (a_u, s_u, half))
     u = SCHEDULE.t_of_lam(torch.tensor(half).double())
     s_net = SCHEDULE.at(u)[1]
     x_m["dpm++2s"] = first_order(z, (x_u - s_u * s_net * x_u) / a_u, (a, s, lam), (a_m, s_m, lam_m))
