@@ -201,7 +201,7 @@ class Evaluation:
         for method in dict.fromkeys(method for method, *_ in self.efficiency):
             rows = [self.efficiency[method, k, n] for n in steps]
             lines.append((method, [f"{row['mean']:.3f}" for row in rows]))
-        return compare.format_table(f"rmse, k = {k}, after", steps, lines, 21, 9, "steps")
+        return compare.format_table(f"rmse, k = {k}, after", steps, lines, 21, 13, "{} steps")
 
     def noise_floor(self) -> dict:
         """sw between independent halves of the main references: no method can come below it."""
