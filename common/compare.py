@@ -86,11 +86,11 @@ def case_timesteps(case: Case, N: int, kmin: int, kmax: int) -> list[int]:
 
 
 def format_table(
-    title: str, ks: list[int], rows, width: int, cell_width: int, unit: str = "k ="
+    title: str, ks: list[int], rows, width: int, cell_width: int, heading: str = "k = {}"
 ) -> str:
     """Text over the numbers of steps; rows: pairs of a name and its cells, words in order of k."""
     lines = []
-    for name, cells in [(title, [f"{unit} {k}" for k in ks]), *rows]:
+    for name, cells in [(title, map(heading.format, ks)), *rows]:
         lines.append(f"{name:{width}}" + "".join(f"{cell:>{cell_width}}" for cell in cells))
     return "\n".join(lines)
 

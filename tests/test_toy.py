@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -299,7 +300,7 @@ def test_rows_say_how_many_passes_a_sample_takes(monkeypatch):
         for row in ev.rows.values():
             assert row["passes"] == sum(network_rows) / (240 // 8 * 8 * 2)
             seen.add((row["method"], row["variant"], row["passes"]))
-    assert {("teacher", "", 6), ("teacher", "dpm++2s", 12), ("tcd2", "", 6), ("cm", "", 3)} <= seen
+    assert {("teacher", "", 6), ("teacher", "dpm++2s", 10), ("tcd2", "", 6), ("cm", "", 3)} <= seen
 
 
 def test_the_teachers_rows_with_better_solvers():
@@ -308,20 +309,20 @@ def test_the_teachers_rows_with_better_solvers():
     for p in ev.teacher.parameters():
         p.data.zero_()  # eps = sigma_t x_t: x_0 = alpha_t x_t, whatever the condition
     z = next(ev.noise(1)).double()
-    (a, s, l), (a_m, s_m, l_m) = helpers.at(999), helpers.at(499)
+    (a, s, lam), (a_m, s_m, lam_m) = helpers.at(999), helpers.at(499)
 
     def first_order(x, x_0, start, end):  # Eq. 16
         (_, s_t, l_t), (a_s, s_s, l_s) = start, end
         return s_s / s_t * x - a_s * math.expm1(l_t - l_s) * x_0
 
     # In two steps by way of 499, the last of them to CLEAN, where both solvers give x_0.
-    x_m = {"dpm++2m": first_order(z, a * z, (a, s, l), (a_m, s_m, l_m))}
-    half = (l + l_m) / 2
+    x_m = {"dpm++2m": first_order(z, a * z, (a, s, lam), (a_m, s_m, lam_m))}
+    half = (lam + lam_m) / 2
     a_u, s_u = (1 / math.sqrt(1 + math.exp(sign * 2 * half)) for sign in (-1, 1))
-    x_u = first_order(z, a * z, (a, s, l), (a_u, s_u, half))
+    x_u = first_order(z, a * z, (a, s, lam), (a_u, s_u, half))
     u = SCHEDULE.t_of_lam(torch.tensor(half).double())
-    a_net, s_net, _ = SCHEDULE.at(u[None] if u.ndim == 0 else u)
-    x_m["dpm++2s"] = first_order(z, (x_u - s_u * s_net * x_u) / a_u, (a, s, l), (a_m, s_m, l_m))
+    s_net = SCHEDULE.at(u)[1]
+    x_m["dpm++2s"] = first_order(z, (x_u - s_u * s_net * x_u) / a_u, (a, s, lam), (a_m, s_m, lam_m))
     for solver, x in x_m.items():
         ev.teacher_row(Case(2), solver)
         samples = ev.samples["teacher", solver, Case(2)]
@@ -342,11 +343,10 @@ def test_snapshots_are_the_network_after_so_many_steps():
     for share, steps in zip(model.SNAPSHOTS, (1, 3, 10), strict=True):
         assert torch.equal(vector(snapshots[share]), after[steps - 1])
     group = students.Group([None, None], network, snapshots=snapshots)
-    for share, steps in ((1.0, 30), (0.1, 3)):
-        member = lambda p: p[1:]  # noqa: E731
-        picked = group.select([1], share).state_dict().values()
-        all_members = snapshots.get(share, network).state_dict().values()
-        assert all(torch.equal(p, member(q)) for p, q in zip(picked, all_members, strict=True))
+    for share in (1.0, 0.1):
+        selected = group.select([1], share).state_dict().values()
+        both = snapshots.get(share, network).state_dict().values()
+        assert all(torch.equal(p, q[1:]) for p, q in zip(selected, both, strict=True))
 
 
 def test_the_w_of_a_student_of_a_range_is_uniform(monkeypatch):
@@ -368,10 +368,10 @@ def test_the_w_of_a_student_of_a_range_is_uniform(monkeypatch):
 
 def test_reach_is_the_targets_e(monkeypatch):
     """`--reach`, and the ablation's rows: each network what it would be trained by itself."""
-    words = ["--methods", "tdd", "pcm4", "--kmin", 4, "--solver-steps", 50]
+    words = ["--methods", "tdd", "pcm4", "--tcf", 1]
     for flags, e in (([], 250), (["--reach", 125], 125), (["--reach", 1000], 1000)):
         config = train_toy.build_config(train_toy.parser().parse_args([*map(str, words + flags)]))
-        pcm, tdd, *_ = students.make_students(config)
+        tdd, *_, pcm = students.make_students(config)
         # By definition: targets from t_n - e to t_n.
         targets = sorted({Fraction(1000 * m, k) for k in range(4, 9) for m in range(k)})
         expected = [sum(20 * n - e <= tau <= 20 * n for tau in targets) for n in range(50)]
@@ -425,10 +425,19 @@ def test_quick_run_end_to_end(monkeypatch, capsys, tmp_path):
     for floor in result["noise_floor"]["sw"].values():
         assert 0 < floor["mean"] < 0.2
     assert not list(tmp_path.glob("*.part*"))
-    curves = np.asarray(Image.open(tmp_path / "curves.png"))[100:540, 100:540]
-    for method in ("cm", "pcm4", "tcd", "tdd", "tdd_eta0"):
-        off = np.abs(curves.astype(int) - compare.COLOURS[method]).max(2)
-        assert (off < 12).sum() > 300, f"{method} has no line in curves.png"
+    main, swept = ("cm", "pcm4", "tcd", "tdd", "tdd_eta0"), ("tcd", "tdd", "tcds", "tdds")
+    for name, panels, methods in (
+        ("curves", 2, main),
+        ("efficiency", 2, main),
+        ("sweep", 3, swept),
+    ):
+        picture = np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
+        for method, i in product(methods, range(panels)):
+            off = np.abs(picture[100:540, 100 + 500 * i :][:, :440] - compare.COLOURS[method]).max(
+                2
+            )
+            assert (off < 12).sum() > 300, f"{method} has no line in {name}.png"
+    check_efficiency(result, rmse, out)
     for name in ("samples", "targets", "trajectories", "guidance"):
         picture = np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
         coloured = (picture.max(2) - picture.min(2) > 60).mean()
@@ -445,6 +454,22 @@ def test_quick_run_end_to_end(monkeypatch, capsys, tmp_path):
         # Every panel ends with samples of every class.
         close = np.abs(last - colour).max(2) < 12
         assert all(part.sum() > 100 for part in np.array_split(close, 5, axis=1))
+
+
+def check_efficiency(result, rmse, out):
+    """500 steps: rows after 17, 50, 167 and all; the last are the main table's."""
+    rows = {(r["method"], r["k"], r["steps"]): r["mean"] for r in result["efficiency"]}
+    methods = {method for method, *_ in rows}
+    assert methods == {row["method"] for row in result["rows"]} - {"teacher", "tdd_rho0"}
+    assert len(rows) == len(result["efficiency"]) == len(methods) * 2 * 4
+    for method, k in product(methods, (4, 8)):
+        assert rows[method, k, 500] == pytest.approx(rmse(method, [k]).item(), rel=1e-5)
+    for method in ("cm", "pcm4", "tcd", "tdd"):
+        assert rows[method, 4, 17] > rows[method, 4, 50] > rows[method, 4, 500]
+    table = out[out.index("rmse, k = 4, after") :].splitlines()
+    line = next(x for x in table if x.startswith("tdd "))
+    values = [f"{rows['tdd', 4, steps]:.3f}" for steps in (17, 50, 167, 500)]
+    assert line.split() == ["tdd", *values]
 
 
 def test_measured_default_run_meets_its_claims():
@@ -468,6 +493,17 @@ def test_measured_default_run_meets_its_claims():
             assert (with_null <= most * without).all()
     for k in (5, 6, 7):
         assert (rmse("tdd", [k], schedule="nonequidistant") <= 0.90 * rmse("tdd", [k])).all()
+    for solver in ("dpm++2m", "dpm++2s"):
+        assert (rmse("tdd", [4]) <= 0.40 * rmse("teacher", [4], variant=solver)).all()
+    after = {
+        (r["method"], r["k"], r["steps"]): np.array(r["per_seed"]) for r in result["efficiency"]
+    }
+    for k, of_tcd in ((4, 0.85), (8, 0.80)):
+        assert (after["tdd", k, 300] <= of_tcd * after["tcd", k, 3000]).all()
+        assert (after["tdd", k, 300] <= 0.55 * after["cm", k, 3000]).all()
+    # Here it is not ahead: docs/results-2d.md says so.
+    for steps in (100, 300, 1000, 3000):
+        assert (after["tdd", 4, steps] > after["pcm4", 4, steps]).all()
 
 
 def test_measured_run_of_the_family_is_what_the_docs_say():
@@ -478,8 +514,9 @@ def test_measured_run_of_the_family_is_what_the_docs_say():
     assert (rmse("tdds", [8]) <= rmse("tdds", [4])).all()
     assert (rmse("tdds") <= 0.65 * rmse("tdd")).all() and (rmse("tdds") <= 0.09).all()
     assert (rmse("tcds") <= 0.65 * rmse("tcd")).all()
-    # TCF(2) helps TCD, at two passes a step.
-    assert (rmse("tcd2") <= 0.75 * rmse("tcd")).all()
+    # TCF(2) helps, at two passes a step.
+    for method in ("tcd", "tdd"):
+        assert (rmse(f"{method}2") <= 0.75 * rmse(method)).all()
     # TDM against TDD in distribution, at no more passes: TDD is nearer.
     assert (rmse("tdm4", [4], "sw") >= 1.8 * rmse("tdd", [4], "sw")).all()
     assert (rmse("tdm4", [4], "sw") <= 0.70 * rmse("teacher", [4], "sw")).all()
@@ -516,6 +553,29 @@ def test_the_tables_are_the_measured_run():
         (other,) = table.values()
         more = {"gamma": gamma, "schedule": "nonequidistant"}
         assert_cells(other[3:6], [per_seed("tdd", [k], **more) for k in (5, 6, 7)])
+    table = read_table("docs/results-2d.md", "**The teacher with DPM-Solver++**")
+    assert len(table) == 2
+    for name, cells in table.items():
+        solver = {"M": "dpm++2m", "S": "dpm++2s"}[name[-2]]
+        assert_cells(cells, [per_seed("teacher", [k], variant=solver) for k in ks], spread=True)
+    table = read_table("docs/results-2d.md", "**Distance after so many steps")
+    rows = {(r["method"], r["k"], r["steps"]): r["per_seed"] for r in result["efficiency"]}
+    assert len(table) == 6
+    for name, cells in table.items():
+        cases = [(names[name], k, steps) for k in (4, 8) for steps in (100, 300, 1000, 3000)]
+        assert_cells(cells, [rows[case] for case in cases])
+    table = read_table("docs/results-2d.md", "**More steps and more noise**")
+    assert len(table) == 4
+    for name, cells in table.items():
+        method = name[:3].lower() + ("s" if "S+" in name else "")
+        cases = [(k, 0.0) for k in (12, 16, 20)]
+        cases += [(k, gamma) for k in (4, 8) for gamma in (0.0, 0.2, 0.5, 1.0)]
+        assert_cells(cells, [per_seed(method, [k], gamma=gamma) for k, gamma in cases])
+    table = read_table("docs/results-2d.md", "**TDD by its reach e**")
+    ablations = {(row["name"], row["k"]): row["per_seed"] for row in result["ablations"]}
+    assert len(table) == 4
+    for name, cells in table.items():
+        assert_cells(cells, [ablations[f"TDD, {name}", k] for k in (4, 5, 6, 7, 8)], spread=True)
     table = read_table("README.md", "## The 2-D result")
     assert len(table) == 5
     for name, cells in table.items():
