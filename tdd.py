@@ -95,7 +95,9 @@ def next_stops(N: int, Ks: tuple[int, ...], T: int = 1000) -> TargetSet:
     tau = [grid[-(-(n * K // N) * N // K)] for n in range(N) for K in Ks]
     first = torch.arange(N) * len(Ks)
     count = torch.full((N,), len(Ks))
-    return TargetSet(torch.tensor(grid), torch.tensor(tau), first, count, torch.tensor(Ks).repeat(N))
+    return TargetSet(
+        torch.tensor(grid), torch.tensor(tau), first, count, torch.tensor(Ks).repeat(N)
+    )
 
 
 def targets_of(

@@ -108,6 +108,11 @@ def generate(
     return StudentSample(x_m, t_m, x_hat, x_tau, sample.tau, sample.noise)
 
 
+def nearest(K: int, Ks: tuple[int, ...]) -> int:
+    """What a student that knows Ks is told for K steps: K, or the nearest that it knows."""
+    return min(Ks, key=lambda known: (abs(known - K), known))
+
+
 def with_num_steps(network, K: int | None):
     """network(x_t, t, cond) of one that also takes the number of steps K, unless K is None."""
     return network if K is None else with_scalar(network, K)

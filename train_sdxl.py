@@ -77,7 +77,9 @@ def check(args) -> None:
             equidistant(k, args.solver_steps)
     if needs_prompts(args):
         if args.cache is not None:
-            raise ValueError("--cache holds images' latents, and these pairs come from prompts alone")
+            raise ValueError(
+                "--cache holds images' latents, and these pairs come from prompts alone"
+            )
         read_lines("--data", args.data)
     if args.method != "tdm":
         build.build_tdd_config(build_config(args), "cpu")
@@ -178,7 +180,9 @@ def read_init(path: Path | None, model: SDXL, told_ks: tuple[int, ...]) -> LoRA 
         return None
     known = read_recipe(path, files.read_tensors(path)[1]).get("told_ks")
     if known and known != told_ks:
-        raise ValueError(f"--init {path} is told K of {[*known]}: give --ks {' '.join(map(str, known))}")
+        raise ValueError(
+            f"--init {path} is told K of {[*known]}: give --ks {' '.join(map(str, known))}"
+        )
     init, *others = read_lora(path, model.unet, model.encoder_1, model.encoder_2)
     if any(lora.adapters for lora in others):
         raise ValueError(f"--init {path} changes the text encoders, which stay as they are")
@@ -280,9 +284,7 @@ def main(args) -> None:
         print(describe_guidance(config))
     use_exact_float32(DTYPES[args.dtype])
     model = load_sdxl(model_paths(args), dtype=DTYPES[args.dtype])
-    step = build.build_step(
-        config, model.unet, device, read_init(args.init, model, config.told_ks)
-    )
+    step = build.build_step(config, model.unet, device, read_init(args.init, model, config.told_ks))
     # Each process draws its own random numbers.
     generator = torch.Generator().manual_seed(args.seed * 10_000 + rank)
     position = saved["positions"][rank] if folder else None

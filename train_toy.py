@@ -24,7 +24,7 @@ from toy import ablations, figures
 from toy.config import ToyConfig
 from toy.data import DATA, Data
 from toy.evaluate import Evaluation, evaluate
-from toy.students import STUDENTS, make_students, train_groups, train_teacher
+from toy.students import BEYOND, STUDENTS, make_students, train_groups, train_teacher
 
 
 def main(args) -> None:
@@ -47,6 +47,7 @@ def main(args) -> None:
         evaluate(groups, ev)
         figures.draw_all(output, ev, groups)
         if args.ablations:
+            ablations.ablate_beyond(groups, ev, data, ablation_rows)
             ablations.ablate_reach(ev, data, ablation_rows)
             ablations.ablate(groups, ev, ablation_rows)
     finally:
@@ -86,8 +87,8 @@ def parser() -> cli.Parser:
     # The defaults are the results' settings; the paper's own (N = 250, w' = 3.5) are SDXL's.
     flag("--data", choices=DATA, default="spirals",
          help="2-D distribution; cifar10 has other flags: --data cifar10 --help")  # fmt: skip
-    flag("--methods", nargs="+", choices=STUDENTS, default=STUDENTS, metavar="M",
-         help=f"students, of {' '.join(STUDENTS)}; tdd_rho0 adds the guidance study")  # fmt: skip
+    flag("--methods", nargs="+", choices=dict.fromkeys([*STUDENTS, *BEYOND]), default=STUDENTS,
+         metavar="M", help=f"students, of {' '.join(dict.fromkeys([*STUDENTS, *BEYOND]))}; tdd_rho0 adds the guidance study")  # fmt: skip
     flag("--tcf", nargs="+", choices=TCF, default=list(TCF), metavar="F",
          help="functions f of tcd and tdd: order 1, order 2, s as an input")  # fmt: skip
     flag(

@@ -16,7 +16,19 @@ STUDENTS = {
     "tcd2": ("tcd", {"tcf": "2"}), "tcds": ("tcd", {"tcf": "s"}), "tdds": ("tdd", {"tcf": "s"}),
     # TDM for 4 steps, and for 1, 2 and 4.
     "tdm4": ("tdm", {"Ks": (4,)}), "tdm_unify": ("tdm", {"Ks": (1, 2, 4)}),
+    # Beyond the papers: pairs from the teacher's path; a K for each example, told or not.
+    "pcm4_path": ("pcm", {"kmin": 4, "pairs": "teacher"}),
+    "tdd_eta0_path": ("tdd", {"eta": 0.0, "pairs": "teacher"}),
+    "tdd_k4": ("tdd", {"pairs": "teacher"}), "tdd_k4_data": ("tdd", {}),
+    "tdd_k4_blind": ("tdd", {"pairs": "teacher", "tell_k": False}),
+    "tdd_k4_blind_data": ("tdd", {"tell_k": False}), "tdd_k": ("tdd", {"pairs": "teacher"}),
 }  # fmt: skip
+# Of these --repeats trains more than one, each from other random numbers.
+REPEATED = ("pcm4", "tdd_eta0", "tdd_k4_data", "tdd_k4")
+SEED = "-seed"  # ends the name of a repeat: pcm4-seed1
+
+
+K_LR = 1e-3  # of what is told of each K, like a new embedding's
 
 
 @dataclass(frozen=True)
@@ -56,15 +68,21 @@ class CifarConfig:
 
 
 def student_config(config: CifarConfig, name: str) -> DistillConfig:
-    """How a student is distilled."""
+    """How a student, or a repeat of one, is distilled."""
+    name, _, repeat = name.partition(SEED)
     method, changes = STUDENTS[name]
+    if name.startswith("tdd_k"):
+        first = 1 if name == "tdd_k" else config.kmin
+        changes = {**changes, "Ks": tuple(range(first, config.kmax + 1)), "eta": 0.0}
     student = replace(
         DistillConfig.of_method(method), w=(config.w, config.w), solver_steps=config.solver_steps,
         kmin=config.kmin, kmax=config.kmax, rho=config.rho, mu=config.ema,
-        rank=config.rank, alpha=config.rank, seed=config.seed, checkpointing=False,
+        rank=config.rank, alpha=config.rank, seed=config.seed + int(repeat or 0),
+        checkpointing=False,
         compile=config.compile, adv_lr=config.lr, fake_lr=config.lr,
         # TDM's student learns more slowly than its fake score, as in the paper.
         lr=config.lr / 5 if method == "tdm" else config.lr,
+        k_lr=K_LR / 5 if method == "tdm" else K_LR,
         # Pseudo-Huber, as published: in the squared distance the highest noise levels dominate.
         loss="huber",
     )  # fmt: skip

@@ -94,9 +94,9 @@ def unet_json(channels) -> dict:
         "up_block_types": [*["CrossAttnUpBlock2D"] * coarser, "UpBlock2D"], "norm_num_groups": 32,
         # The number of heads, as in SDXL's config.json; each head is 32 wide.
         "attention_head_dim": [c // 32 for c in channels], "cross_attention_dim": len(CLASSES),
-        # The pooled label, then six sizes of 8 sinusoids each.
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": len(CLASSES) + 6 * 8,
+        # The pooled label, then six sizes of 32 sinusoids each: of 8, K could not be read.
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 32,
+        "projection_class_embeddings_input_dim": len(CLASSES) + 6 * 32,
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cifar.classifier import Classifier, classify
-from cifar.config import CifarConfig, student_config
+from cifar.config import SEED, CifarConfig, student_config
 from cifar.data import CLASSES
 from cifar.sample import LoadedModel, load_student, load_teacher, sample_pictures
 from cifar.stage import weights_digest
@@ -28,6 +28,8 @@ GROUPS = 10  # of pictures, for the errors
 METRICS = ("frechet_teacher", "frechet_unpaired", "rmse", "frechet_data", "accuracy", "png_bits")
 # Rows beside the main comparison; "other_seeds" is the teacher's samples from other noise.
 NOT_COMPARED = ("real", "other_seeds", "tdd_rho0", "tdd_high")
+# Of the students that are told K: numbers of steps and K to tell, each with each (TDM's Fig. 10).
+TOLD_CASES = {"tdm_unify": (1, 2, 4), "tdd_k4": (4, 6, 8), "tdd_k": (1, 2, 4, 6, 8)}
 
 
 # --------------------------------------------------------------------------------------- distances
@@ -93,9 +95,11 @@ def jackknife(values: list[float]) -> dict[str, float]:
 # x_0 is clipped in all steps, as pixels need it, except in the cases of Fig. 7.
 
 
-def make_case(k, clip_steps=None, gamma=0.0, schedule="equidistant", w=0.0, tune=None) -> Case:
+def make_case(
+    k, clip_steps=None, gamma=0.0, schedule="equidistant", w=0.0, tune=None, tell_k=None
+) -> Case:
     """A case of k steps, all of them clipped unless clip_steps is given."""
-    return Case(k, gamma, schedule, w, tune, k if clip_steps is None else clip_steps)
+    return Case(k, gamma, schedule, w, tune, k if clip_steps is None else clip_steps, tell_k)
 
 
 def method_cases(config: CifarConfig, method: str) -> list[Case]:
@@ -114,6 +118,8 @@ def method_cases(config: CifarConfig, method: str) -> list[Case]:
         # Its many steps come first: their samples are what all others are compared with.
         w, ks = config.w, [config.solver_steps, config.solver_steps // 2, *ks]
     cases = [make_case(n, w=w) for n in ks]
+    if SEED in method:
+        return cases
     cases += [make_case(n, w=w, gamma=GAMMAS[1]) for n in sorted({k, (k + kmax) // 2, kmax})]
     if method == "tdd":
         cases += added_guidance
@@ -121,6 +127,8 @@ def method_cases(config: CifarConfig, method: str) -> list[Case]:
         # Fig. 7: clipped in no step and in the first alone, guided or not.
         for w in (0.0, *W_ADDED[:2]):
             cases += [make_case(k, clip_steps=0, w=w), make_case(k, clip_steps=1, w=w)]
+    told_ks = [K for K in TOLD_CASES.get(method, ()) if kmax >= K]
+    cases += [make_case(n, tell_k=K) for n in told_ks for K in told_ks if n != K]
     return list(dict.fromkeys(cases))
 
 
@@ -274,13 +282,20 @@ class Evaluation:
     @property
     def methods(self) -> list[str]:
         """The teacher, then every student of the main comparison."""
-        return list(dict.fromkeys(name for name, _ in self.rows if name not in NOT_COMPARED))
+        names = dict.fromkeys(name for name, _ in self.rows if name not in NOT_COMPARED)
+        return [name for name in names if SEED not in name]
+
+    def trainings(self, method: str) -> list[str]:
+        """The method and its repeats."""
+        names = dict.fromkeys(name for name, _ in self.rows)
+        return [name for name in names if name.partition(SEED)[0] == method]
 
     def tables(self) -> list[str]:
         """Every table that is worth printing."""
         tables = [self.table(metric) for metric in METRICS]
         noisy = [self.table(metric, GAMMAS[1]) for metric in ("frechet_teacher", "rmse")]
-        return [*tables, *noisy, self.study_table()]
+        repeats = [self.repeats_table(metric) for metric in ("rmse", "frechet_unpaired")]
+        return [*tables, *noisy, *repeats, self.study_table()]
 
     def table(self, metric: str, gamma: float = 0.0) -> str:
         """A figure of every method over k, with its standard error in brackets."""
@@ -298,18 +313,32 @@ class Evaluation:
         lines.append(("test pictures", [_cell(self.find("real", make_case(0)), metric)]))
         return compare.format_table(f"{metric} at gamma = {gamma:g}", self.ks, lines, 30, 16)
 
+    def repeats_table(self, metric: str) -> str:
+        """A figure over k for methods of several trainings, with their deviation in brackets."""
+        lines = []
+        for method in self.methods:
+            if len(names := self.trainings(method)) > 1:
+                cells = []
+                for k in self.ks:
+                    rows = [self.rows[name, make_case(k)] for name in names]
+                    values = torch.tensor([row[metric]["value"] for row in rows])
+                    cells.append(f"{values.mean():.4f} ({values.std():.4f})")
+                lines.append((f"{method}, {len(names)} trainings", cells))
+        return compare.format_table(f"{metric}, several trainings", self.ks, lines, 30, 18)
+
     def study_table(self) -> str:
-        """Guidance at inference, Eq. 13, clipping and non-equidistant timesteps: a line a case."""
+        """Guidance, Eq. 13, clipping, other timesteps, K told: a line a case."""
         compared = [make_case(k) for k in self.ks]
         metrics = ("accuracy", "frechet_data", "frechet_teacher", "rmse")
         titles = "".join(f"{metric:>16}" for metric in metrics)
-        lines = [f"method    k  w  w'  C in  timesteps     {titles}"]
+        lines = [f"method    k  told  w  w'  C in  timesteps     {titles}"]
         for (method, case), row in self.rows.items():
-            in_tables = case in compared and method not in NOT_COMPARED
+            in_tables = (case in compared and method not in NOT_COMPARED) or SEED in method
             if method in ("teacher", "other_seeds", "real") or case.gamma > 0 or in_tables:
                 continue
             tune = "-" if case.tune is None else f"{case.tune:g}"
-            settings = f"{method:9}{case.k:2}{case.w:3g}{tune:>4}{case.clip_steps:6}"
+            settings = f"{method:9}{case.k:2}{case.tell_k or '-':>6}{case.w:3g}{tune:>4}"
+            settings += f"{case.clip_steps:6}"
             cells = "".join(_cell(row, metric) for metric in metrics)
             lines.append(f"{settings}  {case.schedule:14}{cells}")
         return "\n".join(lines)

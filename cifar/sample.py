@@ -5,6 +5,7 @@
 The sampler is tdd.gamma_sample, the flags are those of sample.py.
 """
 
+import json
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from cifar.stage import read_stage, weights_digest
 from common import cli, files
 from common.compare import Case, case_timesteps
 from common.pictures import save_grid
+from sdxl import told
 from sdxl.load import load_component
 from sdxl.lora import merge
 from sdxl.lora_files import read_lora
@@ -26,6 +28,7 @@ from sdxl.recipe import RECOMMENDED
 from solvers import ddim, noise_stream, sdxl_schedule
 from tcd import TCF
 from tdd import clip_x0, gamma_sample, guided
+from tdm import nearest
 from unet import ScalarEmbedding, UNet, UNetConfig
 
 # ------------------------------------------------------------------------------------- networks
@@ -45,6 +48,10 @@ class LoadedModel:
     kmin: int = 4  # K's range in a student's training
     kmax: int = 8
     gamma: float = 0.0  # that its method is sampled with
+    told_ks: tuple[int, ...] = ()  # the K that it is told apart
+
+
+SHIPPED = Path(__file__).with_name("weights")  # stages that come with the code
 
 
 def load_teacher(runs: Path, device, dtype: str = "float32") -> UNet:
@@ -71,10 +78,12 @@ def load_student(runs: Path, name: str, teacher: UNet) -> LoadedModel:
     # In half precision this would round small updates away.
     merge(student, [(lora, 1.0)])
     _, gamma = RECOMMENDED[settings["method"]]
+    if settings["method"] == "tdd" and settings["Ks"] != "[]":
+        gamma = 0.0  # it is trained for the stops alone
     return LoadedModel(
         student, lora.scalar_embedding, TCF[settings.get("tcf", "1")],
         int(settings["solver_steps"]), int(settings.get("kmin", 4)), int(settings.get("kmax", 8)),
-        gamma,
+        gamma, tuple(json.loads(settings.get("told_ks", "[]"))),
     )  # fmt: skip
 
 
@@ -89,7 +98,8 @@ def sample_pictures(
     device, schedule, pictures = model.unet.conv_in.weight.device, sdxl_schedule(), []
     network = scalar_network(model.unet, model.scalar_embedding)
     if model.told_ks:
-        network = told.tell(network, tell_k or told.nearest(len(timesteps), model.told_ks))
+        K = case.tell_k or nearest(len(timesteps), model.told_ks)
+        network = told.tell(network, K)
     # On a CPU 50 fit into the caches, which is a fifth faster than 200.
     batch_size = 50 if device.type == "cpu" else 500
     for start in range(0, len(label), batch_size):
@@ -111,13 +121,21 @@ def sample_pictures(
 
 def main(args) -> None:
     cli.check_device(args.device)
+    if args.runs is None:
+        args.runs = Path("runs/cifar10")
+        if not (args.runs / args.sample / "stage.json").exists():
+            args.runs = SHIPPED
+            print(f"runs/cifar10 holds no finished {args.sample}: the weights are {SHIPPED}'s")
     model = LoadedModel(load_teacher(args.runs, args.device))
     if args.sample != "teacher":
         model = load_student(args.runs, args.sample, model.unet)
+    if args.tell_k is not None and args.tell_k not in model.told_ks:
+        knows = [*model.told_ks] or "no K"
+        raise ValueError(f"--tell-k {args.tell_k}: {args.sample} is told {knows}")
     tune = None if args.tune_guidance is None else args.tune_guidance - 1
     clip_steps = args.steps if args.clip_steps is None else args.clip_steps
     gamma = model.gamma if args.gamma is None else args.gamma
-    case = Case(args.steps, gamma, args.schedule, args.cfg - 1, tune, clip_steps)
+    case = Case(args.steps, gamma, args.schedule, args.cfg - 1, tune, clip_steps, args.tell_k)
     N = args.solver_steps or model.solver_steps
     timesteps = case_timesteps(case, N, model.kmin, model.kmax)
     print(f"guidance g = {args.cfg:g} (w = {case.w:g}), applied as w = {case.w_inference:.3g}; "
@@ -139,7 +157,8 @@ def parser() -> cli.Parser:
     flag, count, gpu = p.add_argument, cli.positive_int, torch.cuda.is_available()
     flag("--data", choices=["cifar10"], default="cifar10", help="data set")
     flag("--sample", required=True, metavar="NAME", help="network: teacher, or a student like tdd")
-    flag("--runs", type=Path, default=Path("runs/cifar10"), help="folder of the trained stages")
+    flag("--runs", type=Path,
+         help="folder of the trained stages: runs/cifar10, or the weights that come with the code")  # fmt: skip
     flag("--labels", nargs="+", choices=CLASSES, default=CLASSES, metavar="CLASS", help="classes")
     flag("--num-images", type=count, default=8, help="number of pictures of each class")
     flag("--steps", type=count, default=4, help="number of steps k")
@@ -149,6 +168,7 @@ def parser() -> cli.Parser:
     flag("--gamma", type=cli.share, help="gamma of Eq. 18: that of the student's method")
     flag("--schedule", choices=SCHEDULES, default="equidistant",
          help="timesteps; nonequidistant from the student's fewest to its most steps")  # fmt: skip
+    flag("--tell-k", type=count, metavar="K", help="K that a student that is told K is told: k")
     flag("--solver-steps", type=count, help="N, grid of the schedules; the student's unless given")
     flag("--clip-steps", type=cli.count, help="first steps with C of Eq. 17; all unless given")
     flag("--seed", type=cli.number(int, 0, 2**62), default=0, help="seed of the first picture")

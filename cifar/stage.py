@@ -21,8 +21,8 @@ from training import loop
 from training.checkpoint import TrainState, checkpoints, resume_point
 
 # 2: `guidance` is g = 1 + w'. It was w' in version 1, which names no version. 3: stage.json holds
-# what the training wrote.
-STAGE_VERSION = "3"
+# what the training wrote. 4: sizes have 32 sinusoids each, and the teacher is in half precision.
+STAGE_VERSION = "4"
 WEIGHTS = ("diffusion_pytorch_model", "lora", "model")  # of a teacher, a student, the classifier
 
 
@@ -86,21 +86,28 @@ class Stage:
         return True
 
     def train(
-        self, modules, optimizers, losses, export, lr_lambda=lambda s: 1, after_step=lambda: None
-    ) -> None:
+        self, modules, optimizers, losses, export, lr_lambda=lambda s: 1, after_step=lambda: None,
+        make_paths=None,
+    ) -> None:  # fmt: skip
         """Train from the last checkpoint, if any, to the end; write stage.json, delete checkpoints.
 
         modules, optimizers: by name, as in training/loop.py. losses: (batch, generator) to a dict
         of losses. export: writes the result into a folder. lr_lambda: the share of the learning
         rate after the share s of all steps. after_step: called after each optimizer step.
+        make_paths: (generator, is_new) to a loader of walkers, instead of pictures.
         """
         files.output_folder(self.folder)
         checkpoint, content = self._resume_point()
-        position = content["positions"][0] if checkpoint else 0
-        if type(position) is not int or position < 0:
-            raise ValueError(f"{checkpoint} is damaged: its position is {position!r}: delete it")
-        loader = Batches(*self.data, self.batch_size, self.seed, position)
         generator = torch.Generator().manual_seed(self.seed)
+        if make_paths is None:
+            position = content["positions"][0] if checkpoint else 0
+            if type(position) is not int or position < 0:
+                raise ValueError(
+                    f"{checkpoint} is damaged: its position is {position!r}: delete it"
+                )
+            loader = Batches(*self.data, self.batch_size, self.seed, position)
+        else:
+            loader = make_paths(generator, checkpoint is None)
         state = TrainState(self.folder, modules, optimizers, generator, loader, self.settings)
         if checkpoint:
             state.restore(checkpoint, content)

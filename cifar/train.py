@@ -18,13 +18,13 @@ from torch.nn.functional import cross_entropy
 
 from cifar import figures
 from cifar.classifier import BORDER, Classifier, random_crop
-from cifar.config import STUDENTS, CifarConfig, student_config
-from cifar.data import condition, read_split, teacher_loss, to_x0, unet_json
+from cifar.config import REPEATED, SEED, STUDENTS, CifarConfig, student_config
+from cifar.data import CLASSES, condition, read_split, teacher_loss, to_x0, unet_json
 from cifar.evaluate import Evaluation
 from cifar.sample import load_teacher
 from cifar.stage import Stage, read_stage, weights_digest
 from common import cli, files
-from common.compare import PASSES, equal_budget_steps
+from common.compare import PASSES, equal_budget_steps, path_steps
 from sdxl.lora_files import write_diffusers
 from sdxl.pipeline import compile_blocks, null_condition
 from sdxl.weights import load_strict
@@ -32,6 +32,7 @@ from solvers import sdxl_schedule
 from tdd import ema_update, equidistant, targets_of
 from training import distributed, loop
 from training.build import build_optimizers, build_step
+from training.paths import PathLoader
 from unet import UNet, UNetConfig
 
 PRESETS = {
@@ -66,17 +67,24 @@ def build_stage(config: CifarConfig, name: str, data: tuple[Tensor, Tensor]) -> 
         return Stage(folder, data, config.teacher_steps, config.teacher_batch, seed, values)
     student = student_config(config, name)
     # The settings that matter to the method: they also go into the header of the LoRA.
-    settings = ["method", "solver", "solver_steps", "rank", "lr", "loss"]
+    settings = ["method", "solver", "solver_steps", "rank", "lr", "loss", "Ks"]
+    if student.told_ks:
+        settings += ["told_ks", "k_lr"]
     if student.method == "tdm":
-        settings += ["Ks", "fake_lr", "fake_weight"]
+        settings += ["fake_lr", "fake_weight"]
     else:
         settings += ["tcf", "kmin", "kmax", "eta", "rho", "mu", "adv", "adv_weight", "adv_lr"]
+        settings += ["pairs"]
     values = {"guidance": 1 + student.w[0], "dtype": config.dtype}
     values |= {setting: getattr(student, setting) for setting in settings}
+    # Lists are JSON as strings as well.
+    values |= {name: [*values[name]] for name in ("Ks", "told_ks") if name in values}
     values["teacher"] = weights_digest(config.output / "teacher")
     # Every student has as many UNet passes as TDD; the discriminator's are not counted.
     steps = equal_budget_steps(config.steps, name if name in PASSES else student.tcf)
-    return Stage(folder, data, steps, config.batch_size, seed, values)
+    if student.pairs == "teacher":
+        steps = path_steps(steps, config.batch_size, config.solver_steps)
+    return Stage(folder, data, steps, config.batch_size, student.seed, values)
 
 
 def train_all(config: CifarConfig, data: tuple[Tensor, Tensor]) -> None:
@@ -142,7 +150,9 @@ def train_teacher(config: CifarConfig, stage: Stage) -> None:
 
     def export(folder: Path) -> None:
         path = folder / "diffusion_pytorch_model.safetensors"
-        files.write_tensors(path, ema.state_dict(), format="pt")
+        # Half precision, so that what is distilled is what a small file holds.
+        weights = {name: tensor.half() for name, tensor in ema.state_dict().items()}
+        files.write_tensors(path, weights, format="pt")
         files.write_json(folder / "config.json", unet_config)
 
     ema_weights, weights = list(ema.parameters()), list(unet.parameters())
@@ -162,18 +172,39 @@ def train_student(config: CifarConfig, stage: Stage) -> None:
     torch._dynamo.reset()
     step = build_step(student, load_teacher(config.output, device, config.dtype), device)
 
+    def encode(labels) -> tuple:
+        cond = condition(torch.as_tensor(labels).to(device))
+        return cond, null_condition(cond)
+
     def losses(batch: dict, generator) -> dict:
-        x_0 = to_x0(batch["images"]).to(device)
-        cond = condition(batch["labels"].to(device))
-        sample = step.sample(x_0.shape, generator, device)
+        if student.pairs == "teacher":
+            x_0, labels, shape = None, batch["conds"], step.walkers.x[: stage.batch_size].shape
+            sample = step.sample(shape, generator, device, batch["walkers"])
+        else:
+            x_0, labels = to_x0(batch["images"]).to(device), batch["labels"]
+            sample = step.sample(x_0.shape, generator, device)
         batch["timesteps"] = sample.timesteps
-        return step.losses(x_0, cond, null_condition(cond), sample)
+        return step.losses(x_0, *encode(labels), sample)
 
     def export(folder: Path) -> None:
         write_diffusers(folder / "lora.safetensors", step.output_network.lora, **stage.settings)
 
+    def make_paths(generator: torch.Generator, is_new: bool) -> PathLoader:
+        def draw_conds(count: int) -> list:
+            labels = torch.randint(len(CLASSES), (count,), generator=generator).tolist()
+            return [(label, CLASSES[label]) for label in labels]
+
+        shape = step.teacher.base.config.in_channels, 16, 16
+        loader = PathLoader(step, shape, stage.batch_size, generator, device, draw_conds)
+        if is_new:
+            loader.start(encode)
+        return loader
+
     optimizers = build_optimizers(student, step)
-    stage.train(step.modules, optimizers, losses, export, after_step=step.after_step)
+    stage.train(
+        step.modules, optimizers, losses, export, after_step=step.after_step,
+        make_paths=make_paths if student.pairs == "teacher" else None,
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -186,7 +217,7 @@ def build_config(args) -> CifarConfig:
     """The flags as a config; ValueError for values that do not go together."""
     values = {field.name: getattr(args, field.name) for field in fields(CifarConfig)}
     values["channels"] = tuple(args.channels)
-    values["methods"] = tuple(dict.fromkeys(args.methods))
+    values["methods"] = with_repeats(args.methods, args.repeats)
     config = CifarConfig(**values)
     if any(c % 32 for c in config.channels) or len(config.channels) > 4:
         channels = " ".join(map(str, config.channels))
@@ -200,6 +231,15 @@ def build_config(args) -> CifarConfig:
         else:
             targets_of(student.method, config.solver_steps, student.kmin, student.kmax)
     return config
+
+
+def with_repeats(methods: list[str], repeats: int) -> tuple[str, ...]:
+    """Each method once, and its repeats beside it."""
+    names = []
+    for name in dict.fromkeys(methods):
+        count = repeats if name in REPEATED else 1
+        names += [name, *(f"{name}{SEED}{i}" for i in range(1, count))]
+    return tuple(names)
 
 
 def main(args) -> None:
@@ -246,6 +286,7 @@ def parser(preset: str | None = None) -> cli.Parser:
     flag("--output", type=Path, default=Path("runs/cifar10"), help="folder for all stages")
     flag("--methods", nargs="+", choices=STUDENTS, default=list(STUDENTS), metavar="M",
          help="students to train")  # fmt: skip
+    flag("--repeats", type=count, default=1, help=f"trainings of {', '.join(REPEATED)}")
     flag("--channels", type=count, nargs="+", metavar="C", help="channels of the UNet's levels")
     flag("--classifier-steps", type=count, help="training steps of the classifier")
     flag("--teacher-steps", type=count, help="training steps of the teacher")

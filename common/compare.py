@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.plots import INK, Axes, Figure
+from common.walkers import BATCHES, stagger_steps
 from tdd import equidistant, nonequidistant, tuned
 
 # ---------------------------------------------------------------------------- methods and budgets
@@ -18,12 +19,18 @@ NAMES = {
     "tdd": "TDD", "tdd_eta0": "TDD, eta 0", "tdd_rho0": "TDD, rho 0",
     "tcd2": "TCD, TCF(2)", "tcds": "TCD, TCF(S+)", "tdd2": "TDD, TCF(2)", "tdds": "TDD, TCF(S+)",
     "tdm4": "TDM-4", "tdm_unify": "TDM-unify", "tdd_adv": "TDD (adv)", "tdd_high": "TDD, w' = 5",
+    "pcm4_path": "PCM-4, path", "tdd_eta0_path": "TDD, eta 0, path", "tdd_k": "K of 1-8, path",
+    "tdd_k4": "K of 4-8, path", "tdd_k4_data": "K of 4-8", "tdd_k4_blind": "K untold, path",
+    "tdd_k4_blind_data": "K untold",
 }  # fmt: skip
 COLOURS = {
     "teacher": (130, 134, 144), "cm": (216, 120, 40), "pcm4": (60, 150, 95), "pcm8": (130, 180, 60),
     "tcd": (150, 90, 180), "tdd": (205, 45, 60), "tdd_eta0": (50, 110, 190), "tdd_rho0": (90,) * 3,
     "tcd2": (100, 60, 130), "tcds": (210, 160, 230), "tdd2": (130, 20, 35), "tdds": (240, 140, 130),
     "tdm4": (20, 140, 140), "tdm_unify": (210, 160, 20), "tdd_adv": (225, 130, 170),
+    "pcm4_path": (30, 95, 55), "tdd_eta0_path": (20, 60, 120), "tdd_k": (120, 75, 30),
+    "tdd_k4": (235, 120, 0), "tdd_k4_data": (245, 185, 90), "tdd_k4_blind": (0, 150, 190),
+    "tdd_k4_blind_data": (130, 205, 225),
 }  # fmt: skip
 
 # Forward passes of the network that a training step takes, a backward pass counted as two. By
@@ -36,6 +43,13 @@ PASSES = {"1": 6, "2": 10, "s": 6, "tdm4": 10.5, "tdm_unify": 9.67}
 def equal_budget_steps(steps: int, kind: str) -> int:
     """Training steps with as many passes as `steps` of the main comparison; kind: of PASSES."""
     return round(steps * PASSES["1"] / PASSES[kind])
+
+
+def path_steps(steps: int, batch: int, N: int) -> int:
+    """What is left of `steps` when walkers have been spread over the teacher's path first."""
+    passes = 2 * stagger_steps(BATCHES * batch, N)
+    # A run of a few steps, to try things out, keeps one.
+    return max(1, steps - round(passes / (PASSES["1"] * batch)))
 
 
 # ------------------------------------------------------------------------------------------ cases
@@ -54,6 +68,7 @@ class Case:
     """One way to sample: the fields of a row in metrics.json.
 
     w: guidance at inference; 0 samples a student as distilled. tune: its w', if Eq. 13 is used.
+    tell_k: what a student that is told K is told instead of k.
     """
 
     k: int
@@ -62,6 +77,7 @@ class Case:
     w: float = 0.0
     tune: float | None = None
     clip_steps: int = 0
+    tell_k: int | None = None
 
     @property
     def w_inference(self) -> float:

@@ -18,6 +18,16 @@ from tdd import StepSample, TargetSet, guided, offset, where_cond
 BATCHES = 4  # of walkers: the next batch is then not the one that was just moved on
 
 
+def stagger_goal(W: int, N: int) -> Tensor:
+    """The n at which each of W walkers is when they are spread over their paths, (W,)."""
+    return N - 1 - torch.arange(W) * N // W
+
+
+def stagger_steps(W: int, N: int) -> int:
+    """How many steps of the teacher it takes to spread them, all from n = N - 1 down."""
+    return int((N - 1 - stagger_goal(W, N)).sum())
+
+
 @dataclass
 class Walkers:
     """Where each of W walkers is on its path, and what stays the same all along that path.
@@ -91,13 +101,14 @@ class Walkers:
         """
         N, W = len(self.grid) - 1, len(self.n)
         self._begin(torch.arange(W))
-        goal = N - 1 - torch.arange(W) * N // W
-        steps = (self.n - goal).sum().item()
+        goal, steps = stagger_goal(W, N), stagger_steps(W, N)
         with tqdm(total=steps, desc="teacher's paths", disable=quiet, dynamic_ncols=True) as bar:
             while len(behind := (self.n > goal).nonzero()[:, 0]):
                 for rows in behind.split(batch):
                     cond, null = encode([self.conds[row] for row in rows.tolist()])
-                    self.advance(rows, self._teacher_step(rows, teacher, cond, null, schedule, solver))
+                    self.advance(
+                        rows, self._teacher_step(rows, teacher, cond, null, schedule, solver)
+                    )
                     bar.update(len(rows))
         return steps
 
@@ -105,5 +116,7 @@ class Walkers:
         """Algorithm 1, lines 11-15, as in tdd.tdd_loss."""
         sample = self._step_sample(rows, self.n[rows]).to(self.device)
         cond = where_cond(sample.keep_prompt, cond, null)
-        eps_hat = guided(teacher, cond, null, to_device(self.w[rows], self.device), sample.guided_rows)
+        eps_hat = guided(
+            teacher, cond, null, to_device(self.w[rows], self.device), sample.guided_rows
+        )
         return solver(eps_hat, sample.x_next, sample.t_next, sample.t_n, schedule)

@@ -16,6 +16,7 @@ from common import files
 from sdxl.lora import Adapter, LoRA
 from sdxl.lora_files import read_lora, write_diffusers, write_kohya
 from sdxl.recipe import read_recipe, single_value
+from tdm import nearest
 from unet import UNet, timestep_embedding
 
 # The sinusoids of 8, 16, 24 .. lie far enough apart (smallest singular value 5.3 for K of 4 to 8);
@@ -37,11 +38,6 @@ def with_crop_top(cond: dict, crop_top) -> dict:
 def tell(network, K):
     """network(x_t, t, cond) that is told K, a number or (b,); K = 0 tells nothing."""
     return lambda x_t, t, cond, *more: network(x_t, t, with_crop_top(cond, CROP_PER_K * K), *more)
-
-
-def nearest(K: int, Ks: tuple[int, ...]) -> int:
-    """What a student that knows Ks is told for K steps: K, or the nearest that it knows."""
-    return min(Ks, key=lambda known: (abs(known - K), known))
 
 
 def told_k(asked: int | None, steps: int, recipes: list[dict]) -> int | None:

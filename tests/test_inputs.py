@@ -421,7 +421,9 @@ def test_flags_not_given_are_the_files(folder, monkeypatch, capsys, tmp_path):
     """A TDM file is sampled at g = 1 and gamma = 0; what a flag says wins; two must agree."""
     lora = LoRA.init(load.load_sdxl(folder).unet, 4, 4, torch.Generator().manual_seed(0))
     tdm, pcm = tmp_path / "tdm.safetensors", tmp_path / "pcm.safetensors"
-    write_diffusers(tdm, lora, tdd_method="tdm", tdd_K="[2, 6]", tdd_w="7.0", tdd_solver_steps="200")
+    write_diffusers(
+        tdm, lora, tdd_method="tdm", tdd_K="[2, 6]", tdd_w="7.0", tdd_solver_steps="200"
+    )
     write_diffusers(pcm, lora, tdd_method="pcm", tdd_K="5")
 
     def config(*words):

@@ -1,17 +1,18 @@
-"""Ablations on 2-D data: TDM's Tables 5 to 8 and Fig. 8, and the reach e of TDD's Eq. 7."""
+"""Ablations on 2-D data: TDM's Tables 5 to 8 and Fig. 8, TDD's e of Eq. 7, and what is beyond."""
 
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from common.compare import Case, format_table
+from common import compare
+from common.compare import NAMES, Case, format_table
 from solvers import CLEAN, SOLVERS, ddim, solve
 from tdd import equidistant, targets_of
 from toy.data import Data, rmse
 from toy.evaluate import Evaluation, seed_statistics
 from toy.model import BatchedMLP
-from toy.students import Group, Student, train_students
+from toy.students import BEYOND, Group, Student, train_groups, train_students
 from toy.tdm import TDM_STUDENTS, TDMStudent, train_tdm
 
 # ------------------------------------------------------------------------------------ ablations
@@ -92,6 +93,24 @@ def ablate_reach(ev: Evaluation, data: Data, rows: list[dict]) -> None:
         for student, x in zip(students, samples, strict=True):
             statistics = seed_statistics(rmse(x, ev.reference(Case(k), 0.0, config.w)))
             rows.append({"name": student.method, "k": k, "metric": "rmse", **statistics})
+
+
+def ablate_beyond(groups: list[Group], ev: Evaluation, data: Data, rows: list[dict]) -> None:
+    """Add rows of all of BEYOND beside TDD and PCM-4: rmse at gamma = 0."""
+    config = ev.config
+    names = [name for group in groups for name in group.names]
+    others = tuple(name for name in BEYOND if name not in names)
+    generator = torch.Generator().manual_seed(config.seed + 5)
+    trained = train_groups(replace(config, methods=others), ev.teacher, data, generator)
+    for group in (*groups, *trained):
+        for i, student in enumerate(group.students):
+            if student.variant or student.method not in (*BEYOND, "tdd", "tdd_eta0", "pcm4"):
+                continue
+            for k in compare.compared_steps(config.kmin, config.kmax):
+                x = ev.sample(group.select([i]), Case(k), 0.0, Ks=[student.Ks])[0]
+                statistics = seed_statistics(rmse(x, ev.reference(Case(k), 0.0, config.w)))
+                row = {"name": NAMES[student.method], "k": k, "metric": "rmse", **statistics}
+                rows.append(row)
 
 
 def distance(ev: Evaluation, network: BatchedMLP, k: int, w: float, solver: str) -> Tensor:

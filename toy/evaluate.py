@@ -13,11 +13,11 @@ from common.compare import GAMMAS, W_ADDED, W_HIGH, Case
 from solvers import CLEAN, SOLVERS, ddim, dpmpp_2m, solve
 from tcd import tcf_2
 from tdd import clip_x0, conditioned, gamma_sample, guided
-from tdm import with_num_steps
+from tdm import nearest
 from toy.config import ToyConfig
 from toy.data import CLASSES, Data, one_hot, rmse, sliced_wasserstein
 from toy.model import SNAPSHOTS, BatchedMLP
-from toy.students import Group, Student
+from toy.students import PLAIN, Group, Student
 
 # ------------------------------------------------------------------------------------ evaluation
 #
@@ -64,17 +64,33 @@ class Evaluation:
 
     # -------------------------------------------------------------------------------- sampling
 
-    def sample(self, network: BatchedMLP, case: Case, w: float, jump=ddim, callback=None) -> Tensor:
-        """The gamma-sampler's x_0 of networks "(m s)", guided by w at inference; (m, s, n, 2)."""
+    def sample(
+        self, network: BatchedMLP, case: Case, w: float, jump=ddim, callback=None, Ks=None
+    ) -> Tensor:
+        """The gamma-sampler's x_0 of networks "(m s)", guided by w at inference; (m, s, n, 2).
+
+        Ks: of each of m networks that are told K, those that it knows; told k unless given.
+        """
         config, members = self.config, network.members // self.config.seeds
         noise = self.noise(members)
-        K = case.k if network.scalar == "num_steps" else None
-        eps = guided(with_num_steps(network, K), self.cond(members), torch.zeros(1, CLASSES), w)
+        if network.scalar == "num_steps":
+            Ks = Ks or [(case.k,)] * members
+            network = self.told(network, [nearest(case.k, known) for known in Ks])
+        eps = guided(network, self.cond(members), torch.zeros(1, CLASSES), w)
         x = gamma_sample(
             eps, next(noise), compare.case_timesteps(case, config.N, config.kmin, config.kmax),
             self.schedule, case.gamma, noise, self.clip, case.clip_steps, jump, callback,
         )  # fmt: skip
         return rearrange(x, "(n m s) d -> m s n d", m=members, s=config.seeds)
+
+    def told(self, network: BatchedMLP, K: list[int]):
+        """The networks "(m s)", each told its K."""
+        values = repeat(torch.tensor(K), "m -> (m s)", s=self.config.seeds)
+
+        def model(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+            return network(x_t, t, cond, values.repeat(len(t) // len(values)))
+
+        return model
 
     def clip(self, x_0: Tensor) -> Tensor:
         """C of Eq. 17, to the square that holds the data; pixels lie in [-1, 1] instead."""
@@ -125,7 +141,8 @@ class Evaluation:
         """The group's students of these indices, all seeds of each."""
         w = case.w_inference
         passes = case.k * (1 if w == 0 else 2) * (2 if group.jump is tcf_2 else 1)
-        samples = self.sample(group.select(indices), case, w, jump=group.jump)
+        Ks = [group.students[i].Ks for i in indices]
+        samples = self.sample(group.select(indices), case, w, jump=group.jump, Ks=Ks)
         for i, x in zip(indices, samples, strict=True):
             student = group.students[i]
             reference = self.reference(case, w, student.w)
@@ -139,7 +156,8 @@ class Evaluation:
 
     def efficiency_rows(self, group: Group, indices: list[int], share: float, k: int) -> None:
         """How near these students were after a share of their training, unguided, at gamma = 0."""
-        samples = self.sample(group.select(indices, share), Case(k), 0.0, jump=group.jump)
+        Ks = [group.students[i].Ks for i in indices]
+        samples = self.sample(group.select(indices, share), Case(k), 0.0, jump=group.jump, Ks=Ks)
         for i, x in zip(indices, samples, strict=True):
             student = group.students[i]
             per_seed = rmse(x, self.reference(Case(k), 0.0, student.w))
@@ -253,7 +271,7 @@ def group_cases(config: ToyConfig, group: Group) -> list[tuple[list[int], Case]]
     low = [i for i, student in enumerate(group.students) if student.variant == "w'=1"]
     high = [i for i, student in enumerate(group.students) if i not in (*plain, *low)]
     jobs = [(plain, case) for case in main_cases(config)]
-    if isinstance(group.students[0], Student) and group.jump is ddim:
+    if isinstance(group.students[0], Student) and group.students[0].kind == PLAIN:
         ends, clips = sorted({config.kmin, config.kmax}), sorted({0, 1, config.kmin})
         # Fig. 6a compares rho 0 with rho, Fig. 6b is about Eq. 13, Fig. 7 about x_0 clipping.
         for k in ends:

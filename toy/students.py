@@ -7,11 +7,13 @@ from functools import partial
 
 import torch
 from einops import rearrange, repeat
+from torch import Tensor
 
-from common.compare import W_HIGH, W_RANGE, equal_budget_steps
+from common.compare import W_HIGH, W_RANGE, equal_budget_steps, path_steps
+from common.walkers import BATCHES, Walkers
 from solvers import SOLVERS, Schedule, ddim
 from tcd import TCF
-from tdd import StepSample, TargetSet, ema_update, sample_step, targets_of, tdd_loss
+from tdd import StepSample, TargetSet, ema_update, sample_step, targets_of, tdd_loss, with_scalar
 from toy.config import ToyConfig
 from toy.data import CLASSES, Data, one_hot
 from toy.model import BatchedMLP, train
@@ -24,14 +26,20 @@ from toy.tdm import TDM_STUDENTS, TDMStudent, train_tdm
 # TCF(S+) change the function f that a network stands for (tcd.py), for TCD's and for TDD's targets.
 
 SEGMENTS = {"pcm4": 4, "pcm8": 8}
-STUDENTS = ["cm", *SEGMENTS, "tcd", "tdd", "tdd_eta0", "tdd_rho0", *TDM_STUDENTS]
+STUDENTS = ["cm", *SEGMENTS, "tcd", "tdd", "tdd_eta0", "tdd_rho0", *TDM_STUDENTS, "tdd_k4"]
+
+# Beyond the papers: K drawn for each example and told ("tdd_k4"; "tdd_k" draws it from 1 up) or not
+# ("blind"), its targets that K's next stops; and pairs from the teacher's path, but for "_data".
+BEYOND = ["tdd_k4_blind_data", "tdd_k4_data", "tdd_k4_blind", "tdd_k4", "tdd_k",
+          "pcm4_path", "tdd_eta0_path"]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Student:
     """A method as it is trained: its targets, eta and rho, and the guidance w' it distils.
 
-    w' is drawn from w - spread to w + spread for each example.
+    w' is drawn from w - spread to w + spread for each example. Ks: the K that it is told apart.
+    pairs: from "data" or the "teacher"'s path.
     """
 
     method: str
@@ -42,6 +50,16 @@ class Student:
     variant: str = ""
     tcf: str = "1"
     spread: float = 0.0
+    Ks: tuple[int, ...] = ()
+    pairs: str = "data"
+
+    @property
+    def kind(self) -> tuple:
+        """Students of one kind are trained as one network: the input, f, and where pairs are from."""
+        return self.tcf, bool(self.Ks), self.pairs
+
+
+PLAIN = Student("", None, 0.0, 0.0, 0.0).kind  # as in the papers
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,9 @@ def make_students(config: ToyConfig) -> list[Student]:
     for name in config.methods:
         if name in TDM_STUDENTS:
             continue
+        if name in BEYOND:
+            students.append(beyond_student(config, name))
+            continue
         # The names "tdd_eta0" and "tdd_rho0" begin with their targets' method.
         method = "pcm" if name in SEGMENTS else name.partition("_")[0]
         kmin = SEGMENTS.get(name, config.kmin)
@@ -105,6 +126,18 @@ def guidance_students(config: ToyConfig, tdd_targets: TargetSet) -> list[Student
     ]
 
 
+def beyond_student(config: ToyConfig, name: str) -> Student:
+    """One of BEYOND, with eta = 0."""
+    pairs = "data" if name.endswith("_data") else "teacher"
+    first, Ks = 1 if name == "tdd_k" else config.kmin, ()
+    if name.startswith("tdd_k"):
+        Ks = tuple(range(first, config.kmax + 1))
+    method, kmin = ("pcm", SEGMENTS["pcm4"]) if name == "pcm4_path" else ("tdd", config.kmin)
+    targets = targets_of(method, config.N, kmin, config.kmax, config.reach, Ks)
+    told = () if "blind" in name else Ks
+    return Student(name, targets, 0.0, config.rho, config.w, Ks=told, pairs=pairs)
+
+
 # -------------------------------------------------------------------------------------- training
 #
 # All trainings are the same loop, toy.model.train; they differ in the loss and in what follows a
@@ -134,61 +167,142 @@ def train_students(
     config: ToyConfig, students: list[Student], teacher: BatchedMLP, data: Data, generator
 ) -> Group:
     """Every student of every seed by Algorithm 1, in one batched network, rows "(b m s)"."""
-    b, m, s = config.batch_size, len(students), config.seeds
-    tcf = students[0].tcf  # the trajectory consistency function, which the students share
+    m, s = len(students), config.seeds
+    tcf, tell_k, pairs = students[0].kind  # which the students share
     # Algorithm 1's input: theta <- phi, and theta- <- theta.
     student = teacher.select(list(range(s)) * m)
-    if tcf == "s":
-        student = student.with_scalar("target_time")
+    if tcf == "s" or tell_k:
+        student = student.with_scalar("num_steps" if tell_k else "target_time")
     target_net = student.requires_grad_().select(range(m * s))
     w_middle = torch.tensor([x.w for x in students])[:, None]
     spread = torch.tensor([x.spread for x in students])[:, None]
     # Its own, so that who else is trained changes nothing.
     w_generator = torch.Generator().manual_seed(config.seed + 3)
     null, solver = torch.zeros(1, CLASSES), SOLVERS[config.solver]()
+    draw = data_pairs(config, students, data, generator)
+    if pairs == "teacher":
+        draw = path_pairs(config, students, teacher, generator)
 
     def loss():
-        x_0, label = data.sample(b * s, generator)
-        x_0 = repeat(x_0, "(b s) d -> (b m s) d", m=m, s=s)
+        x_0, label, sample, move_on = draw()
         cond = repeat(one_hot(label), "(b s) d -> (b m s) d", m=m, s=s)
-        # Every method sees the same noise, starts and uniforms: only its targets and rho differ.
-        state, samples = generator.get_state(), []
-        for x in students:
-            generator.set_state(state)
-            samples.append(sample_step(x.targets, (b * s, 2), x.eta, x.rho, generator))
-        u = torch.rand((b, 1, s), generator=w_generator)
+        u = torch.rand((config.batch_size, 1, s), generator=w_generator)
         w = (w_middle + spread * (2 * u - 1)).flatten()  # (bms,)
-        return tdd_loss(
-            student, target_net, teacher, x_0, cond, null, _join(samples, s), w, teacher.schedule,
+        networks = student, target_net
+        if tell_k:
+            networks = [with_scalar(network, sample.K) for network in networks]
+        result = tdd_loss(
+            *networks, teacher, x_0, cond, null, sample, w, teacher.schedule,
             solver=solver, jump=TCF[tcf],
-        ).loss  # fmt: skip
+        )  # fmt: skip
+        move_on(result.x_n)
+        return result.loss
 
     theta, target_theta = list(student.parameters()), list(target_net.parameters())
     update_target_net = partial(ema_update, target_theta, theta, config.ema)  # line 18
     steps, start = equal_budget_steps(config.steps, tcf), time.time()
+    if pairs == "teacher":
+        steps = path_steps(steps, config.batch_size, config.N)
     name, snapshots = "students" if tcf == "1" else f"TCF({tcf})", {}
+    name = "K told" if tell_k else name
     train(student, loss, steps, config.lr, name, update_target_net, snapshots=snapshots)
     return Group(students, student, TCF[tcf], time.time() - start, snapshots)
 
 
+# Every method sees the same noise, starts and uniforms: only its targets, eta and rho differ.
+
+
+def data_pairs(config: ToyConfig, students: list[Student], data: Data, generator) -> Callable:
+    """A function of no arguments that draws a batch of data.
+
+    It returns x_0 (bms, 2), labels (bs,), a StepSample (bms,), and what to do with x_{t_n}.
+    """
+    rows, m, s = config.batch_size * config.seeds, len(students), config.seeds
+
+    def draw():
+        x_0, label = data.sample(rows, generator)
+        state, samples = generator.get_state(), []
+        for x in students:
+            generator.set_state(state)
+            samples.append(sample_step(x.targets, (rows, 2), x.eta, x.rho, generator))
+        x_0 = repeat(x_0, "(b s) d -> (b m s) d", m=m, s=s)
+        return x_0, label, _join(samples, s), lambda x_n: None
+
+    return draw
+
+
+def path_pairs(
+    config: ToyConfig, students: list[Student], teacher: BatchedMLP, generator
+) -> Callable:
+    """As `data_pairs`, but from walkers on the teacher's path; there is no x_0.
+
+    The students share rho and w'. A walker has a place and a label for each seed's teacher.
+    """
+    s, m, first = config.seeds, len(students), students[0]
+
+    def draw_labels(count: int) -> list:
+        return list(torch.randint(CLASSES, (count, s), generator=generator))
+
+    def encode(labels: list) -> tuple:
+        return one_hot(torch.stack(labels)), torch.zeros(1, 1, CLASSES)
+
+    def of_each_seed(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        rows = (x.flatten(0, 1) for x in (x_t, t[:, None].expand(-1, s), cond))
+        return teacher(*rows).view(x_t.shape)
+
+    walkers = Walkers(
+        (BATCHES * config.batch_size, s, 2), first.targets.grid, first.rho, (first.w, first.w),
+        draw_labels, generator,
+    )  # fmt: skip
+    solver = SOLVERS[config.solver]()
+    walkers.stagger(of_each_seed, encode, teacher.schedule, solver, config.batch_size)
+
+    def draw():
+        rows = walkers.draw(config.batch_size)
+        label = torch.stack([walkers.conds[row] for row in rows.tolist()]).flatten()
+        state, samples = generator.get_state(), []
+        for x in students:
+            generator.set_state(state)
+            samples.append(_of_each_seed(walkers.sample(rows, x.targets, x.eta), s))
+
+        def move_on(x_n: Tensor) -> None:
+            # All students have the same teacher, and so the same x_{t_n}.
+            walkers.advance(rows, rearrange(x_n, "(b m s) d -> m b s d", m=m, s=s)[0])
+
+        return None, label, _join(samples, s), move_on
+
+    return draw
+
+
+def _of_each_seed(sample: StepSample, seeds: int) -> StepSample:
+    """A sample of walkers, rows "b" and x_next (b, s, 2), with rows "(b s)"."""
+    fields = {name: repeat(value, "b -> (b s)", s=seeds) for name, value in vars(sample).items()
+              if value is not None and name in ROW_FIELDS}  # fmt: skip
+    return StepSample(**fields, noise=None, guided_rows=None, x_next=sample.x_next.flatten(0, 1))
+
+
+ROW_FIELDS = ("t_next", "t_n", "tau", "keep_prompt", "K")  # of StepSample, one number an example
+
+
 def _join(samples: list[StepSample], seeds: int) -> StepSample:
     """Samples of each student, rows "(b s)", as one for the batched network, rows "(b m s)"."""
-    joined = {}
-    for name in ("t_next", "t_n", "tau", "keep_prompt", "noise"):
+    joined = {"noise": None}
+    for name in (*ROW_FIELDS, "noise", "x_next"):
         columns = [getattr(sample, name) for sample in samples]
-        joined[name] = rearrange(columns, "m (b s) ... -> (b m s) ...", s=seeds)
+        # Targets of Eqs. 5 and 7 have no K.
+        if all(column is not None for column in columns):
+            joined[name] = rearrange(columns, "m (b s) ... -> (b m s) ...", s=seeds)
     return StepSample(**joined, guided_rows=None)
 
 
 def train_groups(config: ToyConfig, teacher: BatchedMLP, data: Data, generator) -> list[Group]:
-    """All students: a group for each trajectory consistency function, and for each TDM."""
+    """All students: a group for each kind of Student, and for each TDM."""
     groups, state, students = [], generator.get_state(), make_students(config)
-    for tcf in TCF:
-        alike = [student for student in students if student.tcf == tcf]
-        if alike:
-            # The same data and noise for every function.
-            generator.set_state(state)
-            groups.append(train_students(config, alike, teacher, data, generator))
+    for kind in sorted({x.kind for x in students}, key=lambda kind: (*kind[1:], kind[0])):
+        alike = [student for student in students if student.kind == kind]
+        # The same data and noise for every kind.
+        generator.set_state(state)
+        groups.append(train_students(config, alike, teacher, data, generator))
     for name in TDM_STUDENTS:
         if name in config.methods:
             student, start = replace(TDM_STUDENTS[name], w=config.w), time.time()

@@ -176,7 +176,9 @@ class TrainState:
         self.generator.set_state(tensors[f"rng/{distributed.rank()}"])
         if hasattr(self.loader, "tensors"):
             path = walkers_file(folder, distributed.rank())
-            self.loader.restore(config["positions"][distributed.rank()], files.read_tensors(path)[0])
+            self.loader.restore(
+                config["positions"][distributed.rank()], files.read_tensors(path)[0]
+            )
         if config.get("scaler"):
             self.scaler.load_state_dict(config["scaler"])
         self.step = config["step"]

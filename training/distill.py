@@ -27,6 +27,7 @@ from tdd import (
     squared_l2,
     tdd_loss,
 )
+from tdm import nearest
 from training import distributed
 from training.adversarial import Discriminator
 from unet import Block, UNet
@@ -156,7 +157,7 @@ class TDDStep:
     def sampler(self, k: int):
         """The student's network eps(x_t, t, cond), and the jump to sample it with in k steps."""
         network, Ks = self.output_network, self.config.told_ks
-        return told.tell(network, told.nearest(k, Ks)) if Ks else network, self.config.jump
+        return told.tell(network, nearest(k, Ks)) if Ks else network, self.config.jump
 
     def distribute(self, wrap_ddp) -> None:
         """Average the gradients of everything trained over the processes."""
@@ -304,4 +305,4 @@ class TDMStep:
 
     def _tell(self, network, k: int):
         Ks = self.config.told_ks
-        return told.tell(network, told.nearest(k, Ks)) if Ks else network
+        return told.tell(network, nearest(k, Ks)) if Ks else network
