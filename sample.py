@@ -14,15 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import cli, files
-from common.pictures import open_image, save_grid, to_images
+from common.pictures import control_pixels, save_grid, to_images
 from sdxl import pipeline, png, told
 from sdxl.load import SDXL, ModelPaths, component_files, load_controlnet, load_sdxl
 from sdxl.pipeline import DTYPES, SCHEDULES, SamplerConfig
@@ -163,16 +161,6 @@ def export_k(args) -> None:
 def model_paths(args) -> ModelPaths:
     """Where the model's parts are."""
     return ModelPaths(args.model, args.tokenizer, args.unet, args.vae)
-
-
-def control_pixels(path: Path, width: int, height: int) -> Tensor:
-    """A control image of this size, (1, 3, H, W) in [0, 1]; a line says if its shape is another."""
-    image = open_image(path)
-    if abs(image.width * height / (image.height * width) - 1) > 0.02:
-        sizes = f"{image.width} x {image.height} is stretched to {width} x {height}"
-        print(f"--control-image {path}: {sizes}", file=sys.stderr)
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    return rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w") / 255
 
 
 def split_scale(entry: str) -> tuple[Path, float]:

@@ -93,11 +93,8 @@ def next_stops(N: int, Ks: tuple[int, ...], T: int = 1000) -> TargetSet:
     # m = floor(nK/N) makes mT/K the largest stop <= t_n. Eq. 4 prints tau < t_n; by PCM's paper a
     # segment's end is its own target, where the target network's jump is the identity.
     tau = [grid[-(-(n * K // N) * N // K)] for n in range(N) for K in Ks]
-    first = torch.arange(N) * len(Ks)
-    count = torch.full((N,), len(Ks))
-    return TargetSet(
-        torch.tensor(grid), torch.tensor(tau), first, count, torch.tensor(Ks).repeat(N)
-    )
+    first, count = [n * len(Ks) for n in range(N)], [len(Ks)] * N
+    return TargetSet(*map(torch.tensor, (grid, tau, first, count, [*Ks] * N)))
 
 
 def targets_of(
@@ -141,10 +138,7 @@ def offset(tau: Tensor, eta: float, u: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StepSample:
-    """What Algorithm 1 draws for a batch: times, who keeps the prompt, and the noise.
-
-    x_next: x_{t_{n+1}} itself, where it comes from the teacher's path and not from data.
-    """
+    """What Algorithm 1 draws for a batch: times, who keeps the prompt, and the noise."""
 
     t_next: Tensor  # (b,) t_{n+1}
     t_n: Tensor  # (b,)
@@ -153,7 +147,7 @@ class StepSample:
     noise: Tensor | None  # (b, ..)
     guided_rows: Tensor | None  # indices of the examples with a prompt; None guides all b
     K: Tensor | None = None  # (b,) whose stop tau is, if that is told
-    x_next: Tensor | None = None  # (b, ..)
+    x_next: Tensor | None = None  # (b, ..) x_{t_{n+1}}, where that is not noised data
 
     def to(self, device) -> "StepSample":
         tensors = (getattr(self, field.name) for field in fields(self))
@@ -252,13 +246,8 @@ def conditioned(model, cond):
 
 
 def with_scalar(model, value):
-    """model(x_t, t, cond, value) with one value for all examples, or with (b,) of them."""
-
-    def network(x_t: Tensor, t: Tensor, cond, *extra):
-        values = value if torch.is_tensor(value) else torch.full_like(t, value)
-        return model(x_t, t, cond, values, *extra)
-
-    return network
+    """model(x_t, t, cond, value) with one value for all examples, or (b,) of them."""
+    return lambda x_t, t, cond, *extra: model(x_t, t, cond, torch.zeros_like(t) + value, *extra)
 
 
 def guided(model, cond, null, w, rows: Tensor | None = None):

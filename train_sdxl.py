@@ -23,7 +23,7 @@ from sdxl.load import SDXL, ModelPaths, load_sdxl
 from sdxl.lora import LoRA
 from sdxl.lora_files import read_lora
 from sdxl.pipeline import DTYPES, encode_batch, make_conditions, null_condition
-from sdxl.recipe import RECOMMENDED, read_recipe
+from sdxl.recipe import read_recipe
 from sdxl.weights import use_exact_float32
 from solvers import SOLVERS
 from tcd import TCF
@@ -33,7 +33,8 @@ from training import build, cache, distributed, loop
 from training.build import DISTANCES, DistillConfig
 from training.checkpoint import TrainState, resume_point
 from training.data import DataConfig, open_data
-from training.distill import TDDStep, TDMStep
+from training.distill import TDDStep
+from training.export import export
 from training.paths import PathLoader
 from training.preview import Pictures, PreviewConfig
 
@@ -187,41 +188,6 @@ def read_init(path: Path | None, model: SDXL, told_ks: tuple[int, ...]) -> LoRA 
     if any(lora.adapters for lora in others):
         raise ValueError(f"--init {path} changes the text encoders, which stay as they are")
     return init
-
-
-def export(
-    config: DistillConfig, model: Path, step: TDDStep | TDMStep, folder: Path, steps: int,
-    weights: dict,
-) -> None:  # fmt: skip
-    """The student's files after so many steps, with its settings in their headers."""
-    low, high = config.w
-    settings = {
-        "method": config.method, "w": low if low == high else [low, high], "tcf": config.tcf,
-        "solver_steps": config.solver_steps, "steps": steps, "base": model.resolve().name,
-        "adversarial": config.adv, "ema": config.mu,
-    }  # fmt: skip
-    settings["cfg"], settings["gamma"] = RECOMMENDED[config.method]
-    # Eq. 5's range, PCM's number of segments, TDM's K; the others have none.
-    match config.method:
-        case "tdm":
-            settings["K"] = list(config.Ks)
-        case "tdd" if config.Ks:
-            settings |= {"K": list(config.Ks), "gamma": 0.0}
-        case "tdd":
-            settings["K"] = f"{config.kmin}-{config.kmax}"
-        case "pcm":
-            settings["K"] = config.kmin
-    if config.method != "tdm":
-        settings |= {"eta": config.eta, "rho": config.rho, "pairs": config.pairs}
-    if config.told_ks:
-        settings["told_ks"] = list(config.told_ks)
-    # A prefix, because other programs write into this header too.
-    metadata = {f"tdd_{name}": str(value) for name, value in settings.items()}
-    if config.full:
-        unet_json = files.read_json(model / "unet" / "config.json")
-        build.export_unet(folder, step, weights, unet_json, metadata)
-    else:
-        build.export_lora(folder, step.output_network.lora, metadata)
 
 
 # --------------------------------------------------------------------------------------------- data

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from einops import rearrange
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
@@ -119,6 +120,16 @@ def _srgb_transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | N
         if np.abs(changed - probe).max() <= 1:
             return mode, None
     return mode, transform
+
+
+def control_pixels(path: Path, width: int, height: int) -> Tensor:
+    """A control image of this size, (1, 3, H, W) in [0, 1]; a line says if its shape is another."""
+    image = open_image(path)
+    if abs(image.width * height / (image.height * width) - 1) > 0.02:
+        sizes = f"{image.width} x {image.height} is stretched to {width} x {height}"
+        print(f"--control-image {path}: {sizes}", file=sys.stderr)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w") / 255
 
 
 # ------------------------------------------------------------------------------------------ writing

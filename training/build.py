@@ -2,15 +2,12 @@
 
 import copy
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from common import files
 from sdxl import told
 from sdxl.lora import LoRA, init_scalar_embedding
-from sdxl.lora_files import write_diffusers, write_kohya
 from sdxl.pipeline import compile_blocks
 from solvers import SOLVERS, sdxl_schedule
 from tcd import TCF
@@ -207,27 +204,3 @@ def loss_scaler(device: str, enabled: bool) -> torch.amp.GradScaler:
     The factor is halved after a step whose gradient overflows, and doubled after 2,000 others.
     """
     return torch.amp.GradScaler(torch.device(device).type, enabled=enabled)
-
-
-# ------------------------------------------------------------------------------------------ export
-
-
-def export_lora(folder: Path, lora: LoRA, metadata: dict[str, str]) -> None:
-    """lora.safetensors and lora_kohya.safetensors, with the settings in their headers."""
-    write_diffusers(folder / "lora.safetensors", lora, **metadata)
-    # Kohya's naming has no place for a scalar embedding, without which it is another model.
-    if lora.scalar_embedding is None:
-        write_kohya(folder / "lora_kohya.safetensors", lora, **metadata)
-
-
-def export_unet(
-    folder: Path, step: TDDStep, weights: dict[str, Tensor], unet_json: dict, metadata: dict
-) -> None:
-    """unet/ in diffusers' layout: the moving average of --full's UNet if there is one."""
-    network = "student" if step.target_net is step.student else "target"
-    prefix = f"{network}/base."
-    tensors = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    output = files.output_folder(folder / "unet")
-    path = output / "diffusion_pytorch_model.safetensors"
-    files.write_tensors(path, tensors, format="pt", **metadata)
-    files.write_json(output / "config.json", unet_json | {"scalar": step.full.config.scalar})
