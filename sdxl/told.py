@@ -80,10 +80,13 @@ def sinusoids(Ks, width: int) -> Tensor:
 def reader(Ks: tuple[int, ...], width: int) -> Tensor:
     """Rows that make a one-hot code of K's sinusoids, and zeros of those of crop_top = 0.
 
-    (|Ks|, width)
+    (|Ks|, width). Raises ValueError if so few sinusoids do not tell the Ks apart.
     """
     s_0, s = sinusoids([0], width).double(), sinusoids(Ks, width).double()
-    return torch.linalg.pinv(torch.cat([s - s_0, s_0]).T)[: len(Ks)].float()
+    rows = torch.linalg.pinv(torch.cat([s - s_0, s_0]).T)[: len(Ks)]
+    if not torch.allclose(rows @ s.T, torch.eye(len(Ks), dtype=rows.dtype), atol=1e-3):
+        raise ValueError(f"{width} sinusoids of the crop do not tell K of {[*Ks]} apart")
+    return rows.float()
 
 
 def crop_columns(unet: UNet) -> slice:
