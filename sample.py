@@ -151,9 +151,12 @@ def export_k(args) -> None:
     output = Path(args.output)
     if len(args.lora) != 1 or output.suffix != ".safetensors":
         raise ValueError("--export-k needs one --lora, and --output NAME.safetensors")
-    model = load_sdxl(model_paths(args), dtype=DTYPES[args.dtype])
+    path, scale = split_scale(args.lora[0])
+    if scale != 1:
+        raise ValueError(f"--lora {args.lora[0]}: --export-k is for full strength, without a scale")
+    told.check_export(path, args.export_k, output)
     files.output_folder(output.parent)
-    path, _ = split_scale(args.lora[0])
+    model = load_sdxl(model_paths(args), dtype=DTYPES[args.dtype])
     paths = told.export_for_one_K(path, args.export_k, model.unet, output)
     print(f"{path} for {args.export_k} steps: {', '.join(map(str, paths))}")
 

@@ -27,6 +27,7 @@ from tdd import (
     equidistant,
     gamma_sample,
     guided,
+    next_stops,
     nonequidistant,
     offset,
     pseudo_huber,
@@ -109,7 +110,27 @@ def test_cm_pcm_and_ctm_are_special_target_sets():
         targets_of("foo", 250)
 
 
+@pytest.mark.parametrize("N, Ks", [(250, (4, 5, 6, 7, 8)), (50, (1, 2, 3, 8)), (10, (7, 10))])
+def test_next_stops_are_where_samplers_of_these_steps_land(N, Ks):
+    """From t_n, where the schedule of each K stops next or now; each K is drawn as often."""
+    targets, stops = next_stops(N, Ks), {K: [0, *equidistant(K, N)] for K in Ks}
+    draws = sample_step(targets, (40_000, 1), 0.0, 0.0, torch.Generator().manual_seed(1))
+    for n in range(N):
+        t_n, rows = targets.grid[n].item(), draws.t_n == targets.grid[n]
+        expected = {K: max(s for s in stops[K] if s <= t_n) for K in Ks}
+        assert admitted(targets, n) == list(expected.values())
+        assert draws.tau[rows].tolist() == [expected[K] for K in draws.K[rows].tolist()]
+    share = torch.bincount(draws.K)[list(Ks)] / 40_000
+    assert (share - 1 / len(Ks)).abs().max() < 0.01
+    one = targets_of("tdd", N, Ks=(Ks[0],))
+    assert torch.equal(one.tau, targets_of("pcm", N, Ks[0]).tau)  # one value trains PCM-K
+    assert target_set(N, 4, 5).select(torch.tensor([1]), torch.tensor([0.5]))[1] is None
+
+
 def test_target_set_refuses_what_cannot_be():
+    for Ks in ((), (0, 4), (4, 251)):
+        with pytest.raises(ValueError, match="do not fit N = 250"):
+            next_stops(250, Ks)
     for N, kmin, kmax in [(250, 8, 4), (250, 0, 4), (50, 4, 51), (1, 1, 1)]:
         with pytest.raises(ValueError, match="do not fit"):
             target_set(N, kmin, kmax)
@@ -191,7 +212,8 @@ def test_draws_follow_rho_eta_and_the_generator():
     targets, shape = targets_of("tdd", 250), (100_000, 2)
     draws = sample_step(targets, shape, 0.3, 0.2, torch.Generator().manual_seed(0))
     again = sample_step(targets, shape, 0.3, 0.2, torch.Generator().manual_seed(0))
-    assert all(torch.equal(a, b) for a, b in zip(vars(draws).values(), vars(again).values()))
+    for name in ("t_next", "t_n", "tau", "keep_prompt", "noise", "guided_rows"):
+        assert torch.equal(getattr(draws, name), getattr(again, name))
     assert draws.keep_prompt.double().mean() == pytest.approx(0.8, abs=0.005)
     assert torch.equal(draws.guided_rows, torch.arange(100_000)[draws.keep_prompt])
     assert draws.noise.std() == pytest.approx(1, abs=0.01) and (draws.tau <= draws.t_n).all()

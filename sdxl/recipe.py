@@ -47,7 +47,7 @@ def _read_entry(name: str, text: str, method: str | None) -> dict:
             low, high = w if isinstance(w := json.loads(text), list) else (w, w)
             return {"tune_guidance": _within(1, 1 + (low + high) / 2)}
         case "told_ks":
-            return {"told_ks": tuple(_within(1, int(k)) for k in json.loads(text))}
+            return {"told_ks": _distinct(json.loads(text))}
         # "4-8" of TDD, [1, 2, 4] of TDM, the number of PCM's segments.
         case "K" if method in ("tdd", "pcm", "tdm"):
             Ks = [_within(1, int(k)) for k in re.findall(r"\d+", text)]
@@ -65,11 +65,20 @@ def _within(low, number, high=10_000):
     return number
 
 
+def _distinct(Ks) -> tuple[int, ...]:
+    if not isinstance(Ks, list) or not Ks or len({*Ks}) < len(Ks):
+        raise ValueError
+    # True is an int in Python.
+    if any(type(K) is not int for K in Ks):
+        raise TypeError
+    return tuple(_within(1, K) for K in Ks)
+
+
 def single_value(name: str, values: list, default):
     """What all headers say, or the default; ValueError if they differ, or if there is neither."""
     flag = f"--{name.replace('_', '-')}"
     if len(values) > 1:
-        hint = "one of them" if name in ("tcf", "kmin", "kmax") else flag
+        hint = "one of them" if name in ("tcf", "kmin", "kmax", "told_ks") else flag
         trained = " and ".join(map(str, values))
         raise ValueError(f"--lora and --unet were trained for {trained}: give {hint}")
     if not values and default is None:

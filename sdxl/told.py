@@ -42,7 +42,7 @@ def tell(network, K):
 
 def told_k(asked: int | None, steps: int, recipes: list[dict]) -> int | None:
     """The K to tell a student for so many steps, None if it knows none; ValueError if not `asked`."""
-    Ks = single_value("tell_k", sorted({r["told_ks"] for r in recipes if "told_ks" in r}), ())
+    Ks = single_value("told_ks", sorted({r["told_ks"] for r in recipes if "told_ks" in r}), ())
     if not Ks:
         if asked is not None:
             raise ValueError("--tell-k: no --lora is told K")
@@ -133,20 +133,30 @@ def for_one_K(lora: LoRA, unet: UNet, K: int) -> LoRA:
     return LoRA({**lora.adapters, LINEAR_1: KAdapter(down, up)}, lora.scalar_embedding)
 
 
-def export_for_one_K(path: Path, K: int, unet: UNet, output: Path) -> list[Path]:
-    """A told student's file as `for_one_K`, in diffusers' naming and beside it in kohya's.
-
-    Raises ValueError if the file is told no K, or not this one.
-    """
-    header = files.read_tensors(path)[1]
-    Ks = read_recipe(path, header).get("told_ks", ())
+def check_export(path: Path, K: int, output: Path) -> None:
+    """ValueError in one line if this file is not told K, or would be written over."""
+    Ks = read_recipe(path, files.read_tensors(path)[1]).get("told_ks", ())
     if K not in Ks:
         raise ValueError(f"--export-k {K}: {path} is told {[*Ks] if Ks else 'no K'}")
+    if path.resolve() in (output.resolve(), kohya_beside(output).resolve()):
+        raise ValueError(f"--output {output} would replace the --lora itself: name another")
+
+
+def kohya_beside(output: Path) -> Path:
+    """Where the same LoRA in kohya's naming is written."""
+    return output.with_name(f"{output.stem}_kohya.safetensors")
+
+
+def export_for_one_K(path: Path, K: int, unet: UNet, output: Path) -> list[Path]:
+    """A told student's file as `for_one_K`, in diffusers' naming and beside it in kohya's."""
+    header = files.read_tensors(path)[1]
     lora, *_ = read_lora(path, unet, nn.Module(), nn.Module())
     lora = for_one_K(lora, unet, K)
     entries = {k: v for k, v in header.items() if k.startswith("tdd_") and k != "tdd_told_ks"}
     entries |= {"tdd_K": str(K)}
-    kohya = output.with_name(f"{output.stem}_kohya.safetensors")
     write_diffusers(output, lora, **entries)
-    write_kohya(kohya, lora, **entries)
-    return [output, kohya]
+    # Kohya's naming has no place for a scalar embedding, without which it is another model.
+    if lora.scalar_embedding is not None:
+        return [output]
+    write_kohya(kohya_beside(output), lora, **entries)
+    return [output, kohya_beside(output)]

@@ -15,6 +15,7 @@ from einops import rearrange
 from PIL import Image
 from torch import nn
 
+import tdd
 import tdm
 import train_toy
 from common import compare
@@ -328,6 +329,71 @@ def test_the_teachers_rows_with_better_solvers():
         samples = ev.samples["teacher", solver, Case(2)]
         expected = rearrange(a_m * x, "(n s) d -> s n d", s=2)
         torch.testing.assert_close(samples.double(), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_walkers_of_each_seed_follow_its_teacher():
+    """DDIM by hand from where a walker is, guided by w' = 2 or with its label dropped."""
+    _, ev, _ = small_evaluation(["--methods", "cm"])
+    config, teacher = replace(ev.config, methods=("pcm4_path",), batch_size=16), ev.teacher
+    pcm4, generator = students.make_students(config), torch.Generator().manual_seed(2)
+    draw, checked = students.path_pairs(config, pcm4, teacher, generator), set()
+    for _ in range(20):
+        x_0, label, sample, move_on = draw()
+        assert x_0 is None and torch.equal(
+            sample.t_n, sample.t_n.view(16, 2)[:, :1].repeat(1, 2).flatten()
+        )
+        x, cond = sample.x_next, toy_data.one_hot(label)
+        eps = []
+        for seed in range(2):
+            of_seed = slice(seed, None, 2)
+            network, t = teacher.select([seed]), sample.t_next[of_seed]
+            with_label = network(x[of_seed], t, cond[of_seed])
+            without = network(x[of_seed], t, 0 * cond[of_seed])
+            guided_eps = torch.where(
+                sample.keep_prompt[of_seed, None], 3 * with_label - 2 * without, without
+            )
+            eps.append(guided_eps)
+        eps = rearrange(torch.stack(eps), "s b d -> (b s) d")
+        alpha, sigma = torch.tensor(helpers.ALPHA), torch.tensor(helpers.SIGMA)
+        a_t, a_n = (alpha[t + 1, None] for t in (sample.t_next, sample.t_n))
+        s_t, s_n = (sigma[t + 1, None] for t in (sample.t_next, sample.t_n))
+        x_n = (a_n * (x - s_t * eps) / a_t + s_n * eps).float()
+        cond = torch.where(sample.keep_prompt[:, None], cond, 0.0)
+        found = students.tdd_loss(
+            teacher, teacher, teacher, None, cond, torch.zeros(1, 4), sample, 2.0, SCHEDULE
+        ).x_n
+        torch.testing.assert_close(found, x_n, rtol=1e-4, atol=1e-4)
+        move_on(found)
+        checked |= set(sample.keep_prompt.tolist())
+    assert checked == {True, False}
+
+
+def test_students_are_told_the_nearest_k_that_they_know():
+    """Two of different K in one network: each as it is alone, told by hand."""
+    words = ["--methods", "tdd_k4", "tdd_k", "--steps", 40, "--tcf", 1]
+    (group,), ev, _ = small_evaluation(words)
+    assert [student.Ks for student in group.students] == [(4, 5, 6, 7, 8), tuple(range(1, 9))]
+    for p in group.network.parameters():  # so that what is told matters
+        p.data += 0.1 * randn(*p.shape, seed=p.numel(), dtype=torch.float32)
+    for k, told in ((2, (4, 2)), (6, (6, 6)), (12, (8, 8))):
+        both = ev.sample(group.network, Case(k), 0.0, Ks=[x.Ks for x in group.students])
+        for i, K in enumerate(told):
+            network = group.select([i])
+            noise = ev.noise(1)
+
+            def eps(x_t, t, network=network, K=K):
+                return network(x_t, t, ev.cond(1), torch.full_like(t, K))
+
+            alone = tdd.gamma_sample(eps, next(noise), tdd.equidistant(k, 50), SCHEDULE)
+            expected = rearrange(alone, "(n s) d -> s n d", s=2)
+            torch.testing.assert_close(both[i], expected, rtol=1e-4, atol=1e-4)
+            other = rearrange(
+                tdd.gamma_sample(
+                    lambda x_t, t, f=eps, K=K: f(x_t, t, K=9 - K), next(ev.noise(1)),
+                    tdd.equidistant(k, 50), SCHEDULE),
+                "(n s) d -> s n d", s=2,
+            )  # fmt: skip
+            assert (both[i] - other).abs().max() > 1e-2
 
 
 def test_snapshots_are_the_network_after_so_many_steps():

@@ -102,8 +102,11 @@ def wrap_ddp(module: nn.Module) -> nn.Module:
     """The module with its gradients averaged over the processes, if there are several."""
     if not dist.is_initialized():
         return module
-    # Views: no second copy of the gradients for the buckets in which they travel.
-    return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+    # Views: no second copy of the gradients for the buckets in which they travel. Buffers are the
+    # same everywhere, and TDM's processes differ in how many forward passes they take.
+    return nn.parallel.DistributedDataParallel(
+        module, gradient_as_bucket_view=True, forward_sync_buffers=False
+    )
 
 
 def apply_fsdp(module: nn.Module, layer_types, keep_in_fp32=()) -> None:
