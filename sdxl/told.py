@@ -105,13 +105,17 @@ def crop_effect(unet: UNet, Ks) -> Tensor:
 
 
 def add_told(lora: LoRA, unet: UNet, Ks: tuple[int, ...], rank: int, alpha: float, generator):
-    """The LoRA with adapters that take K and have no effect yet: they cancel the base's answer."""
+    """The LoRA with adapters that take K and have no effect yet: they cancel the base's answer.
+
+    Raises ValueError if K are more than the rank, or too many to tell apart.
+    """
+    # One rank for all layers: programs that know no ranks by layer then get the scale right.
+    if len(Ks) > rank:
+        raise ValueError(f"a rank of {rank} is too low to tell {len(Ks)} K: give --rank {len(Ks)}")
     layer = unet.get_submodule(LINEAR_1)
-    # Of the other layers' rank: programs that know no ranks by layer then get the scale right.
-    rank_1 = max(rank, len(Ks))
-    down = torch.zeros(rank_1, layer.in_features)
+    down = torch.zeros(rank, layer.in_features)
     down[: len(Ks), crop_columns(unet)] = reader(Ks, unet.config.time_ids_width)
-    up = torch.zeros(layer.out_features, rank_1, device=layer.weight.device)
+    up = torch.zeros(layer.out_features, rank, device=layer.weight.device)
     up[:, : len(Ks)] = -crop_effect(unet, Ks)
     linear_2 = Adapter.init(unet.get_submodule(LINEAR_2), rank, alpha, generator)
     adapters = {**lora.adapters, LINEAR_1: KAdapter(down, up), LINEAR_2: linear_2}

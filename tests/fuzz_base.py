@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig
 from benchmarks import models
 from benchmarks.models import randomise
 from common import files
-from sdxl import keys, load, png
+from sdxl import keys, load, png, told
 from sdxl.clip import TextEncoder
 from sdxl.lora import LoRA
 from sdxl.lora_files import read_lora, write_diffusers, write_kohya
@@ -33,6 +33,8 @@ TINY = UNetConfig(
     channels=(64, 128, 128), transformer_depth=(0, 1, 2), heads=(1, 2, 2), mid_transformer_depth=2,
     cross_attention_dim=128, time_ids_width=8, add_embedding_dim=48 + 6 * 8,
 )  # fmt: skip
+
+TOLD_KS = (4, 8)
 
 
 @dataclass
@@ -58,10 +60,13 @@ def build(root: Path) -> Base:
     write_single(model, root / "single.safetensors")
     controlnet = load.load_controlnet(root / "controlnet", model.unet.config)
     base = Base(root, model, weights_of(model), controlnet, {}, {}, {}, [])
-    lora = LoRA.init(model.unet, 4, 2.0, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    lora = LoRA.init(model.unet, 4, 2.0, generator)
+    lora = told.add_told(lora, model.unet, TOLD_KS, 4, 2.0, generator)
     for adapter in lora.adapters.values():
         torch.nn.init.normal_(adapter.up, std=0.1)
-    header = {"tdd_method": "tdd", "tdd_K": "4-8", "tdd_w": "3.5", "tdd_tcf": "1"}
+    header = {"tdd_method": "tdd", "tdd_K": "4-8", "tdd_w": "3.5", "tdd_tcf": "1",
+              "tdd_told_ks": str([*TOLD_KS])}  # fmt: skip
     write_diffusers(root / "peft.safetensors", lora, **header, tdd_solver_steps="250")
     write_kohya(root / "kohya.safetensors", lora, **header)
     for name in ("peft", "kohya"):

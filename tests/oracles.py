@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import sample
 from sdxl import keys, load
 from sdxl.lora import LoRA
+from sdxl.told import KAdapter, add_told
 from tcd import TCF
 from tdd import targets_of
 from tests import helpers
@@ -230,10 +231,19 @@ ALL = [
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 ]  # fmt: skip
+TAKES_K = ["add_embedding.linear_1", "add_embedding.linear_2"]  # beside them, in a told student
 
 
-def reference_draws(method, N, b, shape, eta, rho, generator):
-    """Lines 8, 9 and 11 from the same uniforms: t_{n+1}, t_n, tau~, keep_prompt; and the noise."""
+def next_stop(t, K):
+    """The largest mT/K at or below an exact time t, by trying them all."""
+    return max(Fraction(1000 * m, K) for m in range(K) if Fraction(1000 * m, K) <= t)
+
+
+def reference_draws(method, N, b, shape, eta, rho, generator, Ks=()):
+    """Lines 8, 9 and 11 from the same uniforms: t_{n+1}, t_n, tau~, K, keep_prompt; and the noise.
+
+    Ks: what --ks has, for each of which the next stop is a target; K is 0 without.
+    """
     u = torch.rand((4, b), generator=generator, dtype=torch.float64).T.tolist()
     rows, per_n = [], 1000 // N
     for u_n, u_tau, u_eta, u_keep in u:
@@ -241,29 +251,41 @@ def reference_draws(method, N, b, shape, eta, rho, generator):
         t = Fraction(1000 * n, N)
         times = {
             "cm": [Fraction(0)],
-            "pcm": [max(m for m in map(Fraction, (0, 250, 500, 750)) if m <= t)],
+            "pcm": [next_stop(t, 4)],
             "tcd": [Fraction(1000 * m, N) for m in range(n + 1)],
             "tdd": sorted(
                 {Fraction(1000 * m, k) for k in range(4, 9) for m in range(k)
                  if t - 250 <= Fraction(1000 * m, k) <= t}
             ),
         }[method]  # fmt: skip
-        tau = times[int(u_tau * len(times))]
+        K = Ks[int(u_tau * len(Ks))] if Ks else 0
+        tau = next_stop(t, K) if Ks else times[int(u_tau * len(times))]
         tau = 0 if tau == 0 else math.ceil(tau / per_n) * per_n - 1
         # Eq. 8 over the whole timesteps from (1 - eta) tau to tau, both of them included.
         lowest = math.ceil((1 - Fraction(str(eta))) * tau)
         tau = lowest + int(u_eta * (tau - lowest + 1))
-        rows.append(((n + 1) * per_n - 1, max(n * per_n - 1, 0), tau, u_keep >= rho))
+        rows.append(((n + 1) * per_n - 1, max(n * per_n - 1, 0), tau, K, u_keep >= rho))
     return rows, torch.randn(shape, generator=generator)
 
 
 class Theirs:
-    """Diffusers' UNet with peft adapters holding the same LoRA weights as ours."""
+    """Diffusers' UNet with peft adapters holding the same LoRA weights as ours.
+
+    Where they take K, they are told it as crop_top = 8 K, and the plain UNet the crop (0, 0).
+    """
 
     def __init__(self, folder, loras, rank, alpha, dtype):
         self.unet = UNet2DConditionModel.from_pretrained(folder / "unet")
-        for name in loras:
-            self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=ALL), name)
+        self.is_told = any(TAKES_K[0] in lora.adapters for lora in loras.values())
+        for name, lora in loras.items():
+            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=ALL)
+            if self.is_told:
+                pattern = {TAKES_K[0]: len(lora.adapters[TAKES_K[0]].down)}  # its scale is 1
+                config = LoraConfig(
+                    r=rank, lora_alpha=alpha, target_modules=[*ALL, *TAKES_K],
+                    rank_pattern=pattern, alpha_pattern=pattern,
+                )  # fmt: skip
+            self.unet.add_adapter(config, name)
         self.unet.to(dtype).requires_grad_(False)
         self.params, self.learns = {}, {"student"}
         for name, lora in loras.items():
@@ -283,7 +305,7 @@ class Theirs:
                     self.params[name, "scalar", k] = weights[k]
                 self.scalar_weights[name] = weights
 
-    def eps(self, adapter, x, t, c, scalar=None):
+    def eps(self, adapter, x, t, c, scalar=None, K=0):
         """scalar: for an adapter's embedding, added to the time embedding's output by a hook."""
         if adapter is None:
             self.unet.disable_adapters()
@@ -293,7 +315,10 @@ class Theirs:
         # peft has only the adapter in use learn.
         for key, p in self.params.items():
             p.requires_grad_(key[0] in self.learns)
-        added = {"text_embeds": c["pooled"], "time_ids": c["time_ids"]}
+        time_ids = c["time_ids"].clone()
+        if self.is_told:
+            time_ids[:, 2:4] = torch.tensor([8 * K if adapter else 0, 0])
+        added = {"text_embeds": c["pooled"], "time_ids": time_ids}
         hooks = []
         if adapter in self.scalar_weights:
             w = self.scalar_weights[adapter]
@@ -306,14 +331,14 @@ class Theirs:
             hook.remove()
         return out
 
-    def jump(self, adapter, x, t, s, c):
-        e = self.eps(adapter, x, t, c, s)
+    def jump(self, adapter, x, t, s, c, K=0):
+        e = self.eps(adapter, x, t, c, s, K)
         return ALPHA[s + 1] * (x - SIGMA[t + 1] * e) / ALPHA[t + 1] + SIGMA[s + 1] * e
 
     def loss(self, x_0, cond, rows, noise, w, target, distance):
         """Mean of Eq. 10 over the examples, gradients left in the student's adapter."""
         total = 0.0
-        for i, (t1, t0, tau, keep_prompt) in enumerate(rows):
+        for i, (t1, t0, tau, K, keep_prompt) in enumerate(rows):
             c = {k: v[i : i + 1] for k, v in cond.items()}
             empty = {k: v if k == "time_ids" else 0 * v for k, v in c.items()}
             x1 = ALPHA[t1 + 1] * x_0[i : i + 1] + SIGMA[t1 + 1] * noise[i : i + 1]
@@ -322,8 +347,8 @@ class Theirs:
                 x0 = self.jump(None, x1, t1, t0, c)
                 if keep_prompt:
                     x0 = (1 + w) * x0 - w * self.jump(None, x1, t1, t0, empty)
-                aim = self.jump(target, x0, t0, tau, c)
-            loss = distance(self.jump("student", x1, t1, tau, c) - aim) / len(rows)
+                aim = self.jump(target, x0, t0, tau, c, K)
+            loss = distance(self.jump("student", x1, t1, tau, c, K) - aim) / len(rows)
             loss.backward()
             total += loss.item()
         return total
@@ -345,12 +370,15 @@ def example(b=4, dtype=torch.float64, seed=0):
     return randn(b, 4, 8, 8, seed=seed).to(dtype), cond
 
 
-def busy(unet, rank=4, alpha=2.0, seed=1, scalar=""):
-    """A LoRA that already has an effect, and so does its scalar embedding."""
-    lora = LoRA.init(unet, rank, alpha, torch.Generator().manual_seed(seed), scalar)
+def busy(unet, rank=4, alpha=2.0, seed=1, scalar="", told_ks=()):
+    """A LoRA that already has an effect, and so have its scalar embedding and its vectors of K."""
+    start = torch.Generator().manual_seed(seed)
+    lora = LoRA.init(unet, rank, alpha, start, scalar)
+    if told_ks:
+        lora = add_told(lora, unet, told_ks, rank, alpha, start)
     generator = torch.Generator().manual_seed(seed + 1)
     for adapter in lora.adapters.values():
-        adapter.up.data = 0.3 * torch.randn(adapter.up.shape, generator=generator)
+        adapter.up.data += 0.3 * torch.randn(adapter.up.shape, generator=generator)
     if scalar:
         for p in lora.scalar_embedding.linear_2.parameters():
             p.data = 0.1 * torch.randn(p.shape, generator=generator)
@@ -369,16 +397,17 @@ def tiny_tdd(
 ):
     """Ours on the tiny SDXL, with a LoRA that already has an effect."""
     unet = load.load_sdxl(folder).unet.to(dtype)
-    lora = busy(unet, rank, alpha, seed, scalar)
+    lora = busy(unet, rank, alpha, seed, scalar, settings.get("told_ks", ()))
     config = TDDConfig(**{"targets": targets_of("tdd", 50), "schedule": SCHEDULE, **settings})
     heads = Discriminator(unet, 250, 0) if discriminator else None
     return TDDStep(unet, lora.to(dtype), config, heads)
 
 
-def tiny_tdm(folder, scalar="", **settings):
+def tiny_tdm(folder, **settings):
     """TDM's student and fake score on the tiny SDXL, both with an effect."""
     unet = load.load_sdxl(folder).unet.double()
-    lora, fake_lora = (busy(unet, seed=seed, scalar=scalar).double() for seed in (1, 5))
+    Ks = settings.get("told_ks", ())
+    lora, fake_lora = (busy(unet, seed=seed, told_ks=Ks).double() for seed in (1, 5))
     return TDMStep(unet, lora, fake_lora, TDMConfig(SCHEDULE, N=50, **settings))
 
 
@@ -392,11 +421,17 @@ def full_student(folder):
 
 
 def same_gradients(lora, theirs, name):
-    """Asserts that a LoRA of ours has the gradients of an adapter of theirs, to 1e-5."""
-    params = {}
+    """Asserts that a LoRA of ours has the gradients of an adapter of theirs, to 1e-5.
+
+    What reads K off the crop is frozen, and has none.
+    """
+    params, frozen = {}, 0
     for layer, adapter in lora.adapters.items():
         params[layer, "lora_A"] = adapter.down
         params[layer, "lora_B"] = adapter.up
+        if isinstance(adapter, KAdapter):
+            assert params.pop((layer, "lora_A")).grad is None
+            frozen += 1
     if lora.scalar_embedding is not None:
         for k, p in lora.scalar_embedding.named_parameters():
             params["scalar", k] = p
@@ -404,7 +439,7 @@ def same_gradients(lora, theirs, name):
         grad = theirs.params[name, *key].grad
         assert grad is not None, key
         assert (p.grad - grad).abs().max() <= 1e-5 * grad.abs().max(), key
-    assert len(params) == sum(key[0] == name for key in theirs.params)
+    assert len(params) + frozen == sum(key[0] == name for key in theirs.params)
 
 
 def weights(model):

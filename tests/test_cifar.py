@@ -34,7 +34,7 @@ HERE = Path(__file__).parent.parent
 # 32 channels alone would be groups of one each, from which GroupNorm takes all that temb has added.
 TINY = {
     "channels": "64 32", "classifier-steps": 12, "teacher-steps": 30, "teacher-batch": 8,
-    "steps": 3, "batch-size": 4, "samples": 20, "solver-steps": 10, "kmax": 6, "rank": 4,
+    "steps": 3, "batch-size": 4, "samples": 20, "solver-steps": 10, "kmax": 6, "rank": 8,
 }  # fmt: skip
 W = 2.0
 
@@ -254,7 +254,8 @@ def test_bf16_follows_float32(name, loss, runs, data, tmp_path):
             shutil.copytree(runs[0] / "teacher", tmp_path / dtype / "teacher")
         more = {"dtype": dtype, "teacher-steps": 4, "steps": 4}
         log, weights = trained(tmp_path / dtype, data, name, **more)
-        assert {w.dtype for w in weights.values()} == {torch.float32}
+        kept = torch.float16 if name == "teacher" else torch.float32
+        assert {w.dtype for w in weights.values()} == {kept}
         logs.append([line[loss] for line in log])
     assert logs[1] == pytest.approx(logs[0], rel=0.1) and logs[0] != logs[1]
 
@@ -551,13 +552,15 @@ def diffusers_student(output, name):
 
 
 @torch.no_grad()
-def ddim_by_hand(unet, labels, seeds, timesteps, w, clip_steps, before_step=lambda s: None):
+def ddim_by_hand(
+    unet, labels, seeds, timesteps, w, clip_steps, before_step=lambda s: None, crop_top=0
+):
     """Guided DDIM on diffusers' UNet, x_0 clipped, as bytes (n, 32, 32, 3).
 
     before_step(s): called before each step with where it ends.
     """
     code = torch.eye(10, dtype=torch.float64)[labels]
-    size = torch.tensor([[32, 32, 0, 0, 32, 32]]).repeat(len(labels), 1)
+    size = torch.tensor([[32, 32, crop_top, 0, 32, 32]]).repeat(len(labels), 1)
 
     def eps(x, t, code):
         added = {"text_embeds": code, "time_ids": size}
@@ -611,11 +614,11 @@ def test_gamma_that_is_not_given_is_the_methods(runs, tmp_path, monkeypatch, cap
         assert f"gamma = {gamma}\n" in run(cifar_sample, monkeypatch, capsys, *words)[1]
 
 
-@pytest.mark.parametrize("name", ["tcds", "tdds", "tdm_unify"])
+@pytest.mark.parametrize("name", ["tcds", "tdds"])
 def test_students_with_a_scalar_are_sampled_as_diffusers_with_a_hook(
     runs, tmp_path, monkeypatch, capsys, name
 ):
-    """The target time or the number of steps reaches the network, in an embedding made large."""
+    """The target time reaches the network, in an embedding made large."""
     for folder in ("teacher", name):
         shutil.copytree(runs[0] / folder, tmp_path / folder)
     path, last = tmp_path / name / "lora.safetensors", "unet.told.linear_2.weight"
@@ -629,8 +632,7 @@ def test_students_with_a_scalar_are_sampled_as_diffusers_with_a_hook(
     vector = []
 
     def embed(s):
-        number = torch.tensor([3.0 if name == "tdm_unify" else s])
-        waves = get_timestep_embedding(number, 64, True, 0).double()
+        waves = get_timestep_embedding(torch.tensor([s]), 64, True, 0).double()
         h = waves @ embedding["linear_1.weight"].T + embedding["linear_1.bias"]
         h = h * h.sigmoid() @ embedding["linear_2.weight"].T + embedding["linear_2.bias"]
         vector[:] = [h]

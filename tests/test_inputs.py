@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import tdd
 from common import cli, files
+from common.pictures import control_pixels
 from sdxl import keys, load
 from sdxl.load import ModelPaths
 from sdxl.lora import LoRA
@@ -374,9 +375,9 @@ def test_controlnets_of_one_file_and_of_several(folder, monkeypatch, capsys, tmp
 
 def test_a_control_image_of_another_shape_is_said_to_be_stretched(tmp_path, capsys):
     Image.new("RGB", (100, 50)).save(tmp_path / "edges.png")
-    assert sample.control_pixels(tmp_path / "edges.png", 64, 32).shape == (1, 3, 32, 64)
+    assert control_pixels(tmp_path / "edges.png", 64, 32).shape == (1, 3, 32, 64)
     assert not capsys.readouterr().err
-    sample.control_pixels(tmp_path / "edges.png", 64, 64)
+    control_pixels(tmp_path / "edges.png", 64, 64)
     assert "100 x 50 is stretched to 64 x 64" in capsys.readouterr().err
 
 

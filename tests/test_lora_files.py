@@ -142,20 +142,75 @@ def comfyui_names(ours):
     """Original names behind lora_unet or dotted; diffusers' behind lora_unet, lycoris, or dotted.
 
     The last have attention as processors, so that PEFT naming misses it. ours: diffusers' names.
+    Returns each name with its layer, by the original name.
     """
-    names = {f"lora_unet_{layer.replace('.', '_')}" for layer in ORIGINAL}
-    names |= {f"diffusion_model.{layer}" for layer in ORIGINAL}
+    names = {f"lora_unet_{layer.replace('.', '_')}": layer for layer in ORIGINAL}
+    names |= {f"diffusion_model.{layer}": layer for layer in ORIGINAL}
     for name in ours:
-        names |= {f"{kind}_{name.replace('.', '_')}" for kind in ("lora_unet", "lycoris")}
-        names.add(f"unet.{name.replace('.to_', '.processor.to_')}".removesuffix(".0"))
+        layer = comfyui_layer(name)
+        names |= {f"{kind}_{name.replace('.', '_')}": layer for kind in ("lora_unet", "lycoris")}
+        processor = name.replace(".to_", ".processor.to_")
+        if processor.endswith(".to_out.0"):
+            processor = processor.removesuffix(".0")
+        names |= {processor: layer, f"unet.{processor}": layer}
     return names
 
 
-def tiny_matrices(base, every_layer=False):
-    """A LoRA with the base's layers and matrices of next to nothing."""
+RESNET = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
+          "conv_shortcut": "skip_connection"}  # fmt: skip
+# The first two places of an embedding have no other name but these.
+BASIC = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+         "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+         "conv_in": "input_blocks.0.0", "conv_out": "out.2"}  # fmt: skip
+
+
+def comfyui_layer(name):
+    """A layer's original name by its place: unet_to_diffusers of ComfyUI's utils.py, inverted."""
+    if name in BASIC:
+        return BASIC[name]
+    if m := re.match(r"mid_block\.(attentions|resnets)\.(\d)\.(.+)", name):
+        kind, j, rest = m.groups()
+        block = "middle_block.1" if kind == "attentions" else f"middle_block.{2 * int(j)}"
+        return f"{block}.{RESNET.get(rest, rest)}"
+    way, i, kind, j, rest = re.match(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.+)", name).groups()
+    n = 3 * int(i) + int(j) + (way == "down")
+    match kind:
+        case "downsamplers":
+            return f"input_blocks.{n + 2}.0.op"
+        case "upsamplers":
+            return f"output_blocks.{n + 2}.2.conv"
+    place = "input_blocks" if way == "down" else "output_blocks"
+    rest = RESNET.get(rest, rest) if kind == "resnets" else rest
+    return f"{place}.{n}.{int(kind == 'attentions')}.{rest}"
+
+
+# What ComfyUI looks for below each of these names, in its order: weight_adapter/lora.py.
+SUFFIXES = [(".lora_up.weight", ".lora_down.weight"), ("_lora.up.weight", "_lora.down.weight"),
+            (".lora_B.weight", ".lora_A.weight"),
+            (".lora.up.weight", ".lora.down.weight")]  # fmt: skip
+
+
+def comfyui_loads(tensors, ours):
+    """Layer -> its up and down matrix as ComfyUI takes them from a file, and the keys left over."""
+    layers, used = {}, set()
+    for name, layer in comfyui_names(ours).items():
+        used |= {f"{name}.alpha"} & tensors.keys()
+        for up, down in SUFFIXES:
+            if name + up in tensors:
+                layers[layer] = tensors[name + up], tensors[name + down]
+                used |= {name + up, name + down}
+                break
+    return layers, tensors.keys() - used
+
+
+TOLD = ("add_embedding.linear_1", "add_embedding.linear_2")
+
+
+def tiny_matrices(base, more=TOLD):
+    """A LoRA with the layers of one that is told K, or more, and matrices of next to nothing."""
     adapters = {}
     for name, layer in named_layers(base).items():
-        if every_layer or TARGET_MODULES.search(name):
+        if TARGET_MODULES.search(name) or name in more:
             kernel = layer.weight.shape[2:]
             adapters[name] = Adapter(
                 torch.ones(1, 1, *kernel), torch.ones(1, 1, *[1] * len(kernel)), 1
@@ -166,13 +221,18 @@ def tiny_matrices(base, every_layer=False):
 def test_every_layer_of_sdxl_has_the_name_that_programs_look_for(tmp_path):
     unet = build_on_meta(UNet, UNetConfig())
     ours = list(named_layers(unet))
-    assert {keys.to_original_key(n, keys.unet_modules(UNetConfig())) for n in ours} == set(ORIGINAL)
+    original = {n: keys.to_original_key(n, keys.unet_modules(UNetConfig())) for n in ours}
+    assert {*original.values()} == set(ORIGINAL)
+    assert original == {name: comfyui_layer(name) for name in ours}
     lora, path = tiny_matrices(unet), tmp_path / "lora_kohya.safetensors"
     write_kohya(path, lora)
     names = kohya_names(path)
-    assert len(names) == len(lora.adapters) == 788
-    assert names <= SD_SCRIPTS and all(map(a1111_finds, names))
-    assert names <= comfyui_names(ours)
+    assert len(names) == len(lora.adapters) == 790
+    assert all(map(a1111_finds, names))
+    # What a student is told K by, sd-scripts has no LoRA for.
+    assert names - SD_SCRIPTS == {"lora_unet_label_emb_0_0", "lora_unet_label_emb_0_2"}
+    layers, left_over = comfyui_loads(load_file(path), ours)
+    assert not left_over and layers.keys() == {comfyui_layer(name) for name in lora.adapters}
     # Diffusers itself, back to its own names.
     state, _ = StableDiffusionXLPipeline.lora_state_dict(
         path, unet_config=SimpleNamespace(layers_per_block=2)
@@ -185,13 +245,34 @@ def test_every_layer_of_sdxl_has_the_name_that_programs_look_for(tmp_path):
     before = [f"lora_unet_{name.replace('.', '_')}" for name in lora.adapters]
     assert not SD_SCRIPTS & set(before)
     missed = [name for name in before if not a1111_finds(name)]
-    assert missed == ["lora_unet_up_blocks_0_upsamplers_0_conv"]
-    in_peft_naming = {f"unet.{name}" for name in lora.adapters} & comfyui_names(ours)
-    assert len(in_peft_naming) == 788 - 8 * 70  # no attention: lora.safetensors is not for ComfyUI
+    assert {*missed} == {"lora_unet_up_blocks_0_upsamplers_0_conv",
+                         *(f"lora_unet_{name.replace('.', '_')}" for name in TOLD)}  # fmt: skip
     # Layers that the published LoRA leaves alone: sd-scripts has no name for them.
-    write_kohya(path, tiny_matrices(unet, every_layer=True))
+    write_kohya(path, tiny_matrices(unet, ours))
     rest = kohya_names(path) - names
-    assert len(rest) == 6 and rest <= comfyui_names(ours) and all(map(a1111_finds, rest))
+    assert len(rest) == 4 and rest <= comfyui_names(ours).keys() and all(map(a1111_finds, rest))
+
+
+def test_comfyui_reads_every_layer_in_diffusers_naming(tmp_path):
+    """Each matrix goes to its layer and no key is left over; in PEFT naming attention would be."""
+    unet = build_on_meta(UNet, UNetConfig())
+    ours, path = list(named_layers(unet)), tmp_path / "lora.safetensors"
+    lora = tiny_matrices(unet)
+    for i, adapter in enumerate(lora.adapters.values()):
+        adapter.up.data.fill_(i)
+        adapter.down.data.fill_(-i)
+    write_diffusers(path, lora)
+    layers, left_over = comfyui_loads(load_file(path), ours)
+    assert not left_over and len(layers) == 790
+    for i, name in enumerate(lora.adapters):
+        up, down = layers[comfyui_layer(name)]
+        assert (up.unique().item(), down.unique().item()) == (i, -i)
+    in_peft_naming = {}
+    for name, adapter in lora.adapters.items():
+        in_peft_naming[f"unet.{name}.lora_A.weight"] = adapter.down
+        in_peft_naming[f"unet.{name}.lora_B.weight"] = adapter.up
+    layers, left_over = comfyui_loads(in_peft_naming, ours)
+    assert len(layers) == 790 - 8 * 70 and len(left_over) == 2 * 8 * 70
 
 
 def test_kohya_header_is_what_programs_go_by(tmp_path):
@@ -455,6 +536,16 @@ def test_headers_of_other_models(entry, value, words, tiny, tmp_path):
     message = refusal(tiny, tmp_path, header={entry: value})
     assert words in message
     assert entry == "told" or entry in message
+
+
+def test_what_told_k_in_other_ways_is_refused(tiny, tmp_path):
+    """The embedding of K of an earlier version, and a file that tells K and lost the layer for it."""
+    embedding = {"unet.told.linear_1.weight": torch.ones(256, 64)}
+    message = refusal(tiny, tmp_path, embedding, {"told": "K"})
+    assert message == (" has an embedding of K of an earlier version: K is told as a crop since: "
+                       "train it again")  # fmt: skip
+    message = refusal(tiny, tmp_path, header={"tdd_told_ks": "[4, 8]"})
+    assert "has lost the layer" in message
 
 
 def test_headers_of_sdxl_pass(tiny, tmp_path):

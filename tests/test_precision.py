@@ -46,7 +46,7 @@ def latents(network, seeds):
 
 def effect(root, lora, dtype, seeds):
     """What the LoRA changes in the latents, as sample.py computes it in this precision."""
-    kwargs = {"tcf": "1", "steps": 4, "dtype": dtype, "device": "cpu"}
+    kwargs = {"tcf": "1", "dtype": dtype, "device": "cpu"}
     _, with_lora = sample.load_student(ModelPaths(root), lora, **kwargs)
     _, plain = sample.load_student(ModelPaths(root), [], **kwargs)
     return latents(with_lora, seeds) - latents(plain, seeds)
@@ -140,7 +140,7 @@ def test_a_loras_scalar_embedding_moves_with_its_unet(folder, tmp_path):
     path = tmp_path / "lora.safetensors"
     write_diffusers(path, lora)
     loras = [(path, 0.5)]
-    model, _ = sample.load_student(ModelPaths(folder), loras, "s", 4, torch.float32, "cpu")
+    model, _ = sample.load_student(ModelPaths(folder), loras, "s", torch.float32, "cpu")
     weights = dict(model.unet.named_parameters())
     for name, p in lora.scalar_embedding.named_parameters():
         # At half its strength: its last layer is linear.

@@ -287,17 +287,18 @@ def test_equation_6_with_and_without_dmds_normaliser():
 # ------------------------------------------------------------------------------- SDXL's networks
 
 STEPS = [
-    # Ks, scalar, weight, loss, solver
-    ((4,), "", "density", "huber", "ddim"), ((1, 2, 4), "num_steps", "exact", "l2", "ddim"),
-    ((2, 4), "num_steps", "none", "fisher", "ddim"), ((4,), "", "mean", "dmd", "dpm++2m"),
+    # Ks, told_ks, weight, loss, solver
+    ((4,), (), "density", "huber", "ddim"), ((1, 2, 4), (1, 2, 4), "exact", "l2", "ddim"),
+    ((2, 4), (2, 4), "none", "fisher", "ddim"), ((4,), (), "mean", "dmd", "dpm++2m"),
+    ((2, 4), (), "exact", "huber", "ddim"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("Ks, scalar, weight, loss, solver", STEPS)
-def test_step_is_algorithm_1_over_diffusers(Ks, scalar, weight, loss, solver, folder):
+@pytest.mark.parametrize("Ks, told_ks, weight, loss, solver", STEPS)
+def test_step_is_algorithm_1_over_diffusers(Ks, told_ks, weight, loss, solver, folder):
     """Both losses and every gradient of both LoRAs, with peft's adapters in the place of ours."""
     settings = {"w": 2.5, "fake_weight": weight, "loss": loss, "make_solver": SOLVERS[solver]}
-    nets = tiny_tdm(folder, scalar, Ks=Ks, **settings)
+    nets = tiny_tdm(folder, Ks=Ks, told_ks=told_ks, **settings)
     nets.base.checkpoint_blocks(loss == "fisher")
     loras = {"student": nets.lora, "fake": nets.fake_lora}
     theirs = Theirs(folder, loras, 4, 2.0, torch.float64)
@@ -323,7 +324,7 @@ def by_hand(theirs, cond, d, i, weight, loss, solver):
     for t, s in pairwise(d.stops):
         last = s == d.stops[-1]
         with torch.set_grad_enabled(last):
-            eps = theirs.eps("student", x, t, c, d.K)
+            eps = theirs.eps("student", x, t, c, K=d.K)
             x_hat = (x - SIGMA[t + 1] * eps) / ALPHA[t + 1]
             new = x_hat
             if past is not None and s != CLEAN:
@@ -340,7 +341,7 @@ def by_hand(theirs, cond, d, i, weight, loss, solver):
     # The fake score's loss.
     theirs.learns = {"fake"}
     still, here = x.detach(), x_tau.detach()
-    eps = theirs.eps("fake", here, tau, c, d.K)
+    eps = theirs.eps("fake", here, tau, c, K=d.K)
     if weight == "exact":
         told = (spread / s * eps - z).square().mean()
     else:
@@ -355,7 +356,7 @@ def by_hand(theirs, cond, d, i, weight, loss, solver):
     with torch.set_grad_enabled(loss == "fisher"):
         cond_eps, null_eps = theirs.eps(None, x_tau, tau, c), theirs.eps(None, x_tau, tau, empty)
         real = -(3.5 * cond_eps - 2.5 * null_eps) / s
-        fake = -theirs.eps("fake", x_tau, tau, c, d.K) / s
+        fake = -theirs.eps("fake", x_tau, tau, c, K=d.K) / s
     if loss == "fisher":
         u = real - fake
         value = u.detach().square().sum() * s * spread

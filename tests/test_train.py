@@ -42,13 +42,18 @@ from training.log import draw_loss
 # of our LoRA layers, targets found by trying every fraction, one example and one pass at a time.
 
 
+KS = (4, 6, 8)
 CASES = [
-    # method, tcf, eta, rho, mu, distance, checkpointing
+    # method, tcf, eta, rho, mu, distance, checkpointing; or what --ks makes of tdd
     ("tdd", "1", 0.3, 0.3, 0.0, squared_l2, True), ("tdd", "1", 0.3, 0.0, 0.9, squared_l2, False),
     ("tdd", "1", 0.0, 1.0, 0.0, squared_l2, False), ("cm", "1", 0.0, 0.5, 0.9, squared_l2, True),
     ("pcm", "1", 0.0, 0.5, 0.0, squared_l2, False), ("tcd", "1", 0.0, 0.5, 0.5, squared_l2, True),
     ("tdd", "1", 0.3, 0.3, 0.9, pseudo_huber, True), ("tcd", "s", 0.0, 0.5, 0.9, squared_l2, True),
     ("tdd", "s", 0.3, 0.3, 0.0, squared_l2, False),
+    ("told K", "1", 0.0, 0.3, 0.0, squared_l2, True),
+    ("told K", "1", 0.0, 0.3, 0.9, squared_l2, False),
+    ("told K", "s", 0.3, 0.3, 0.0, squared_l2, True),
+    ("K", "1", 0.0, 0.3, 0.0, squared_l2, False),
 ]  # fmt: skip
 DISTANCES = {
     squared_l2: lambda d: (d**2).mean(),
@@ -58,9 +63,15 @@ DISTANCES = {
 
 @pytest.mark.parametrize("method, tcf, eta, rho, mu, distance, checkpointing", CASES)
 def test_step_is_algorithm_1(method, tcf, eta, rho, mu, distance, checkpointing, folder):
-    """Loss to 1e-6 and every gradient to 1e-5: methods, TCF(S+), offsets, drops and EMA."""
+    """Loss to 1e-6 and every gradient to 1e-5: methods, K, TCF(S+), offsets, drops and EMA.
+
+    Told K, student and target network have the crop (8 K, 0), the teacher has (0, 0).
+    """
     scalar = "target_time" if tcf == "s" else ""
-    settings = {"targets": targets_of(method, 50), "jump": TCF[tcf]}
+    Ks, told_ks = (KS if method.endswith("K") else ()), (KS if method == "told K" else ())
+    method = "tdd" if Ks else method
+    targets = targets_of(method, 50, Ks=Ks)
+    settings = {"targets": targets, "jump": TCF[tcf], "told_ks": told_ks}
     nets = tiny_tdd(folder, **settings, scalar=scalar, eta=eta, rho=rho, mu=mu, distance=distance)
     nets.base.checkpoint_blocks(checkpointing)
     if mu:  # a moving average that has fallen behind the student
@@ -68,7 +79,7 @@ def test_step_is_algorithm_1(method, tcf, eta, rho, mu, distance, checkpointing,
             p.mul_(0.5)
     x_0, cond = example()
     generator = torch.Generator().manual_seed(7)
-    rows, noise = reference_draws(method, 50, 4, x_0.shape, eta, rho, generator)
+    rows, noise = reference_draws(method, 50, 4, x_0.shape, eta, rho, generator, Ks)
     loras = {"student": nets.lora} | ({"target": nets.target_net.lora} if mu else {})
     theirs = Theirs(folder, loras, 4, 2.0, torch.float64)
     adapter = "target" if mu else "student"
@@ -115,7 +126,8 @@ def test_guidance_range(folder):
     x_0, cond = example()
     d, alone = drawn(nets, x_0, 1), []
     for i in range(len(x_0)):
-        rows = {k: v[i : i + 1] for k, v in vars(d.step).items() if k != "guided_rows"}
+        rows = {k: v[i : i + 1] for k, v in vars(d.step).items() if v is not None}
+        rows.pop("guided_rows")
         part = StepSample(**rows, guided_rows=rows["keep_prompt"].nonzero()[:, 0])
         c = {k: v[i : i + 1] for k, v in cond.items()}
         one = nets.losses(
@@ -152,6 +164,30 @@ def test_optimizers_are_the_papers(folder):
         "adam": (2e-6, (0.9, 0.999), 0.0, own(adversarial.student)),
         "adam_heads": (1e-5, (0.0, 0.999), 0.0, own(adversarial.discriminator.heads)),
     }
+
+
+def test_vectors_of_k_have_a_rate_of_their_own(folder):
+    """linear_1's second factor alone, without decay, in the student and in TDM's fake score."""
+    words = ["--model", folder, "--data", folder, "--weight-decay", 0.01, "--k-lr", 3e-4]
+    for method, nets in (
+        ("tdd", tiny_tdd(folder, told_ks=KS)), ("tdm", tiny_tdm(folder, Ks=KS, told_ks=KS))
+    ):  # fmt: skip
+        listed = [*words, "--ks", *KS, "--method", method]
+        args = train_sdxl.parser().parse_args(list(map(str, listed)))
+        train_sdxl.check_method(args)
+        optimizers = build.build_optimizers(train_sdxl.build_config(args), nets)
+        networks = {"adam": (nets.student, 1e-6)}
+        if method == "tdm":
+            networks["adam_fake"] = nets.fake, 5e-6
+        assert optimizers.keys() == networks.keys()
+        for name, (network, rate) in networks.items():
+            vectors = network.lora.adapters["add_embedding.linear_1"].up
+            others, of_k = optimizers[name].param_groups
+            assert (others["lr"], others["weight_decay"]) == (rate, 0.01)
+            assert (of_k["lr"], of_k["initial_lr"], of_k["weight_decay"]) == (3e-4, 3e-4, 0.0)
+            assert of_k["params"] == [vectors]
+            expected = {id(p) for p in network.parameters()} - {id(vectors)}
+            assert sorted(map(id, others["params"])) == sorted(expected)
 
 
 def test_ema_and_what_is_exported(folder):
@@ -240,9 +276,15 @@ def test_noised_times():
     assert torch.equal(times, torch.arange(900, 1000).repeat_interleave(2))
 
 
-def test_adversarial_losses_are_hinge_on_diffusers_features(folder):
-    """Values, and each side's gradients, from diffusers' UNet with hooks where its levels end."""
-    nets = tiny_tdd(folder, discriminator=True, adv_weight=0.1)
+@pytest.mark.parametrize("told_ks", [(), KS])
+def test_adversarial_losses_are_hinge_on_diffusers_features(told_ks, folder):
+    """Values, and each side's gradients, from diffusers' UNet with hooks where its levels end.
+
+    Of a student that is told K too, whose adversary has the crop (0, 0).
+    """
+    targets = targets_of("tdd", 50, Ks=told_ks)
+    settings = {"adv_weight": 0.1, "targets": targets, "told_ks": told_ks}
+    nets = tiny_tdd(folder, discriminator=True, **settings)
     nets.base.checkpoint_blocks()
     x_0, cond = example()
     d = drawn(nets, x_0, 3)
@@ -253,10 +295,18 @@ def test_adversarial_losses_are_hinge_on_diffusers_features(folder):
     of_heads = [p.grad.clone() for p in heads.parameters()]
     for p in [*nets.student.parameters(), *heads.parameters()]:
         p.grad = None
-    _, pred, aim, c = tdd_loss(
-        nets.student, nets.target_net, nets.teacher, x_0, cond, null_condition(cond), d.step, d.w,
-        SCHEDULE,
-    )  # fmt: skip
+    if told_ks:
+        cond["time_ids"][:, 2:4] = 0
+
+    def student(x_t, t, c):
+        ids = c["time_ids"].clone()
+        if told_ks:
+            ids[:, 2] = 8 * d.step.K
+        return nets.student(x_t, t, {**c, "time_ids": ids})
+
+    _, pred, aim, c, _ = tdd_loss(
+        student, student, nets.teacher, x_0, cond, null_condition(cond), d.step, d.w, SCHEDULE
+    )
     unet, seen = UNet2DConditionModel.from_pretrained(folder / "unet").double(), []
     unet.requires_grad_(False)
     for module in (*unet.down_blocks, unet.mid_block):

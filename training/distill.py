@@ -288,6 +288,8 @@ class TDMStep:
         x_0 is not used: TDM trains from prompts alone.
         """
         config, schedule = self.config, self.schedule
+        if config.told_ks:
+            cond, null = told.with_crop_top(cond, 0), told.with_crop_top(null, 0)
         # Lines 4-7: the student's sample at t_m, and the same diffused to tau.
         student = conditioned(self._tell(self.student_ddp, sample.K), cond)
         p = tdm.generate(student, sample, schedule, config.make_solver)
