@@ -344,9 +344,9 @@ def sampler_flags(add) -> None:
         help="g' = 1 + w' that the LoRA was distilled with, as a number or from its header: --cfg "
              "then acts as the teacher's (Eq. 13)")  # fmt: skip
     add("--tell-k", type=cli.positive_int, metavar="K",
-        help="K that a student of several is told: --steps, or the nearest that it knows")  # fmt: skip
+        help="K that a student of several is told: --steps, or the nearest it knows")  # fmt: skip
     add("--export-k", type=cli.positive_int, metavar="K",
-        help="instead of sampling, write --lora for one K to --output: it needs no crop")  # fmt: skip
+        help="instead of sampling, write --lora for one K to --output, without a crop")  # fmt: skip
     add("--solver-steps", type=cli.positive_int,
         help="grid of the schedules, N: that of the LoRA or --unet, or 250")  # fmt: skip
     add("--sampler", choices=["tdd", "ddim", "dpm++2m", "dpm++2s"], default="tdd",

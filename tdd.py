@@ -205,11 +205,9 @@ def tdd_loss(
 
     With every grid point as a target this is TCD's Algorithms 1 and 2.
     """
-    t_next, t_n, tau = sample.t_next, sample.t_n, sample.tau
-    x_next = sample.x_next
-    if x_next is None:
-        # Line 10: x_{t_{n+1}} ~ N(alpha x_0, sigma^2 I).
-        x_next = schedule.diffuse(x_0, sample.noise, t_next)
+    t_next, t_n, tau, x_next = sample.t_next, sample.t_n, sample.tau, sample.x_next
+    # Line 10: x_{t_{n+1}} ~ N(alpha x_0, sigma^2 I), unless it is on the teacher's own path.
+    x_next = schedule.diffuse(x_0, sample.noise, t_next) if x_next is None else x_next
     # Line 11: the condition, or with probability rho the null condition.
     cond = where_cond(sample.keep_prompt, cond, null)
     with torch.no_grad():

@@ -35,7 +35,7 @@ from training.checkpoint import TrainState, resume_point
 from training.data import DataConfig, open_data
 from training.distill import TDDStep
 from training.export import export
-from training.paths import PathLoader
+from training.paths import PathLoader, prompts_place
 from training.preview import Pictures, PreviewConfig
 
 # The papers' batches: 512 images a step on 8 GPUs for TDD, 448 with its adversary, 64 for TDM.
@@ -78,9 +78,9 @@ def check(args) -> None:
             equidistant(k, args.solver_steps)
     if needs_prompts(args):
         if args.cache is not None:
-            raise ValueError(
-                "--cache holds images' latents, and these pairs come from prompts alone"
-            )
+            raise ValueError("--cache holds images' latents: these pairs come from prompts alone")
+        if args.data.is_dir():
+            raise ValueError(f"--data {args.data} is a folder: a file of prompts is needed")
         read_lines("--data", args.data)
     if args.method != "tdm":
         build.build_tdd_config(build_config(args), "cpu")
@@ -96,19 +96,21 @@ def check_method(args) -> None:
     config = DistillConfig.of_method(args.method)
     args.Ks = config.Ks if args.Ks is None else tuple(dict.fromkeys(args.Ks))
     several = len(args.Ks) > 1
-    useless = {"no-tell-k": not (args.tell_k or several),
-               "k-lr": args.k_lr is not None and not (args.tell_k and several)}  # fmt: skip
+    if not several and not args.tell_k:
+        raise ValueError("--no-tell-k is for several --ks")
+    if args.k_lr is not None and not (several and args.tell_k):
+        raise ValueError("--k-lr is for a student that is told which of several --ks is meant")
     if args.method == "tdm":
         defaults, names, others = TDM_DEFAULTS, TDM_FIELDS, (*TDD_FIELDS, "cache", "guidance_range")
-        useless |= {"adv": args.adv, "ema": args.mu, "full": args.full, "tcf": args.tcf != "1"}
+        useless = {"adv": args.adv, "ema": args.mu, "full": args.full, "tcf": args.tcf != "1"}
     else:
         defaults, names, others = TDD_DEFAULTS, TDD_FIELDS, TDM_FIELDS
         if args.adv:
             defaults = ADV_DEFAULTS
-        useless |= {"loss": args.loss not in (None, *DISTANCES),
-                    "solver": args.solver not in ("ddim", "dpm++2s"),
-                    "ks": args.Ks and args.method != "tdd",
-                    "reach": args.reach is not None and args.method != "tdd"}  # fmt: skip
+        useless = {"loss": args.loss not in (None, *DISTANCES),
+                   "solver": args.solver not in ("ddim", "dpm++2s"),
+                   "ks": args.Ks and args.method != "tdd",
+                   "reach": args.reach is not None and args.method != "tdd"}  # fmt: skip
     useless |= {name.replace("_", "-"): getattr(args, name) is not None for name in others}
     for flag, was_given in useless.items():
         if was_given:
@@ -219,7 +221,7 @@ def open_paths(
 ) -> PathLoader:
     """Walkers on the teacher's path to the prompts of --data, staggered unless the run goes on."""
     rank, world, _ = distributed.get_dist_info(args.device)
-    place = None if position is None else position.get("prompts")
+    place = None if position is None else prompts_place(position)
     prompts = open_data(build_data(args), model, rank, world, device, place)
 
     def draw_conds(count: int) -> list:
@@ -329,8 +331,8 @@ def method_flags(add) -> None:
         help="l2 or huber, the distance of Eq. 10 (l2); for tdm huber (Eq. 11), l2 (Eq. 6), dmd or "
         "fisher (huber)")  # fmt: skip
     add("--ks", type=positive_int, nargs="+", dest="Ks", metavar="K",
-        help="K of tdm (4; several make TDM-unify); for tdd, the K whose next stops are the targets, "
-        "instead of Eqs. 5 to 8")  # fmt: skip
+        help="K of tdm (4; several make TDM-unify); for tdd, the K whose next stops are the "
+        "targets, instead of Eqs. 5 to 8")  # fmt: skip
     add("--no-tell-k", action="store_false", dest="tell_k",
         help="do not tell the student which of several K is meant")  # fmt: skip
     add("--k-lr", type=non_negative, help="learning rate of what is told of each K: 1e-4")

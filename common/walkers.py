@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from solvers import Schedule, ddim, to_device
-from tdd import StepSample, TargetSet, guided, offset, where_cond
+from tdd import StepSample, TargetSet, append_axes, guided, offset, where_cond
 
 BATCHES = 4  # of walkers: the next batch is then not the one that was just moved on
 
@@ -35,8 +35,8 @@ class Walkers:
     shape: (W, ..). grid: (N + 1,) the solver's timesteps. draw_conds(count) lists new conditions,
     of any kind. generator: of all random numbers, on the CPU.
 
-    Nobody walks before `stagger`. x: (W, ..) each at its t_{n+1}. n: (W,). keep_prompt: (W,) bool, false with probability rho.
-    w: (W,) the guidance w', uniform in w_range. conds: W conditions.
+    Nobody walks before `stagger`. x: (W, ..) each at its t_{n+1}. n: (W,). keep_prompt: (W,) bool,
+    false with probability rho. w: (W,) the guidance w', uniform in w_range. conds: W conditions.
     """
 
     shape: tuple[int, ...]
@@ -85,7 +85,11 @@ class Walkers:
 
     def advance(self, rows: Tensor, x_n: Tensor) -> None:
         """Move these walkers to x_n (b, ..); who has arrived at t_0 begins a new path."""
-        self.x[to_device(rows, self.device)] = x_n.to(self.x)
+        there = to_device(rows, self.device)
+        # Where half precision overflows it stays where it is: else the rest of its path would be
+        # spoiled, and every checkpoint of that time.
+        finite = append_axes(x_n.isfinite().flatten(1).all(1), x_n)
+        self.x[there] = torch.where(finite, x_n.to(self.x), self.x[there])
         arrived = self.n[rows] == 0
         self.n[rows[~arrived]] -= 1
         self._begin(rows[arrived])

@@ -70,7 +70,7 @@ def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module
         loras.append(LoRA(adapters, embedding if component == "unet" else None))
     # Without it, the crop that tells K (sdxl/told.py) would be taken for a crop.
     if "tdd_told_ks" in header and "add_embedding.linear_1" not in loras[0].adapters:
-        raise ValueError(f"{path} has lost the layer that its header's K is told to: use the original")
+        raise ValueError(f"{path} has lost the layer for K, which its header has: use the original")
     return loras
 
 

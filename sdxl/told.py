@@ -41,7 +41,10 @@ def tell(network, K):
 
 
 def told_k(asked: int | None, steps: int, recipes: list[dict]) -> int | None:
-    """The K to tell a student for so many steps, None if it knows none; ValueError if not `asked`."""
+    """The K to tell a student for so many steps, None if it knows none.
+
+    Raises ValueError if it does not know the K that is asked for.
+    """
     Ks = single_value("told_ks", sorted({r["told_ks"] for r in recipes if "told_ks" in r}), ())
     if not Ks:
         if asked is not None:

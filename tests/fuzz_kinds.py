@@ -397,7 +397,7 @@ def lora_headers(draw: random.Random, base: Base, work: Path) -> Callable:
             expect(number or name in ("tcf", "told_ks"), f"{name} is {value!r}")
         if "told_ks" in recipe:
             numbers = re.fullmatch(r"\s*\[\s*\d+(\s*,\s*\d+)*\s*\]\s*", metadata["tdd_told_ks"])
-            expect(bool(numbers), f"told_ks {recipe['told_ks']} of {metadata['tdd_told_ks'][:60]!r}")
+            expect(bool(numbers), f"told_ks {metadata['tdd_told_ks'][:60]!r} passed")
         deltas = read_deltas(path, base.model)
         whole = isinstance(settings, dict) and "lora_adapter_metadata" in metadata
         expected = (

@@ -29,6 +29,7 @@ from training import cache, distributed, loop
 from training.build import DistillConfig, build_optimizers, build_step, loss_scaler
 from training.checkpoint import TrainState
 from training.distill import LoRANetwork
+from training.paths import PathLoader
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 2
@@ -47,6 +48,14 @@ STEPS = {
     "dpm++2s": DistillConfig(solver="dpm++2s", **_SMALL),
     "tdm": replace(_TDM, **_SMALL),
     "tdm-unify": replace(_TDM, Ks=(1, 2, 4), **_SMALL),
+    "told K": DistillConfig(Ks=(4, 6, 8), eta=0.0, **_SMALL),
+}
+# From the teacher's path, which is walked before the first step.
+PATHS = {
+    "told K, paths": replace(STEPS["told K"], pairs="teacher", solver_steps=10),
+    "adv, range of w, paths": replace(
+        STEPS["adv"], pairs="teacher", w=(1.0, 13.0), solver_steps=10
+    ),
 }
 
 # ---------------------------------------------------------------------------------- what they share
@@ -102,10 +111,35 @@ class UnsavedState(TrainState):
         """Nothing: a check is not resumed."""
 
 
+class RandomPaths(PathLoader):
+    """Walkers on the teacher's path to conditions of random numbers, b a batch."""
+
+    def __init__(self, config: BenchConfig, step, b: int, generator: torch.Generator):
+        shape = (4, config.side, config.side)
+        super().__init__(step, shape, b, generator, config.device, self.draw_conds)
+        _, self.cond = random_batch(config.unet, b, config.side)
+        if config.on_gpu:
+            self.cond = {name: tensor.pin_memory() for name, tensor in self.cond.items()}
+        on_device = {k: tensor.to(config.device) for k, tensor in self.cond.items()}
+        self.start(partial(self.encode, on_device))
+
+    def draw_conds(self, count: int) -> list:
+        """Which of them it is does not matter here."""
+        return [("", "noise")] * count
+
+    def encode(self, cond: dict, conds: list) -> tuple:
+        """The first of them, and their null condition."""
+        cond = {name: tensor[: len(conds)] for name, tensor in cond.items()}
+        return cond, null_condition(cond)
+
+    def __next__(self) -> dict:
+        return {**super().__next__(), **self.cond}
+
+
 class Training:
     """train_sdxl.py's training on b random latents, as from --cache, of LoRAs with an effect.
 
-    wrap: as of `step.distribute`.
+    Or on the teacher's path to random conditions. wrap: as of `step.distribute`.
     """
 
     def __init__(self, config: BenchConfig, distill: DistillConfig, dtype: str, b: int, wrap=None):
@@ -114,19 +148,26 @@ class Training:
         self.step = build_step(distill, base, config.device)
         set_effects(self.step)
         self.generator = torch.Generator().manual_seed(0)
+        self.shape = (b, 4, config.side, config.side)
+        if distill.pairs == "teacher":
+            loader = RandomPaths(config, self.step, b, self.generator)
+        else:
+            loader = RandomLatents(config, b)
         self.folder = tempfile.TemporaryDirectory()
         scaler = loss_scaler(config.device, dtype == "fp16")
         self.state = UnsavedState(
             Path(self.folder.name), self.step.modules, build_optimizers(distill, self.step),
-            self.generator, RandomLatents(config, b), {}, scaler=scaler,
+            self.generator, loader, {}, scaler=scaler,
         )  # fmt: skip
         if wrap is not None:
             self.step.distribute(wrap)
 
     def losses(self, batch: dict) -> dict:
-        cond = {name: batch[name].to(self.device, non_blocking=True) for name in cache.TENSORS}
-        x_0 = cond.pop("latents")
-        sample = self.step.sample(x_0.shape, self.generator, self.device)
+        tensors = {name: batch[name] for name in cache.TENSORS if name in batch}
+        cond = {name: x.to(self.device, non_blocking=True) for name, x in tensors.items()}
+        x_0 = cond.pop("latents", None)
+        walkers = {"walkers": batch["walkers"]} if x_0 is None else {}
+        sample = self.step.sample(self.shape, self.generator, self.device, **walkers)
         batch["timesteps"] = sample.timesteps
         return self.step.losses(x_0, cond, null_condition(cond), sample)
 
@@ -252,7 +293,7 @@ def waits(config: BenchConfig, report: Report) -> None:
     for name, sampler in samplers.items():
         with report.part(f"sampling: {name}") as figures, torch.no_grad():
             figures |= count_waits(config, partial(sample, sampler))
-    for name, distill in STEPS.items():
+    for name, distill in {**STEPS, **PATHS}.items():
         with report.part(f"step: {name}") as figures:
             training = Training(config, distill, "fp16", BATCH)
             figures |= count_waits(config, partial(training.fit, 1))

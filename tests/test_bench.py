@@ -186,7 +186,7 @@ def test_a_cpu_agrees_with_itself_and_half_precision_nearly(tmp_path):
     section = json.loads((tmp_path / "gpu.json").read_text())["sections"]["correct"]
     latents = [figures for name, figures in section.items() if name.startswith("latents")]
     steps = [figures for name, figures in section.items() if name.startswith("step: ")]
-    assert len(latents) == 2 and len(steps) == 8
+    assert len(latents) == 2 and len(steps) == 9
     for figures in latents:
         assert figures["float32"] == 0
         assert 2e-4 < figures["fp16"] < 4e-3 < figures["bf16"] < 0.05

@@ -539,7 +539,7 @@ def test_headers_of_other_models(entry, value, words, tiny, tmp_path):
 
 
 def test_what_told_k_in_other_ways_is_refused(tiny, tmp_path):
-    """The embedding of K of an earlier version, and a file that tells K and lost the layer for it."""
+    """An earlier version's embedding of K, and a file whose header is told K without its layer."""
     embedding = {"unet.told.linear_1.weight": torch.ones(256, 64)}
     message = refusal(tiny, tmp_path, embedding, {"told": "K"})
     assert message == (" has an embedding of K of an earlier version: K is told as a crop since: "

@@ -26,6 +26,7 @@ from tests.count import meta_unet
 from training import loop
 from training.build import DistillConfig, build_optimizers, build_step, loss_scaler
 from training.checkpoint import TrainState
+from training.paths import PathLoader
 from unet import UNetConfig
 
 TINY = UNetConfig(
@@ -173,6 +174,13 @@ METHODS = {
     "tdm": DistillConfig.of_method("tdm"),
     "tdm, dpm++2m": replace(DistillConfig.of_method("tdm"), solver="dpm++2m"),
     "tdm-unify": replace(DistillConfig.of_method("tdm"), Ks=(1, 2, 4)),
+    "K": DistillConfig(Ks=(4, 6, 8), eta=0.0, tell_k=False),
+    "told K": DistillConfig(Ks=(4, 6, 8), eta=0.0),
+    "told K, tcf s, adv": DistillConfig(Ks=(4, 6, 8), tcf="s", adv=True),
+    "pairs, dpm++2s, range of w": DistillConfig(pairs="teacher", solver="dpm++2s", w=(2.0, 14.0)),
+    "pairs, told K, adv, ema": DistillConfig(
+        Ks=(4, 6, 8), eta=0.0, pairs="teacher", adv=True, mu=0.9
+    ),
     "tdm, fisher, density": replace(
         DistillConfig.of_method("tdm"), loss="fisher", fake_weight="density", checkpointing=False
     ),
@@ -180,33 +188,50 @@ METHODS = {
 
 
 class Loader:
-    """Endless batches of latents and conditions on the device."""
+    """Endless batches of names, or of walkers."""
 
-    position, bad = 0, 0
-
-    def __init__(self, config, side):
-        self.x_0, self.cond = random_batch(config, 2, side, "meta", torch.float16)
+    def __init__(self, paths=None):
+        self.paths, self.position, self.bad = paths, 0, 0
 
     def __next__(self):
-        return {"x_0": self.x_0, "cond": self.cond, "names": ["a", "b"]}
+        return {"names": ["a", "b"]} if self.paths is None else next(self.paths)
 
 
 @pytest.mark.parametrize("config, side", SIZES)
 @pytest.mark.parametrize("method", METHODS)
 def test_training_waits_once_a_step(config, side, method, tmp_path, monkeypatch):
-    """Steps of the real loop, two of the tiny networks: one look at the numbers in each."""
-    steps = 2 if config is TINY else 1
-    distill_config = replace(METHODS[method], rank=4, solver_steps=50)
+    """Steps of the real loop, two of the tiny networks: one look at the numbers in each.
+
+    Pairs from the teacher's path are staggered before, and begin anew when they arrive.
+    """
+    is_path = METHODS[method].pairs == "teacher"
+    steps = (4 if is_path else 2) if config is TINY else 1
+    distill_config = replace(METHODS[method], rank=4, solver_steps=8 if is_path else 50)
     # The fused optimizer takes no tensors without values.
     monkeypatch.setattr(torch.optim, "AdamW", partial(unfused, torch.optim.AdamW))
     step = build_step(distill_config, meta_unet(config), "meta")
     generator, looks = torch.Generator().manual_seed(0), []
+    x_0, cond = random_batch(config, 2, side, "meta", torch.float16)
+    loader = Loader()
+    if is_path:
+        begun = []
+
+        def draw_conds(number):
+            begun.extend(range(number))
+            return [("", "a")] * number
+
+        def encode(conds):
+            part = {name: tensor[: len(conds)] for name, tensor in cond.items()}
+            return part, null_condition(part)
+
+        loader = Loader(PathLoader(step, (4, side, side), 2, generator, "meta", draw_conds))
+        without_waits(lambda: loader.paths.start(encode))
 
     def losses(batch):
-        x_0, cond = batch["x_0"], batch["cond"]
-        sample = step.sample(x_0.shape, generator, "meta")
+        walkers = {"walkers": batch["walkers"]} if is_path else {}
+        sample = step.sample(x_0.shape, generator, "meta", **walkers)
         batch["timesteps"] = sample.timesteps
-        return step.losses(x_0, cond, null_condition(cond), sample)
+        return step.losses(None if is_path else x_0, cond, null_condition(cond), sample)
 
     def look(numbers):
         assert all(number.is_meta and number.ndim == 0 for number in numbers)
@@ -217,13 +242,13 @@ def test_training_waits_once_a_step(config, side, method, tmp_path, monkeypatch)
     monkeypatch.setattr(TrainState, "save", lambda self, keep: None)
     optimizers = build_optimizers(distill_config, step)
     scaler = loss_scaler("cpu", True)
-    state = TrainState(
-        tmp_path, step.modules, optimizers, generator, Loader(config, side), {}, scaler=scaler
-    )
+    state = TrainState(tmp_path, step.modules, optimizers, generator, loader, {}, scaler=scaler)
     train_config = loop.TrainConfig(steps, lambda i: 1.0)
     without_waits(lambda: loop.fit(state, train_config, losses, step.after_step))
-    parts = 1 + (method == "adv") * 2 + method.startswith("tdm")
+    parts = 1 + METHODS[method].adv * 2 + method.startswith("tdm")
     assert looks == [parts + len(optimizers)] * steps
+    if is_path and config is TINY:
+        assert len(begun) > 8
 
 
 def unfused(adamw, parameters, *args, fused, **kwargs):

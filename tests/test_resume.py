@@ -159,6 +159,7 @@ MAY_CHANGE = [
     "output",
     "sample_prompts",
     "lr",
+    "k_lr",
     "adv_lr",
     "fake_lr",
     "warmup",

@@ -166,6 +166,23 @@ def test_optimizers_are_the_papers(folder):
     }
 
 
+def test_samples_of_k_steps_are_told_the_nearest_k(folder):
+    """The network that pictures are drawn with, of TDD's moving average and of TDM's student."""
+    (x_t, cond), t = example(2), torch.tensor([999, 499])
+    average = tiny_tdd(folder, told_ks=KS, mu=0.9)
+    for p in average.target_net.parameters():
+        p.mul_(0.5)
+    matching = tiny_tdm(folder, Ks=KS, told_ks=KS)
+    for nets, network in ((average, average.target_net), (matching, matching.student)):
+        for k, K in ((1, 4), (5, 4), (6, 6), (25, 8)):
+            eps, _ = nets.sampler(k)
+            ids = torch.tensor([[64, 80, 8 * K, 0, 64, 64]]).repeat(2, 1)
+            expected = network(x_t, t, {**cond, "time_ids": ids})
+            assert torch.equal(eps(x_t, t, cond), expected)
+            other = network(x_t, t, {**cond, "time_ids": ids - 8 * (torch.arange(6) == 2)})
+            assert not torch.allclose(other, expected, rtol=1e-3)
+
+
 def test_vectors_of_k_have_a_rate_of_their_own(folder):
     """linear_1's second factor alone, without decay, in the student and in TDM's fake score."""
     words = ["--model", folder, "--data", folder, "--weight-decay", 0.01, "--k-lr", 3e-4]

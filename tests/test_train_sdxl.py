@@ -1,6 +1,5 @@
 """train_sdxl.py as its users run it: two processes, kills, caches, bad data, files for others."""
 
-import contextlib
 import io
 import itertools
 import json
@@ -33,13 +32,11 @@ from sdxl.pipeline import null_condition
 from tdd import StepSample
 from tests.helpers import ALPHA, SIGMA, equation_22
 from tests.oracles import Reference, Theirs, drawn, example, full_student, ours, tiny_tdd, tiny_tdm
+from tests.runs import ENVIRONMENT, HERE, command, killed, run, same_end, stderr_of, steps_of
 from training import preview
 from training.checkpoint import checkpoint_step, checkpoints
 from training.distill import FullNetwork, TDDStepSample
 from training.streams import Loader, Prompts
-
-HERE = Path(__file__).parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def picture(i, kind="PNG"):
@@ -69,69 +66,6 @@ def shards(tmp_path_factory):
     whole = (root / "002.tar").read_bytes()
     (root / "002.tar").write_bytes(whole[: len(whole) * 2 // 5])
     return root
-
-
-def command(folder, shards, output, *words, processes=1):
-    """The command line of a short run on the tiny SDXL."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        start += ["--master-port", str(29500 + os.getpid() % 2000)]
-    flags = {"model": folder, "data": shards, "output": output, "resolution": 64, "batch-size": 2,
-             "grad-accum": 1, "steps": 8, "save-every": 2, "sample-every": 0, "workers": 1,
-             "device": "cpu", "dtype": "float32", "lr": 1e-3, "rank": 4,
-             "lora-alpha": 4}  # fmt: skip
-    listed = [word for k, v in flags.items() for word in (f"--{k}", str(v))]
-    return [*start, str(HERE / "train_sdxl.py"), *listed, *map(str, words)]
-
-
-def stderr_of(done):
-    """Our own line on stderr, or the end of it."""
-    own = [line for line in done.stderr.splitlines() if "train_sdxl.py: " in line]
-    return own or done.stderr[-2000:]
-
-
-def run(call):
-    return subprocess.run(call, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-
-
-def steps_of(log):
-    """The lines of a log that are a step's, as dicts; notes stand between them."""
-    lines = [json.loads(line) for line in log.read_text().splitlines(True) if line.endswith("\n")]
-    return [line for line in lines if "loss" in line]
-
-
-def killed(call, log, lines):
-    """Start a run, kill it and all its children once it has logged so many steps."""
-    child = subprocess.Popen(
-        call, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        for _ in range(1200):
-            if log.exists() and len(steps_of(log)) >= lines:
-                break
-            assert child.poll() is None
-            time.sleep(0.05)
-    finally:
-        # torchrun's workers are sessions of their own: all are found by what they were called with.
-        for entry in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                if f"\0{log.parent}\0".encode() in entry.read_bytes():
-                    os.kill(int(entry.parent.name), signal.SIGKILL)
-        child.wait()
-    assert len(steps_of(log)) < 8
-
-
-def same_end(a, b, names=("lora.safetensors", "lora_kohya.safetensors")):
-    """Bit by bit the same weights, moments, generators, positions and exported files."""
-    for name in (*names, "checkpoint-8/state.safetensors"):
-        (one, about), (other, too) = (files.read_tensors(x / name) for x in (a, b))
-        assert one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
-        assert about == too
-    one, other = (json.loads((x / "checkpoint-8" / "config.json").read_text()) for x in (a, b))
-    assert one["positions"] == other["positions"]
-    one, other = (steps_of(x / "log.jsonl") for x in (a, b))
-    assert [x["loss"] for x in one] == [x["loss"] for x in other]
 
 
 # ------------------------------------------------------------------------------ several processes
@@ -222,7 +156,7 @@ for step in range(2):
 networks = nets.student, nets.target_net
 found = [[distributed.gather_full(p) for p in m.parameters()] for m in networks]
 torch.save(found, f"{out}/whole-{{rank}}")
-nets = tiny_tdm(Path({folder!r}), "num_steps", Ks=(2, 4), fake_weight="exact")
+nets = tiny_tdm(Path({folder!r}), Ks=(2, 4), told_ks=(2, 4))
 nets.distribute(distributed.wrap_ddp)
 nets.losses(None, c, null_condition(c), drawn(nets, x_0[half], rank))["total"].backward()
 torch.save([p.grad for m in nets.modules.values() for p in m.parameters()], f"{out}/tdm-{{rank}}")
@@ -239,7 +173,8 @@ def test_two_processes_are_one_on_the_joined_batch(folder, tmp_path):
     assert done.returncode == 0, stderr_of(done)
     nets, (x_0, cond) = tiny_tdd(folder, torch.float64), example(4)
     parts = [vars(drawn(nets, x_0[:2], rank).step) for rank in range(2)]
-    whole = {k: torch.cat([part[k] for part in parts]) for k in parts[0] if k != "guided_rows"}
+    names = ("t_next", "t_n", "tau", "keep_prompt", "noise")
+    whole = {k: torch.cat([part[k] for part in parts]) for k in names}
     draws = StepSample(**whole, guided_rows=whole["keep_prompt"].nonzero()[:, 0])
     nets.losses(x_0, cond, null_condition(cond), TDDStepSample(draws, 3.5))["total"].backward()
     loaded = [torch.load(tmp_path / f"grads-{rank}", weights_only=True) for rank in range(2)]
@@ -268,7 +203,7 @@ def test_two_processes_are_one_on_the_joined_batch(folder, tmp_path):
             assert (p - q).abs().max() <= 1e-3 * change + 1e-7
         assert max(moved) > 1e-3
     # TDM: each process has steps of its own; student and fake score have the mean gradient of both.
-    nets = tiny_tdm(folder, "num_steps", Ks=(2, 4), fake_weight="exact")
+    nets = tiny_tdm(folder, Ks=(2, 4), told_ks=(2, 4))
     for rank, half in enumerate((slice(2), slice(2, 4))):
         c = {k: v[half] for k, v in cond.items()}
         nets.losses(None, c, null_condition(c), drawn(nets, x_0[half], rank))["total"].backward()
@@ -339,11 +274,14 @@ def prompts(tmp_path_factory):
     return path
 
 
+UNIFY = ["--method", "tdm", "--ks", 1, 2, 4, "--loss", "fisher"]
+
+
 @pytest.fixture(scope="module")
 def unified(folder, prompts, tmp_path_factory):
     """A run of TDM-unify in two processes, without a single picture to learn from."""
     output = tmp_path_factory.mktemp("unified")
-    words = ["--method", "tdm", "--ks", 1, 2, 4, "--sample-every", 8, "--loss", "fisher"]
+    words = [*UNIFY, "--sample-every", 8]
     done = run(command(folder, prompts, output, *words, processes=2))
     assert done.returncode == 0, stderr_of(done)
     return output
@@ -354,10 +292,13 @@ def test_tdm_trains_from_prompts_alone(unified):
     assert len(log) == 8 and all(line["fake"] > 0 and not line["skipped"] for line in log)
     assert (unified / "samples" / "step-000008.png").stat().st_size > 10_000
     state, _ = files.read_tensors(unified / "checkpoint-8" / "state.safetensors")
-    moved = {k.split("/")[0] for k, v in state.items() if k.endswith(".up") and v.abs().max() > 0}
+    ups = {k: v for k, v in state.items() if k.endswith("conv1.up")}
+    moved = {k.split("/")[0] for k, v in ups.items() if v.abs().max() > 0}
     assert moved == {"student", "fake"}
-    # Kohya's naming has no place for a scalar embedding.
-    assert not (unified / "lora_kohya.safetensors").exists()
+    # What both are told goes through layers that any program reads.
+    for name in ("lora.safetensors", "lora_kohya.safetensors"):
+        tensors, about = files.read_tensors(unified / name)
+        assert not [k for k in tensors if "told" in k] and about["tdd_told_ks"] == "[1, 2, 4]"
 
 
 @pytest.fixture(scope="module")
@@ -369,20 +310,25 @@ def four(folder, prompts, tmp_path_factory):
     return output
 
 
-def test_tdm_killed_and_resumed_ends_the_same(four, folder, prompts, tmp_path):
-    cut, words = tmp_path / "cut", ["--method", "tdm"]
-    call = command(folder, prompts, cut, *words)
-    killed(call, cut / "log.jsonl", 5)
+def test_tdm_killed_and_resumed_ends_the_same(unified, folder, prompts, tmp_path):
+    """TDM-unify in two processes."""
+    call = command(folder, prompts, tmp_path / "cut", *UNIFY, processes=2)
+    killed(call, tmp_path / "cut" / "log.jsonl", 3)
     done = run([*call, "--resume"])
     assert done.returncode == 0, stderr_of(done)
-    same_end(four, cut)
+    same_end(unified, tmp_path / "cut")
+
+
+def test_tdm_goes_on_with_the_same_prompts_alone(four, folder, prompts, tmp_path):
+    words = ["--method", "tdm", "--steps", 9, "--resume"]
+    shutil.copytree(four, tmp_path / "run")
     other = prompts.with_name("other.txt")
     other.write_text("another prompt")
-    done = run([*command(folder, other, cut, *words), "--steps", "9", "--resume"])
+    done = run(command(folder, other, tmp_path / "run", *words))
     assert done.returncode == 2 and "read its data with prompts 5 (" in done.stderr
     # The same prompts under another name.
     other.write_text(prompts.read_text())
-    done = run([*command(folder, other, cut, *words), "--steps", "9", "--resume"])
+    done = run(command(folder, other, tmp_path / "run", *words))
     assert done.returncode == 0, stderr_of(done)
 
 
@@ -479,9 +425,7 @@ def test_the_whole_unet_is_trained_in_parts_killed_resumed_and_sampled(
     assert "takes a target time: it cannot be a teacher" in refused.stderr
 
 
-def test_tdm_unify_samples_as_diffusers_with_an_embedding(
-    unified, folder, tmp_path, monkeypatch, capsys
-):
+def test_tdm_unify_samples_as_diffusers_with_a_crop(unified, folder, tmp_path, monkeypatch, capsys):
     lora = unified / "lora.safetensors"
     eps, found = their_network(folder, lora), {}
     for k, times in {1: [999], 2: [999, 499], 4: [999, 751, 499, 251]}.items():
@@ -489,20 +433,20 @@ def test_tdm_unify_samples_as_diffusers_with_an_embedding(
         got = ours(monkeypatch, capsys, folder, tmp_path, *words, "--cfg", 1)
         x = torch.randn((1, 4, 8, 9), generator=seeded(0))
         for t, s in itertools.pairwise([*times, -1]):
-            e = eps(x, t, k, g=1.0)
+            e = eps(x, t, K=k, g=1.0)
             x = ALPHA[s + 1] * (x - SIGMA[t + 1] * e) / ALPHA[t + 1] + SIGMA[s + 1] * e
         assert (x - got).abs().max() <= 2e-4 * got.abs().max()
         found[k] = got
-    # --lora FILE:SCALE scales all that the file adds, its scalar embedding included.
+    # --lora FILE:SCALE scales all that the file adds, what it is told included.
     words = ["--prompt", "a red fox", "--gamma", 0, "--steps", 2, "--cfg", 1]
     half = ours(monkeypatch, capsys, folder, tmp_path, "--lora", f"{lora}:0.5", *words)
     eps, x = their_network(folder, lora, 0.5), torch.randn((1, 4, 8, 9), generator=seeded(0))
     for t, s in ((999, 499), (499, -1)):
-        e = eps(x, t, 2, g=1.0)
+        e = eps(x, t, K=2, g=1.0)
         x = ALPHA[s + 1] * (x - SIGMA[t + 1] * e) / ALPHA[t + 1] + SIGMA[s + 1] * e
     assert (x - half).abs().max() <= 2e-4 * half.abs().max()
     labelled = labelled_tcf_s(lora, tmp_path)
-    with pytest.raises(AssertionError, match="number of steps as an input: leave --tcf s away"):
+    with pytest.raises(AssertionError, match="neither a --lora nor a --unet was trained with it"):
         ours(monkeypatch, capsys, folder, tmp_path, "--lora", labelled, *words, "--tcf", "s")
     with pytest.raises(AssertionError, match="was trained with --tcf 1"):
         ours(monkeypatch, capsys, folder, tmp_path, "--lora", lora, *words, "--tcf", "2")
@@ -527,7 +471,7 @@ def seeded(seed):
 
 
 def their_network(folder, lora_file, scale=1.0):
-    """eps(x, t, n) of diffusers' UNet under the LoRA by peft, guided to g; n as Theirs has it."""
+    """eps(x, t, n) of diffusers' UNet under the LoRA by peft, guided to g; n, K as for Theirs."""
     model = load.load_sdxl(folder)
     lora, *_ = read_lora(lora_file, model.unet, model.encoder_1, model.encoder_2)
     for adapter in lora.adapters.values():
@@ -540,11 +484,11 @@ def their_network(folder, lora_file, scale=1.0):
     sizes = torch.tensor([[64, 72, 0, 0, 64, 72]])
 
     @torch.no_grad()
-    def eps(x, t, n=None, g=2.0):
+    def eps(x, t, n=None, g=2.0, K=0):
         t = t.item() if torch.is_tensor(t) else t
         c, u = (
             theirs.eps("student", x, t, {"prompt_embeds": on * tokens, "pooled": on * pooled,
-                                         "time_ids": sizes}, n) for on in (1, 0)
+                                         "time_ids": sizes}, n, K) for on in (1, 0)
         )  # fmt: skip
         return g * c + (1 - g) * u
 
@@ -555,22 +499,29 @@ def test_init_goes_on_from_a_lora(two, folder, prompts, tmp_path):
     """Another method's student as a start: without a learning rate it ends as it began.
 
     alpha / rank is that of the flags, not the file's 1: with it goes what a learning rate means.
+    What it is told of K begins without an effect.
     """
     start = two[0] / "lora.safetensors"
-    words = ["--method", "tdm", "--ks", 2, 4, "--init", start, "--lr", 0, "--steps", 2]
+    words = ["--method", "tdm", "--ks", 2, 4, "--init", start, "--lr", 0, "--k-lr", 0, "--steps", 2]
     done = run(command(folder, prompts, tmp_path, *words, "--lora-alpha", 1))
     assert done.returncode == 0, stderr_of(done)
     state, _ = files.read_tensors(tmp_path / "checkpoint-2" / "state.safetensors")
     name = "down_blocks.0.resnets.0.conv1"
     up = state[f"student/lora.{name.replace('.', '/')}.up"]
-    assert torch.allclose(up, 4 * files.read_tensors(start)[0][f"unet.{name}.lora_B.weight"])
+    assert torch.allclose(up, 4 * files.read_tensors(start)[0][f"unet.{name}.lora.up.weight"])
     (one, _), (other, about) = (
         files.read_tensors(p) for p in (start, tmp_path / "lora.safetensors")
     )
     assert all(torch.allclose(tensor, other[k]) for k, tensor in one.items())
-    assert about["told"] == "K" and {k for k in other if k not in one} == {
-        f"unet.told.linear_{i}.{part}" for i in (1, 2) for part in ("weight", "bias")
+    assert about["tdd_told_ks"] == "[2, 4]" and {k for k in other if k not in one} == {
+        f"unet.add_embedding.linear_{i}.lora.{part}.weight"
+        for i in (1, 2)
+        for part in ("up", "down")
     }
+    x, before = example(1, torch.float32)[0], their_network(folder, start)
+    after = their_network(folder, tmp_path / "lora.safetensors")
+    for K in (2, 4):
+        assert torch.allclose(after(x, 500, K=K), before(x, 500), rtol=1e-4, atol=1e-4)
 
 
 # -------------------------------------------------------------------------------- files for others
@@ -674,12 +625,33 @@ MISTAKES = [
     (["--method", "tdm", "--adv"], "--method tdm has no use for --adv"),
     (["--method", "tdm", "--tcf", "s"], "--method tdm has no use for --tcf"),
     (["--method", "tdm", "--ks", "300", "--data", __file__], "300 steps"),
-    (["--method", "tdm"], "--data"),
+    (["--method", "tdm"], "is a folder: a file of prompts is needed"),
     (["--method", "tdm", "--kmin", "4"], "--method tdm has no use for --kmin"),
     (["--fake-lr", "1"], "--method tdd has no use for --fake-lr"),
     (["--full", "--compile"], "--full is for"),
     (["--full", "--method", "tdm", "--data", __file__], "no use for --full"),
-    (["--ks", "4"], "--method tdd has no use for --ks"),
+    (["--method", "cm", "--ks", "4"], "--method cm has no use for --ks"),
+    (["--ks", "4", "8", "--kmin", "4"], "--ks says what the targets are: leave --kmin away"),
+    (["--ks", "4", "8", "--kmax", "8"], "--ks says what the targets are: leave --kmax away"),
+    (["--ks", "4", "8", "--reach", "250"], "--ks says what the targets are: leave --reach away"),
+    (["--ks", "4", "--no-tell-k"], "--no-tell-k is for several --ks"),
+    (["--ks", "4", "4", "--no-tell-k"], "--no-tell-k is for several --ks"),
+    (["--no-tell-k"], "--no-tell-k is for several --ks"),
+    (["--method", "tdm", "--no-tell-k"], "--no-tell-k is for several --ks"),
+    (["--k-lr", "1e-3"], "--k-lr is for a student that is told which of several --ks is meant"),
+    (["--ks", "4", "--k-lr", "1e-3"], "--k-lr is for a student that is told"),
+    (["--ks", "4", "8", "--no-tell-k", "--k-lr", "1"], "--k-lr is for a student that is told"),
+    (["--method", "tdm", "--k-lr", "1e-3", "--data", __file__], "--k-lr is for a student that is"),
+    (["--ks", "4", "8", "--full"], "--full: K is told to a LoRA: add --no-tell-k"),
+    (["--ks", "4", "251"], "251 steps: from 1 to 250"),
+    (["--ks", "4", "60", "--solver-steps", "50"], "60 steps: from 1 to 50"),
+    (["--ks", "3", "4", "5", "6", "8"], "a rank of 4 is too low to tell 5 K"),
+    (["--ks", "0"], "--ks"),
+    (["--pairs", "teacher"], "is a folder: a file of prompts is needed"),
+    (["--pairs", "teacher", "--data", __file__, "--cache", "x"], "--cache holds images' latents: "),
+    (["--method", "tdm", "--pairs", "teacher"], "--method tdm has no use for --pairs"),
+    (["--method", "tdm", "--pairs", "data"], "--method tdm has no use for --pairs"),
+    (["--pairs", "walkers"], "--pairs"),
     (["--loss", "fisher"], "has no use for --loss"),
     (["--solver", "dpm2m"], "has no use for --solver"),
     (["--init", "nowhere.safetensors"], "nowhere.safetensors is no file"),

@@ -1,4 +1,4 @@
-"""A distillation from its settings: training step, optimizers, and the files it exports."""
+"""A distillation from its settings: training step, optimizers, loss scale."""
 
 import copy
 from dataclasses import dataclass, replace
@@ -127,8 +127,9 @@ def _build_tdm(config: DistillConfig, unet: UNet, device, generator, init_lora) 
     lora = build_lora(config, unet, generator, init_lora).to(device)
     fake_lora = build_lora(config, unet, generator, None).to(device)
     tdm_config = TDMConfig(
-        schedule=sdxl_schedule(), Ks=config.Ks, told_ks=config.told_ks, N=config.solver_steps, w=config.w[0],
-        fake_weight=config.fake_weight, loss=config.loss, make_solver=SOLVERS[config.solver],
+        schedule=sdxl_schedule(), Ks=config.Ks, told_ks=config.told_ks, N=config.solver_steps,
+        w=config.w[0], fake_weight=config.fake_weight, loss=config.loss,
+        make_solver=SOLVERS[config.solver],
     )  # fmt: skip
     return TDMStep(unet, lora, fake_lora, tdm_config)
 
@@ -146,10 +147,14 @@ def build_lora(config: DistillConfig, unet: UNet, generator, init_lora: LoRA | N
     # A file's adapters are at full strength, and stay so under this run's alpha.
     scale = config.alpha / config.rank
     adapters = {name: adapter.scaled(scale) for name, adapter in init_lora.adapters.items()}
-    if config.told_ks and told.LINEAR_1 in adapters:
-        adapters[told.LINEAR_1] = told.KAdapter.of(init_lora.adapters[told.LINEAR_1])
-    elif config.told_ks:
-        adapters |= {name: lora.adapters[name] for name in (told.LINEAR_1, told.LINEAR_2)}
+    if Ks and told.LINEAR_1 in adapters:
+        adapter, reader = init_lora.adapters[told.LINEAR_1], lora.adapters[told.LINEAR_1].down
+        down = adapter.down[: len(Ks)].float()
+        if len(down) < len(Ks) or not torch.allclose(down, reader[: len(Ks)], atol=5e-3):
+            raise ValueError(f"--init changes {told.LINEAR_1}, but not to be told these K")
+        adapters[told.LINEAR_1] = told.KAdapter.of(adapter)
+    if Ks:
+        adapters = {name: lora.adapters[name] for name in (told.LINEAR_1, told.LINEAR_2)} | adapters
     return LoRA(adapters, embedding or lora.scalar_embedding).requires_grad_()
 
 

@@ -49,9 +49,10 @@ class TrainState:
     """Everything that training changes, and what else a checkpoint needs.
 
     modules, optimizers: by name. loader: an endless iterator of batches, with .position (JSON-able)
-    and .bad; of walkers, with .tensors() and .restore too. settings: flags as strings; all but MAY_CHANGE must be the same on resume.
-    export(folder, step, tensors) writes the files for users, on rank 0. counts(): what this process
-    left out or cut so far, by reason, for the log. scaler: of the loss, for fp16.
+    and .bad; one of walkers has .tensors() and .restore() too. settings: flags as strings; all but
+    MAY_CHANGE must be the same on resume. export(folder, step, tensors) writes the files for users,
+    on rank 0. counts(): what this process left out or cut so far, by reason, for the log. scaler:
+    of the loss, for fp16.
     changes: settings that differ from those of the checkpoint that was restored, "old -> new".
     """
 

@@ -10,6 +10,7 @@ from training import distributed
 from training.distill import TDDStep
 
 FIELDS = ("n", "keep_prompt", "w")  # of Walkers, beside x and conds
+DAMAGED = "the checkpoint's walkers are damaged: begin with another --output"
 
 
 class PathLoader(Iterator):
@@ -61,17 +62,22 @@ class PathLoader(Iterator):
         """Go on from a checkpoint; ValueError if it does not fit."""
         walkers = self.walkers
         try:
+            values = {"x": tensors["x"]}
             for name in FIELDS:
-                values = torch.tensor(position[name], dtype=getattr(walkers, name).dtype)
-                getattr(walkers, name).copy_(values)
-            walkers.x.copy_(tensors["x"])
-            walkers.conds = [(cond, name) for cond, name in position["conds"]]
-            fits = len(walkers.conds) == len(walkers.n) and walkers.n.min() >= 0
-            fits = fits and walkers.n.max() < len(walkers.grid) - 1
+                values[name] = torch.tensor(position[name])
+            conds = [(cond, name) for cond, name in position["conds"]]
         except (KeyError, TypeError, ValueError, RuntimeError):
-            fits = False
-        if not fits:
-            raise ValueError("the checkpoint's walkers are damaged: begin with another --output")
+            raise ValueError(DAMAGED) from None
+        fits = len(conds) == len(walkers.n)
+        for name, value in values.items():
+            like = getattr(walkers, name)
+            fits = fits and value.shape == like.shape and value.dtype == like.dtype
+        n = values["n"]
+        if not fits or n.min() < 0 or n.max() > len(walkers.grid) - 2:
+            raise ValueError(DAMAGED)
+        for name, value in values.items():
+            getattr(walkers, name).copy_(value)
+        walkers.conds = conds
 
     @property
     def bad(self) -> int:
@@ -80,3 +86,11 @@ class PathLoader(Iterator):
     @property
     def left_out(self) -> dict[str, int]:
         return {} if self.prompts is None else self.prompts.left_out
+
+
+def prompts_place(position: dict) -> dict:
+    """The prompts' place in a PathLoader's position; ValueError if it has none."""
+    place = position.get("prompts") if isinstance(position, dict) else None
+    if place is None:
+        raise ValueError(DAMAGED)
+    return place
