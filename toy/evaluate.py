@@ -284,7 +284,7 @@ def evaluate(groups: list[Group], ev: Evaluation) -> None:
     for group in groups:
         jobs += [partial(ev.student_rows, group, *job) for job in group_cases(config, group)]
         plain = [i for i, student in enumerate(group.students) if not student.variant]
-        for share in (*SNAPSHOTS, 1.0):
+        for share in (*SNAPSHOTS, 1.0) if plain else ():
             for k in (config.kmin, config.kmax):
                 jobs.append(partial(ev.efficiency_rows, group, plain, share, k))
     for job in tqdm(jobs, desc="evaluate", mininterval=0.5, dynamic_ncols=True):

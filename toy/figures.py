@@ -30,9 +30,10 @@ def draw_all(output: Path, ev: Evaluation, groups: list[Group]) -> None:
     curves(output / "curves.png", ev, main)
     # A picture that this run has nothing for must not stay from the run before.
     (output / "paths.gif").unlink(missing_ok=True)
-    for name in ("trajectories", "guidance", "family", "family_curves", "sweep"):
+    for name in ("trajectories", "guidance", "family", "family_curves", "efficiency", "sweep"):
         (output / f"{name}.png").unlink(missing_ok=True)
-    efficiency(output / "efficiency.png", ev, main)
+    if any(method in main for method, *_ in ev.efficiency):
+        efficiency(output / "efficiency.png", ev, main)
     swept = [method for method in ev.methods if method in SWEPT]
     if swept:
         sweep(output / "sweep.png", ev, swept)
