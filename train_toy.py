@@ -62,7 +62,8 @@ def main(args) -> None:
             }  # fmt: skip
             files.write_json(output / "metrics.json", metrics)
     tables = [ev.table("rmse", gamma) for gamma in GAMMAS] + [ev.table("sw", 0.0)]
-    tables += [ev.efficiency_table(k) for k in (config.kmin, config.kmax) if ev.efficiency]
+    if ev.efficiency:
+        tables += [ev.efficiency_table(k) for k in sorted({config.kmin, config.kmax})]
     if ablation_rows:
         tables += [ablations.table(ablation_rows, metric) for metric in ("rmse", "sw")]
     print("\n\n".join(tables))

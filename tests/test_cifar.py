@@ -392,7 +392,7 @@ def test_a_stage_of_another_version_is_refused(runs, data, tmp_path, monkeypatch
     shutil.copytree(runs[0] / "teacher", tmp_path / "teacher")
     path = tmp_path / "teacher/stage.json"
     stage = json.loads(path.read_text())
-    assert stage["settings"].pop("version") == "3"
+    assert stage["settings"].pop("version") == "4"
     path.write_text(json.dumps(stage))
     for script, words in (
         (cifar_train, flags(tmp_path, data)),
@@ -693,6 +693,3 @@ def test_presets_fill_the_flags():
         size = sum(p.numel() for p in UNet2DConditionModel.from_config(config).parameters())
     # "About 35 million", as asked for.
     assert 30e6 < size < 40e6
-
-
-# ------------------------------------------------------------------------------- the measured run
