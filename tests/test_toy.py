@@ -342,6 +342,10 @@ def test_the_teachers_rows_with_better_solvers():
         samples = ev.samples["teacher", solver, Case(2)]
         expected = rearrange(a_m * x, "(n s) d -> s n d", s=2)
         torch.testing.assert_close(samples.double(), expected, rtol=2e-4, atol=2e-4)
+        table = ev.table("rmse", 0.0).splitlines()
+        (line,) = [line for line in table if line.startswith(f"teacher {solver}")]
+        rows = [ev.find("teacher", Case(k), variant=solver) for k in (2, 5)]
+        assert line.split()[2:] == [f"{row['mean']:.3f}" for row in rows]
 
 
 def test_snapshots_are_the_network_after_so_many_steps():

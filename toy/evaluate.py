@@ -12,7 +12,7 @@ from common import compare
 from common.compare import GAMMAS, W_ADDED, W_HIGH, Case
 from solvers import CLEAN, SOLVERS, ddim, dpmpp_2m, solve
 from tcd import tcf_2
-from tdd import clip_x0, conditioned, gamma_sample, guided
+from tdd import clip_x0, conditioned, equidistant, gamma_sample, guided
 from tdm import with_num_steps
 from toy.config import ToyConfig
 from toy.data import CLASSES, Data, one_hot, rmse, sliced_wasserstein
@@ -76,6 +76,16 @@ class Evaluation:
         )  # fmt: skip
         return rearrange(x, "(n m s) d -> m s n d", m=members, s=config.seeds)
 
+    def solution(self, network: BatchedMLP, k: int, w: float, solver: str) -> Tensor:
+        """x_0 of networks "(m s)" by k steps of one of SOLVERS, guided by w; (m, s, n, 2)."""
+        stops = [*equidistant(k, self.config.N), CLEAN]
+
+        # The gamma-sampler is for one-step solvers: another's whole solution is one jump to it.
+        def jump(model, x_t, t, s, schedule):
+            return solve(model, x_t, stops, schedule, SOLVERS[solver]())
+
+        return self.sample(network, Case(1), w, jump=jump)
+
     def clip(self, x_0: Tensor) -> Tensor:
         """C of Eq. 17, to the square that holds the data; pixels lie in [-1, 1] instead."""
         return self.data.bound * clip_x0(x_0 / self.data.bound)
@@ -108,13 +118,7 @@ class Evaluation:
         """The teacher itself with k guided steps of DDIM, or of another of SOLVERS."""
         w = self.config.w
         if solver:
-            stops = [*compare.case_timesteps(case, self.config.N, 1, 1), CLEAN]
-
-            # The gamma-sampler is for one-step solvers: another's whole solution is one jump to it.
-            def solution(model, x_t, t, s, schedule):
-                return solve(model, x_t, stops, schedule, SOLVERS[solver]())
-
-            x = self.sample(self.teacher, Case(1), w, jump=solution)[0]
+            x = self.solution(self.teacher, case.k, w, solver)[0]
         else:
             x = self.sample(self.teacher, case, w)[0]
         # Guided, an evaluation is two passes. The step to CLEAN is Eq. 16 in any solver.

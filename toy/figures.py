@@ -156,9 +156,10 @@ def efficiency(path: Path, ev: Evaluation, methods: list[str]) -> None:
             rows = [ev.efficiency[method, k, n] for n in steps]
             panel[method] = steps, *_mean_and_std(rows)
         box, ylabel = (100 + i * 500, 100, 440, 440), "" if i else "rmse (log scale)"
-        words = f"{k} steps of sampling", ylabel, steps
-        xlabel = "steps of training (log scale)"
-        compare.curve_panel(figure, box, *words, panel, limits, 16, xlabel, log_x=True)
+        title, xlabel = f"{k} steps of sampling", "steps of training (log scale)"
+        compare.curve_panel(
+            figure, box, title, ylabel, steps, panel, limits, 16, xlabel, log_x=True
+        )
     compare.legend(figure, methods, (1075, 1105), 1115, 17)
     figure.save(path)
 
