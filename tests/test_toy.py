@@ -6,7 +6,6 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from common.compare import Case
 from common.plots import CLASS_COLOURS, Axes
 from tdd import targets_of
 from tests import helpers
-from tests.helpers import SCHEDULE, SIGMA, randn, read_table
+from tests.helpers import SCHEDULE, SIGMA, load_rows, randn
 from toy import ablations, figures, model, students
 from toy import data as toy_data
 from toy import evaluate as toy_eval
@@ -352,7 +351,10 @@ def test_snapshots_are_the_network_after_so_many_steps():
     network = model.BatchedMLP.init(2, SCHEDULE, torch.Generator().manual_seed(5), width=8)
     target, snapshots, after = randn(60, 2).float(), {}, []
     x, t, cond = randn(60, 2, seed=1).float(), torch.arange(60), randn(60, 4, seed=2).float()
-    vector = lambda net: nn.utils.parameters_to_vector(net.parameters()).detach().clone()  # noqa: E731
+
+    def vector(net):
+        return nn.utils.parameters_to_vector(net.parameters()).detach().clone()
+
     model.train(
         network, lambda: (network(x, t, cond) - target).square().mean(1), 30, 1e-2, "test",
         on_step_end=lambda: after.append(vector(network)), snapshots=snapshots,
@@ -441,25 +443,6 @@ def test_reach_is_the_targets_e():
     assert rows[18]["per_seed"] == pytest.approx(expected, rel=1e-4)
 
 
-def load_rows(path):
-    result = json.loads(path.read_text())
-    fields = {"method", "variant", "k", "gamma", "schedule", "w", "tune", "clip_steps", "passes",
-              "metric", "per_seed", "mean", "std"}  # fmt: skip
-    assert all(set(row) == fields for row in result["rows"])
-
-    def per_seed(method, ks=(4, 5, 6, 7, 8), metric="rmse", **case):
-        """The mean over ks of a metric, for each seed."""
-        w = result["settings"]["guidance"] - 1 if method == "teacher" else 0.0
-        plain = {"variant": "", "gamma": 0.0, "schedule": "equidistant", "w": w, "tune": None,
-                 "clip_steps": 0, "method": method, "metric": metric}  # fmt: skip
-        match = {**plain, **case}
-        rows = [r for r in result["rows"] if match.items() <= r.items() and r["k"] in ks]
-        assert len(rows) == len(ks)
-        return np.mean([row["per_seed"] for row in rows], axis=0)
-
-    return result, per_seed
-
-
 def test_quick_run_end_to_end(monkeypatch, capsys, tmp_path):
     """The whole script; even 500 steps put TDD well below CM, and below the 4-step teacher."""
     code, out, err = run_script(monkeypatch, capsys, "--quick", "--output", tmp_path)
@@ -526,171 +509,3 @@ def check_efficiency(result, rmse, out):
     line = next(x for x in table if x.startswith("tdd "))
     values = [f"{rows['tdd', 4, steps]:.3f}" for steps in (17, 50, 167, 500)]
     assert line.split() == ["tdd", *values]
-
-
-def test_measured_default_run_meets_its_claims():
-    """The figures behind the docs, in every seed; docs/toy.json is the run's metrics.json."""
-    result, rmse = load_rows(Path(__file__).parent.parent / "docs" / "toy.json")
-    defaults = vars(train_toy.parser().parse_args([]))
-    # The ablations change nothing of the rest.
-    free = ("output", "ablations")
-    assert {k: v for k, v in result["settings"].items() if k in defaults and k not in free} == {
-        k: v for k, v in defaults.items() if k not in free
-    }
-    assert (rmse("tdd") <= 0.70 * rmse("tcd")).all()
-    assert (rmse("tdd") <= 0.45 * rmse("cm")).all()
-    assert (rmse("tdd", gamma=0.2) <= 0.70 * rmse("tcd", gamma=0.2)).all()
-    assert (rmse("tdd", [4]) <= 0.50 * rmse("teacher", [4])).all()
-    for k in (4, 8):
-        for w, most in ((2.0, 0.70), (0.0, 1.05)):
-            with_null, without = (
-                rmse(method, [k], variant="w'=1", w=w) for method in ("tdd", "tdd_rho0")
-            )
-            assert (with_null <= most * without).all()
-    for k in (5, 6, 7):
-        assert (rmse("tdd", [k], schedule="nonequidistant") <= 0.90 * rmse("tdd", [k])).all()
-    for solver in ("dpm++2m", "dpm++2s"):
-        assert (rmse("tdd", [4]) <= 0.40 * rmse("teacher", [4], variant=solver)).all()
-    after = {
-        (r["method"], r["k"], r["steps"]): np.array(r["per_seed"]) for r in result["efficiency"]
-    }
-    for k, of_tcd in ((4, 0.85), (8, 0.80)):
-        assert (after["tdd", k, 300] <= of_tcd * after["tcd", k, 3000]).all()
-        assert (after["tdd", k, 300] <= 0.55 * after["cm", k, 3000]).all()
-    # Here it is not ahead: docs/results-2d.md says so.
-    for steps in (100, 300, 1000, 3000):
-        assert (after["tdd", 4, steps] > after["pcm4", 4, steps]).all()
-
-
-def test_measured_default_run_misses_what_the_docs_say_it_does():
-    """docs/results-2d.md, "What does not hold", in every seed, and Eqs. 13 and 14 in the mean."""
-    _, rmse = load_rows(Path(__file__).parent.parent / "docs" / "toy.json")
-    assert (rmse("tdd") > 1.6 * rmse("pcm4")).all()
-    assert (rmse("tdd", gamma=0.2) > 1.2 * rmse("tdd_eta0", gamma=0.2)).all()
-    for k in (5, 6, 7):
-        other = rmse("tdd", [k], gamma=0.2, schedule="nonequidistant")
-        assert (other > rmse("tdd", [k], gamma=0.2)).all()
-    for solver in ("dpm++2m", "dpm++2s"):
-        assert (rmse("tdd", [8]) < 0.9 * rmse("teacher", [8], variant=solver)).all()
-    page = Path(__file__).parent.parent / "docs" / "results-2d.md"
-    words = " ".join(page.read_text(encoding="utf-8").split())
-    for method, variant in (("pcm4", "w'=5"), ("tcd", "w'=2..8"), ("tdd", "w'=5")):
-        tuned = [
-            rmse(method, [4], "rmse_teacher", variant=variant, w=w, tune=5.0).mean()
-            for w in (1.0, 2.0, 3.0)
-        ]
-        assert ", ".join(f"{x:.2f}" for x in tuned) in words
-
-
-def test_measured_run_of_the_family_is_what_the_docs_say():
-    """In every seed; the claims that do not hold are in the docs, and here as well."""
-    result, rmse = load_rows(Path(__file__).parent.parent / "docs" / "toy.json")
-    # With the target time as input the network has no compromise to make: flat over k, TCD as well.
-    assert (rmse("tdd", [8]) >= 1.5 * rmse("tdd", [4])).all()
-    assert (rmse("tdds", [8]) <= rmse("tdds", [4])).all()
-    assert (rmse("tdds") <= 0.65 * rmse("tdd")).all() and (rmse("tdds") <= 0.09).all()
-    assert (rmse("tcds") <= 0.65 * rmse("tcd")).all()
-    # TCF(2) helps, at two passes a step.
-    for method in ("tcd", "tdd"):
-        assert (rmse(f"{method}2") <= 0.75 * rmse(method)).all()
-    # TDM against TDD in distribution, at no more passes: TDD is nearer.
-    assert (rmse("tdm4", [4], "sw") >= 1.8 * rmse("tdd", [4], "sw")).all()
-    assert (rmse("tdm4", [4], "sw") <= 0.70 * rmse("teacher", [4], "sw")).all()
-    ablations = {(row["name"], row["k"]): np.array(row["per_seed"]) for row in result["ablations"]}
-    unify, plain = ([ablations[name, k] for k in (1, 2)] for name in ("TDM-unify", "not told K"))
-    assert (np.array(unify) < plain).all()
-    surrogate = "no surrogate (Eq. 6, DMD's normaliser)"
-    assert (ablations["TDM-unify", 1] < ablations[surrogate, 1]).all()
-    assert (ablations["TDM-unify", 1] < 0.4 * ablations["not unified: TDM-4", 1]).all()
-    paper, none = (ablations[f"weight: {x}", 4] for x in ("the paper's density ratio", "none"))
-    assert (paper > 2 * none).all()
-    assert (ablations["LCM and 100 steps of TDM", 4] < 0.75 * ablations["LCM", 4]).all()
-
-
-def assert_cells(cells, values, spread=False):
-    for cell, each in zip(cells, values, strict=True):
-        mean, *deviation = map(float, cell.split("±"))
-        assert mean == pytest.approx(np.mean(each), abs=5.1e-4)
-        assert not deviation or deviation[0] == pytest.approx(np.std(each, ddof=1), abs=5.1e-4)
-        assert bool(deviation) >= spread
-
-
-def test_the_tables_are_the_measured_run():
-    result, per_seed = load_rows(Path(__file__).parent.parent / "docs" / "toy.json")
-    ks = (1, 2, 4, 5, 6, 7, 8)
-
-    names = {"teacher, guided DDIM": "teacher", "CM / LCM": "cm", "PCM-4": "pcm4", "PCM-8": "pcm8",
-             "TCD / CTM": "tcd", "TDD": "tdd", "TDD, eta = 0": "tdd_eta0"}  # fmt: skip
-    for gamma, after in ((0.0, "Distance (rmse) to where"), (0.2, "The same with gamma = 0.2")):
-        table = read_table("docs/results-2d.md", after)
-        for name, method in names.items():
-            values = [per_seed(method, [k], gamma=gamma) for k in ks]
-            assert_cells(table.pop(name), values, spread=gamma == 0)
-        (other,) = table.values()
-        more = {"gamma": gamma, "schedule": "nonequidistant"}
-        assert_cells(other[3:6], [per_seed("tdd", [k], **more) for k in (5, 6, 7)])
-    table = read_table("docs/results-2d.md", "**The teacher with DPM-Solver++**")
-    assert len(table) == 2
-    for name, cells in table.items():
-        solver = {"M": "dpm++2m", "S": "dpm++2s"}[name[-2]]
-        assert_cells(cells, [per_seed("teacher", [k], variant=solver) for k in ks], spread=True)
-    table = read_table("docs/results-2d.md", "**Distance after so many steps")
-    rows = {(r["method"], r["k"], r["steps"]): r["per_seed"] for r in result["efficiency"]}
-    assert len(table) == 6
-    for name, cells in table.items():
-        cases = [(names[name], k, steps) for k in (4, 8) for steps in (100, 300, 1000, 3000)]
-        assert_cells(cells, [rows[case] for case in cases])
-    table = read_table("docs/results-2d.md", "**More steps and more noise**")
-    assert len(table) == 4
-    for name, cells in table.items():
-        method = name[:3].lower() + ("s" if "S+" in name else "")
-        cases = [(k, 0.0) for k in (12, 16, 20)]
-        cases += [(k, gamma) for k in (4, 8) for gamma in (0.0, 0.2, 0.5, 1.0)]
-        assert_cells(cells, [per_seed(method, [k], gamma=gamma) for k, gamma in cases])
-    table = read_table("docs/results-2d.md", "**TDD by its reach e**")
-    ablations = {(row["name"], row["k"]): row["per_seed"] for row in result["ablations"]}
-    assert len(table) == 4
-    for name, cells in table.items():
-        assert_cells(cells, [ablations[f"TDD, {name}", k] for k in (4, 5, 6, 7, 8)], spread=True)
-    table = read_table("README.md", "## The 2-D result")
-    assert len(table) == 5
-    for name, cells in table.items():
-        assert_cells(cells, [per_seed(names[name], [k]) for k in (4, 5, 6, 7, 8)])
-    siblings = "docs/tcd-and-tdm.md"
-    table = read_table(siblings, "**TCF on the spirals**")
-    for family in ("tcd", "tdd"):
-        for function, tail in (("1", ""), ("2", "2"), ("S+", "s")):
-            cells = table.pop(f"{family.upper()}, TCF({function})")
-            assert_cells(cells, [per_seed(family + tail, [k]) for k in ks])
-    assert not table
-    table = read_table(siblings, "**TDM on the spirals**")
-    plain, _ = load_rows(Path(__file__).parent.parent / "docs" / "toy_unguided.json")
-    names |= {"teacher": "teacher", "TDM-4": "tdm4", "TDM-unify (1, 2, 4)": "tdm_unify"}
-    for name, cells in table.items():
-        assert_cells(cells[:4], [per_seed(names[name], [k], "sw") for k in (1, 2, 4, 8)])
-        for k, cell in zip((1, 2, 4, 8), cells[5:], strict=True):
-            fields = {"method": names[name], "k": k, "gamma": 0.0, "metric": "sw", "w": 0.0,
-                      "variant": "", "schedule": "equidistant", "clip_steps": 0}  # fmt: skip
-            (row,) = [row for row in plain["rows"] if fields.items() <= row.items()]
-            assert_cells([cell], [row["per_seed"]])
-    rows = {(row["name"], row["k"]): row["per_seed"] for row in result["ablations"]}
-    table = read_table(siblings, "**TDM's ablations**")
-    row_names = {
-        "without the input K": "not told K",
-        "TDM-4, the paper's importance weight": "weight: the paper's density ratio",
-        "TDM-4, its 1/d-th power (the published code)": "weight: its 1/d-th power",
-        "TDM-4, no weight": "weight: none",
-        "TDM-4, matching clean samples": "matching clean samples",
-        "TDM-4, Fisher's divergence (*)": "Fisher's divergence",
-        "TDM-4, student and fake score in one step, as on SDXL here":
-            "student and fake score at once",
-        "TDM-4 trained with DDIM, sampled with DDIM": "trained with ddim, sampled with ddim",
-        # Of two rows by this name the table gives the last.
-        ".. sampled with DPM-Solver++(2M)": "trained with dpm++2m, sampled with dpm++2m",
-        "TDM-4 trained with DPM-Solver++(2M), sampled with DDIM":
-            "trained with dpm++2m, sampled with ddim",
-        "LCM, sampled deterministically": "LCM",
-    }  # fmt: skip
-    for name, cells in table.items():
-        name, ks = row_names.get(name, name), [k for k, cell in zip((1, 2, 4), cells) if cell]
-        assert_cells(filter(None, cells[:3]), [rows[name, k] for k in ks], True)
