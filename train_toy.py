@@ -94,7 +94,7 @@ def parser() -> cli.Parser:
     flag(
         "--ablations",
         action="store_true",
-        help="reach e of Eq. 7, and TDM's Tables 5-8 and Fig. 8: 5 minutes more",
+        help="reach e of Eq. 7, and TDM's Tables 5-8 and Fig. 8: 3 to 4 minutes more",
     )
     flag("--steps", type=cli.positive_int, default=3000, help="steps of teacher and students")
     flag("--seeds", type=cli.positive_int, default=3, help="number of teachers, each distilled")
