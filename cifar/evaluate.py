@@ -161,12 +161,12 @@ class Evaluation:
         features, _ = classify(classifier, train[0], config.device)
         self.scale = (moments(features)[1].trace() / 100).sqrt()
         self.data_reference = reference(features / self.scale)
+        # (k, gamma, schedule) -> samples from this noise as if every jump were exact.
+        self.exact: dict[tuple, Tensor] = {}
         # The row of the test pictures: smaller distances than theirs mean nothing. As few training
         # pictures stand for the teacher as there will be samples of it.
         n = config.samples
         images, label = test
-        # (k, gamma, schedule) -> samples from this noise as if every jump were exact.
-        self.exact: dict[tuple, Tensor] = {}
         self._set_teacher_reference(None, self._classify(train[0][:n])[0])
         features, predictions = self._classify(images)
         correct = predictions == label

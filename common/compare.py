@@ -127,7 +127,7 @@ def curve_panel(
     """
     ticks = np.outer([0.001, 0.01, 0.1, 1, 10, 100], [1, 2, 5]).flatten()
     ticks = ticks[(ylim[0] < ticks) & (ticks < ylim[1])]
-    margin = 0.04 * (ks[-1] - ks[0])
+    margin = 0.04 * (ks[-1] - ks[0]) or 0.3
     xlim = (ks[0] / 1.2, ks[-1] * 1.2) if log_x else (ks[0] - margin, ks[-1] + margin)
     axes = Axes(figure, box, xlim, ylim, log_y=True, log_x=log_x)
     axes.frame(title, xlabel, ylabel, ks, ticks, size)

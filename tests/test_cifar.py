@@ -393,7 +393,7 @@ def test_a_stage_of_another_version_is_refused(runs, data, tmp_path, monkeypatch
     shutil.copytree(runs[0] / "teacher", tmp_path / "teacher")
     path = tmp_path / "teacher/stage.json"
     stage = json.loads(path.read_text())
-    assert stage["settings"].pop("version") == "3"
+    assert stage["settings"].pop("version") == "4"
     path.write_text(json.dumps(stage))
     for script, words in (
         (cifar_train, flags(tmp_path, data)),
@@ -401,7 +401,7 @@ def test_a_stage_of_another_version_is_refused(runs, data, tmp_path, monkeypatch
     ):
         code, _, err = run(script, monkeypatch, capsys, *words)
         assert code == 2 and err.count("\n") == 1
-        assert "teacher was made with version 1, not 3" in err
+        assert "teacher was made with version 1, not 4" in err
 
 
 def test_students_of_another_teacher_are_refused(runs, data, tmp_path):
@@ -695,6 +695,3 @@ def test_presets_fill_the_flags():
         size = sum(p.numel() for p in UNet2DConditionModel.from_config(config).parameters())
     # "About 35 million", as asked for.
     assert 30e6 < size < 40e6
-
-
-# ------------------------------------------------------------------------------- the measured run

@@ -120,7 +120,9 @@ def test_what_a_file_says_of_k(runs):
     assert json.loads(headers["tdd_k4"]["told_ks"]) == [4, 5, 6]
     assert json.loads(headers["tdd_k"]["told_ks"]) == [1, 2, 3, 4, 5, 6]
     assert "told_ks" not in headers["tdd_k4_blind_data"]
-    assert headers["tdd_k4"]["pairs"] == "teacher" and headers["tdd_k4_blind_data"]["pairs"] == "data"
+    assert (
+        headers["tdd_k4"]["pairs"] == "teacher" and headers["tdd_k4_blind_data"]["pairs"] == "data"
+    )
 
 
 @pytest.mark.parametrize(

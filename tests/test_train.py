@@ -581,16 +581,16 @@ def test_another_models_state_is_refused(tmp_path):
         state.restore(tmp_path / "checkpoint-1", {"step": 1})
 
 
-@pytest.mark.parametrize("version", [None, 2, 4])
+@pytest.mark.parametrize("version", [None, 3, 5])
 def test_checkpoints_of_another_version_are_refused(version, tmp_path):
     state, losses, _ = stub_state(tmp_path)
     loop.fit(state, config(1), losses)
     path = tmp_path / "checkpoint-1" / "config.json"
     content = json.loads(path.read_text())
-    assert content["settings"].pop("checkpoint_version") == 3
+    assert content["settings"].pop("checkpoint_version") == 4
     if version is not None:
         content["settings"]["checkpoint_version"] = version
     path.write_text(json.dumps(content))
-    message = rf"checkpoint-version {version or 1}, not 3: resume it .* another --output$"
+    message = rf"checkpoint-version {version or 1}, not 4: resume it .* another --output$"
     with pytest.raises(ValueError, match=message):
         stub_state(tmp_path, resume=True)

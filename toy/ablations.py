@@ -7,8 +7,7 @@ from torch import Tensor
 
 from common import compare
 from common.compare import NAMES, Case, format_table
-from solvers import CLEAN, SOLVERS, ddim, solve
-from tdd import equidistant, targets_of
+from tdd import targets_of
 from toy.data import Data, rmse
 from toy.evaluate import Evaluation, seed_statistics
 from toy.model import BatchedMLP
@@ -115,15 +114,11 @@ def ablate_beyond(groups: list[Group], ev: Evaluation, data: Data, rows: list[di
 
 def distance(ev: Evaluation, network: BatchedMLP, k: int, w: float, solver: str) -> Tensor:
     """Sliced Wasserstein distance of k deterministic steps to the teacher guided by w; (s,)."""
-
-    def solution(model, x_t, t, s, schedule):
-        timesteps = [*equidistant(k, ev.config.N), CLEAN]
-        return solve(model, x_t, timesteps, schedule, SOLVERS[solver]())
-
-    # The gamma-sampler is for one-step solvers: another's whole solution is one jump to it.
-    case, jump = (Case(k), ddim) if solver == "ddim" else (Case(1), solution)
-    x = ev.sample(network, case, 0.0, jump=jump)[0]
-    return ev.sw(x, ev.reference(case, 0.0, w))
+    if solver == "ddim":
+        x = ev.sample(network, Case(k), 0.0)[0]
+    else:
+        x = ev.solution(network, k, 0.0, solver)[0]
+    return ev.sw(x, ev.reference(Case(k), 0.0, w))
 
 
 def table(rows: list[dict], metric: str) -> str:

@@ -12,11 +12,11 @@ from common import compare
 from common.compare import GAMMAS, W_ADDED, W_HIGH, Case
 from solvers import CLEAN, SOLVERS, ddim, dpmpp_2m, solve
 from tcd import tcf_2
-from tdd import clip_x0, conditioned, gamma_sample, guided
+from tdd import clip_x0, conditioned, equidistant, gamma_sample, guided
 from tdm import nearest
 from toy.config import ToyConfig
 from toy.data import CLASSES, Data, one_hot, rmse, sliced_wasserstein
-from toy.model import SNAPSHOTS, BatchedMLP
+from toy.model import BatchedMLP
 from toy.students import PLAIN, Group, Student
 
 # ------------------------------------------------------------------------------------ evaluation
@@ -92,6 +92,16 @@ class Evaluation:
 
         return model
 
+    def solution(self, network: BatchedMLP, k: int, w: float, solver: str) -> Tensor:
+        """x_0 of networks "(m s)" by k steps of one of SOLVERS, guided by w; (m, s, n, 2)."""
+        stops = [*equidistant(k, self.config.N), CLEAN]
+
+        # The gamma-sampler is for one-step solvers: another's whole solution is one jump to it.
+        def jump(model, x_t, t, s, schedule):
+            return solve(model, x_t, stops, schedule, SOLVERS[solver]())
+
+        return self.sample(network, Case(1), w, jump=jump)
+
     def clip(self, x_0: Tensor) -> Tensor:
         """C of Eq. 17, to the square that holds the data; pixels lie in [-1, 1] instead."""
         return self.data.bound * clip_x0(x_0 / self.data.bound)
@@ -124,17 +134,12 @@ class Evaluation:
         """The teacher itself with k guided steps of DDIM, or of another of SOLVERS."""
         w = self.config.w
         if solver:
-            stops = [*compare.case_timesteps(case, self.config.N, 1, 1), CLEAN]
-
-            # The gamma-sampler is for one-step solvers: another's whole solution is one jump to it.
-            def solution(model, x_t, t, s, schedule):
-                return solve(model, x_t, stops, schedule, SOLVERS[solver]())
-
-            x = self.sample(self.teacher, Case(1), w, jump=solution)[0]
+            x = self.solution(self.teacher, case.k, w, solver)[0]
         else:
             x = self.sample(self.teacher, case, w)[0]
         # Guided, an evaluation is two passes. The step to CLEAN is Eq. 16 in any solver.
-        passes = 2 * (2 * case.k - 1 if solver in TWO_EVALUATIONS else case.k)
+        evaluations = 2 * case.k - 1 if solver in TWO_EVALUATIONS else case.k
+        passes = evaluations * (1 if w == 0 else 2)
         self._add_rows("teacher", solver, case, w, x, self.reference(case, 0.0, w), passes)
 
     def student_rows(self, group: Group, indices: list[int], case: Case) -> None:
@@ -217,8 +222,8 @@ class Evaluation:
         steps = sorted({steps for _, _, steps in self.efficiency})
         lines = []
         for method in dict.fromkeys(method for method, *_ in self.efficiency):
-            rows = [self.efficiency[method, k, n] for n in steps]
-            lines.append((method, [f"{row['mean']:.3f}" for row in rows]))
+            rows = [self.efficiency.get((method, k, n)) for n in steps]
+            lines.append((method, [f"{row['mean']:.3f}" if row else "" for row in rows]))
         return compare.format_table(f"rmse, k = {k}, after", steps, lines, 21, 13, "{} steps")
 
     def noise_floor(self) -> dict:
@@ -265,6 +270,11 @@ def main_cases(config: ToyConfig) -> list[Case]:
     return cases
 
 
+def more_steps(config: ToyConfig) -> list[int]:
+    """Those of MORE_STEPS that are more than students are trained for and that the grid has."""
+    return [k for k in MORE_STEPS if config.kmax < k <= config.N]
+
+
 def group_cases(config: ToyConfig, group: Group) -> list[tuple[list[int], Case]]:
     """All cases of a group, each with the indices of its students."""
     plain = [i for i, student in enumerate(group.students) if not student.variant]
@@ -286,10 +296,9 @@ def group_cases(config: ToyConfig, group: Group) -> list[tuple[list[int], Case]]
         # Between kmin and kmax the other schedule is TDD's own question.
         jobs = [job for job in jobs if job[1].schedule == "equidistant"]
     swept = [i for i in plain if group.students[i].method in SWEPT]
-    jobs += [(swept, Case(k)) for k in MORE_STEPS]
+    jobs += [(swept, Case(k)) for k in more_steps(config)]
     jobs += [(swept, Case(k, gamma)) for gamma in SWEEP_GAMMAS for k in (config.kmin, config.kmax)]
-    # Of students that this run has, and steps that the grid has.
-    return [(who, case) for who, case in jobs if who and case.k <= config.N]
+    return [job for job in jobs if job[0]]  # of students that this run has
 
 
 def evaluate(groups: list[Group], ev: Evaluation) -> None:
@@ -302,8 +311,9 @@ def evaluate(groups: list[Group], ev: Evaluation) -> None:
     for group in groups:
         jobs += [partial(ev.student_rows, group, *job) for job in group_cases(config, group)]
         plain = [i for i, student in enumerate(group.students) if not student.variant]
-        for share in (*SNAPSHOTS, 1.0):
-            for k in (config.kmin, config.kmax):
+        # A training of a few steps has no snapshot of some shares.
+        for share in (*group.snapshots, 1.0) if plain else ():
+            for k in sorted({config.kmin, config.kmax}):
                 jobs.append(partial(ev.efficiency_rows, group, plain, share, k))
     for job in tqdm(jobs, desc="evaluate", mininterval=0.5, dynamic_ncols=True):
         job()

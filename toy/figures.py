@@ -15,7 +15,7 @@ from common.compare import COLOURS, GAMMAS, NAMES, W_ADDED, W_HIGH, Case
 from common.plots import CLASS_COLOURS, FAINT, GREY, INK, Axes, Figure
 from solvers import CLEAN
 from tdd import guided, sample_step
-from toy.evaluate import MORE_STEPS, SWEEP_GAMMAS, SWEPT, Evaluation
+from toy.evaluate import SWEEP_GAMMAS, SWEPT, Evaluation, more_steps
 from toy.students import Group, Student
 
 # The methods of the two sibling papers have pictures of their own, beside TCD and TDD.
@@ -30,9 +30,11 @@ def draw_all(output: Path, ev: Evaluation, groups: list[Group]) -> None:
     curves(output / "curves.png", ev, main)
     # A picture that this run has nothing for must not stay from the run before.
     (output / "paths.gif").unlink(missing_ok=True)
-    for name in ("trajectories", "guidance", "family", "family_curves", "sweep"):
+    for name in ("trajectories", "guidance", "family", "family_curves", "sweep", "efficiency"):
         (output / f"{name}.png").unlink(missing_ok=True)
-    efficiency(output / "efficiency.png", ev, main)
+    trained = {method for method, *_ in ev.efficiency}
+    if not trained.isdisjoint(main):
+        efficiency(output / "efficiency.png", ev, [m for m in main if m in trained])
     swept = [method for method in ev.methods if method in SWEPT]
     if swept:
         sweep(output / "sweep.png", ev, swept)
@@ -48,8 +50,8 @@ def draw_all(output: Path, ev: Evaluation, groups: list[Group]) -> None:
                 students[student.method] = student_paths(ev, main_group.select([i]))
         trajectories(output / "trajectories.png", ev, exact, students)
         moving_paths(output / "paths.gif", ev, exact, students)
-    if any(variant or case.clip_steps for _, variant, case, _ in ev.rows):
-        guidance(output / "guidance.png", ev)
+    if parts := _guidance_parts(ev):
+        guidance(output / "guidance.png", ev, parts)
 
 
 # Panels of samples are what samples.png and guidance.png are made of: rows of clouds, words below.
@@ -144,10 +146,9 @@ def curves(path: Path, ev: Evaluation, methods: list[str]) -> None:
 
 def efficiency(path: Path, ev: Evaluation, methods: list[str]) -> None:
     """Distance over the steps of one training, which the abstract's first claim is about."""
-    figure, ks = Figure(1240, 640), (ev.config.kmin, ev.config.kmax)
+    figure, ks = Figure(1240, 640), sorted({ev.config.kmin, ev.config.kmax})
     figure.text(30, 30, "Distance over the training: rmse at gamma = 0 after so many steps", 24)
-    steps = sorted({steps for _, _, steps in ev.efficiency})
-    methods = [method for method in methods if (method, ks[0], steps[0]) in ev.efficiency]
+    steps = sorted({steps for method, _, steps in ev.efficiency if method in methods})
     limits = compare.log_limits([row["mean"] for row in ev.efficiency.values()])
     for i, k in enumerate(ks):
         panel = {}
@@ -155,9 +156,10 @@ def efficiency(path: Path, ev: Evaluation, methods: list[str]) -> None:
             rows = [ev.efficiency[method, k, n] for n in steps]
             panel[method] = steps, *_mean_and_std(rows)
         box, ylabel = (100 + i * 500, 100, 440, 440), "" if i else "rmse (log scale)"
-        words = f"{k} steps of sampling", ylabel, steps
-        xlabel = "steps of training (log scale)"
-        compare.curve_panel(figure, box, *words, panel, limits, 16, xlabel, log_x=True)
+        title, xlabel = f"{k} steps of sampling", "steps of training (log scale)"
+        compare.curve_panel(
+            figure, box, title, ylabel, steps, panel, limits, 16, xlabel, log_x=True
+        )
     compare.legend(figure, methods, (1075, 1105), 1115, 17)
     figure.save(path)
 
@@ -173,10 +175,10 @@ def sweep(path: Path, ev: Evaluation, methods: list[str]) -> None:
     """More steps than students are trained for, and gamma from 0 to 1."""
     config, figure = ev.config, Figure(1740, 640)
     figure.text(30, 30, "Beyond training: more steps at gamma = 0, and gamma from 0 to 1", 24)
-    ks = [*range(config.kmin, config.kmax + 1), *(k for k in MORE_STEPS if k <= config.N)]
+    ks = [*range(config.kmin, config.kmax + 1), *more_steps(config)]
     gammas = [*GAMMAS, *SWEEP_GAMMAS]
     panels = [("gamma = 0", ks, "steps k", [Case(k) for k in ks])]
-    for k in (config.kmin, config.kmax):
+    for k in sorted({config.kmin, config.kmax}):
         panels.append((f"k = {k}", gammas, "gamma", [Case(k, gamma) for gamma in gammas]))
     curves = []
     for _, x, _, cases in panels:
@@ -335,9 +337,9 @@ def _dots(figure: Figure, axes: Axes, x: Tensor, colours: list) -> None:
 # against the teacher's own ODE at the wanted w (does Eq. 13 bring the student back to it?).
 
 
-def guidance(path: Path, ev: Evaluation) -> None:
+def guidance(path: Path, ev: Evaluation, parts: list[tuple]) -> None:
     """Guiding students at inference: with and without null conditions, tuned down, and clipped."""
-    k, parts = ev.config.kmin, _guidance_parts(ev)
+    k = ev.config.kmin
     height = sum(90 + (SIDE + 30) * len(rows) for _, _, rows in parts)
     figure, top = Figure(LEFT + (SIDE + 8) * 4 + 12, 60 + height), 60
     figure.text(20, 28, f"Guidance at inference: {ev.config.data}, {k} steps, gamma = 0", 24)

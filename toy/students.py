@@ -81,7 +81,7 @@ class Group:
 
     def select(self, indices, share: float = 1.0) -> BatchedMLP:
         """The networks of these students, by index, all seeds of each, at the end or before."""
-        network = self.snapshots.get(share, self.network)
+        network = self.network if share == 1.0 else self.snapshots[share]
         members = torch.arange(network.members).view(len(self.students), -1)
         return network.select(members[list(indices)].flatten().tolist())
 
@@ -176,7 +176,7 @@ def train_students(
     target_net = student.requires_grad_().select(range(m * s))
     w_middle = torch.tensor([x.w for x in students])[:, None]
     spread = torch.tensor([x.spread for x in students])[:, None]
-    # Its own, so that who else is trained changes nothing.
+    # Its own, so that the other random numbers are those of a run without a range.
     w_generator = torch.Generator().manual_seed(config.seed + 3)
     null, solver = torch.zeros(1, CLASSES), SOLVERS[config.solver]()
     draw = data_pairs(config, students, data, generator)
