@@ -34,7 +34,7 @@ class TargetSet:
 
     grid: (N + 1,) the solver's timesteps t_0..t_N
     tau: (M,) targets in ascending order, on the grid points that the k-step schedules visit
-    first, count: (N,) tau[first[n] : first[n] + count[n]] are admitted at t_n; unused at n = 0
+    first, count: (N,) tau[first[n] : first[n] + count[n]] are admitted at t_n
 
     A rule whose targets are no interval needs a class of its own with grid, count and select.
     """
@@ -54,11 +54,11 @@ class TargetSet:
 
 
 def target_set(
-    N: int, kmin: int, kmax: int, e: float | None = None, strict: bool = False, T: int = 1000
+    N: int, kmin: int, kmax: int, e: float | None = None, largest: bool = False, T: int = 1000
 ) -> TargetSet:
     """Eq. 5's targets for schedules of kmin..kmax steps, with Eq. 7's reach e (default T/kmin).
 
-    strict: Eq. 4's rule instead of Eq. 7's, the one largest target below t_n.
+    largest: PCM's rule instead of Eq. 7's, the one largest target at or below t_n.
     Raises ValueError unless 1 <= kmin <= kmax <= N, N >= 2 divides T, and e leaves every t_n
     a target.
     """
@@ -72,15 +72,15 @@ def target_set(
     # two times may still fall on one timestep, which is then drawn twice as often.
     exact = sorted({Fraction(m * T, k) for k in range(kmin, kmax + 1) for m in range(k)})  # Eq. 5
     reach = Fraction(T, kmin) if e is None else Fraction(e)
-    first, count = [0], [0]
-    for n in range(1, N):
+    first, count = [], []
+    for n in range(N):
         # Eq. 7's t is t_n: the target network starts there and cannot jump back up beyond it.
         t = Fraction(n * T, N)
-        if strict:
-            # Strictly below: from a t_n that is itself a segment's end, PCM aims at the next one.
-            low, high = bisect_left(exact, t) - 1, bisect_left(exact, t)  # Eq. 4
-        else:
-            low, high = bisect_left(exact, t - reach), bisect_right(exact, t)  # Eq. 7
+        low, high = bisect_left(exact, t - reach), bisect_right(exact, t)  # Eq. 7
+        if largest:
+            # Eq. 4 prints tau < t_n. In PCM's own paper a segment's end is its own target, where
+            # the target network's jump is the identity.
+            low = high - 1
         if low >= high:
             raise ValueError(f"no target lies within e = {float(reach):g} below t = {float(t):g}")
         first.append(low)
@@ -92,27 +92,35 @@ def target_set(
     )
 
 
-def targets_of(method: str, N: int, kmin: int = 4, kmax: int = 8, T: int = 1000) -> TargetSet:
+def targets_of(
+    method: str, N: int, kmin: int = 4, kmax: int = 8, reach: float | None = None, T: int = 1000
+) -> TargetSet:
     """The targets in which consistency distillation's methods differ (the remark below Eq. 5).
 
     kmin, kmax: TDD's K_min and K_max; PCM's number of segments is kmin; the others ignore both.
+    reach: TDD's e of Eq. 7 in timesteps, T/kmin unless given.
     TCD/CTM may reach anywhere below t_n: with Eq. 7's e = T/N they would be left two targets.
     """
     match method:
         case "cm":
             return target_set(N, 1, 1, T=T)
         case "pcm":
-            return target_set(N, kmin, kmin, strict=True, T=T)
+            return target_set(N, kmin, kmin, largest=True, T=T)
         case "ctm" | "tcd":
             return target_set(N, N, N, e=T, T=T)
         case "tdd":
-            return target_set(N, kmin, kmax, T=T)
+            return target_set(N, kmin, kmax, reach, T=T)
     raise ValueError(f"unknown method {method!r}: cm, pcm, ctm, tcd or tdd")
 
 
 def offset(tau: Tensor, eta: float, u: Tensor) -> Tensor:
-    """Eq. 8: tau~ ~ U[(1 - eta) tau, tau] from uniform u in [0, 1), as an integer timestep."""
-    return (tau * (1 - eta * u)).floor().long()
+    """Eq. 8: tau~ ~ U[(1 - eta) tau, tau] from uniform u in [0, 1), over whole timesteps.
+
+    Both ends count, so that tau itself, where samplers without noise land, is among them.
+    """
+    # Against rounding: (1 - 0.7) * 10 is a little above 3, and the largest u times 474 is 474.
+    lowest = ((1 - eta) * tau.double() - 1e-6).ceil()
+    return torch.minimum((lowest + u * (tau - lowest + 1)).floor().long(), tau)
 
 
 # ------------------------------------------------------------------------------- the loss
@@ -145,7 +153,7 @@ def sample_step(
     Random numbers from a CPU are the same on every device, and no GPU has to be waited for.
     """
     u_n, u_tau, u_eta, u_rho = torch.rand((4, shape[0]), generator=generator, dtype=torch.float64)
-    n = 1 + (u_n * (len(targets.count) - 1)).floor().long()  # n ~ U[1, N - 1]
+    n = (u_n * len(targets.count)).floor().long()  # n ~ U[0, N - 1]
     tau = offset(targets.select(n, u_tau), eta, u_eta)  # Eqs. 7 and 8
     keep_prompt = u_rho >= rho  # line 11
     noise = torch.randn(shape, generator=generator)

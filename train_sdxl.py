@@ -40,7 +40,7 @@ TDD_DEFAULTS = {"steps": 20_000, "batch_size": 16, "grad_accum": 4}
 ADV_DEFAULTS = {**TDD_DEFAULTS, "batch_size": 14, "lr": 2e-6}
 TDM_DEFAULTS = {"steps": 1000, "batch_size": 8, "grad_accum": 1}
 # Fields of DistillConfig that only one of the two has a use for.
-TDD_FIELDS = ("kmin", "kmax", "rho", "eta")
+TDD_FIELDS = ("kmin", "kmax", "reach", "rho", "eta")
 TDM_FIELDS = ("Ks", "fake_lr", "fake_weight")
 
 # -------------------------------------------------------------------------------------------- setup
@@ -88,7 +88,8 @@ def check_method(args) -> None:
         if args.adv:
             defaults = ADV_DEFAULTS
         useless = {"loss": args.loss not in (None, *DISTANCES),
-                   "solver": args.solver not in ("ddim", "dpm++2s")}  # fmt: skip
+                   "solver": args.solver not in ("ddim", "dpm++2s"),
+                   "reach": args.reach is not None and args.method != "tdd"}  # fmt: skip
     useless |= {name.lower().replace("_", "-"): getattr(args, name) is not None for name in others}
     for flag, was_given in useless.items():
         if was_given:
@@ -288,6 +289,8 @@ def method_flags(add) -> None:
     add("--kmin", type=positive_int,
         help="K_min, fewest steps to distil for; for pcm, the number of segments (4)")  # fmt: skip
     add("--kmax", type=positive_int, help="K_max, most steps to distil for (tdd): 8")
+    add("--reach", type=non_negative, metavar="E",
+        help="e of Eq. 7 in timesteps, for tdd: T / K_min")  # fmt: skip
     add("--eta", type=share, help="eta of Eq. 8: 0.3 for tdd, 0 for the others")
     add("--rho", type=share, help="rho, share of null conditions: 0.2")
     add("--guidance", type=guidance,

@@ -21,16 +21,22 @@ from cifar.sample import LoadedModel, load_student, load_teacher, sample_picture
 from cifar.stage import weights_digest
 from common import compare, files
 from common.compare import GAMMAS, W_ADDED, W_HIGH, Case
+from solvers import ddim, solve
+from tdd import equidistant
 
 GROUPS = 10  # of pictures, for the errors
-METRICS = ("frechet_teacher", "rmse", "frechet_data", "accuracy", "png_bits")
-NOT_COMPARED = ("real", "tdd_rho0", "tdd_high")  # rows beside the main comparison
+METRICS = ("frechet_teacher", "frechet_unpaired", "rmse", "frechet_data", "accuracy", "png_bits")
+# Rows beside the main comparison; "other_seeds" is the teacher's samples from other noise.
+NOT_COMPARED = ("real", "other_seeds", "tdd_rho0", "tdd_high")
 
 
 # --------------------------------------------------------------------------------------- distances
 #
 # The Fréchet distance asks whether the distribution of samples is right (Heusel et al. 2017, with
-# our classifier's features), rmse whether each sample is where the teacher would have put it.
+# our classifier's features), rmse whether each sample is where the teacher would have put it. From
+# the same noise as the teacher's samples, a sampler's Fréchet distance is the smaller the more its
+# samples are those very ones; from other noise it says how alike the distributions are, above a
+# floor that the teacher's own samples from other seeds show.
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,6 +143,7 @@ class Evaluation:
         # Not the seeds of training, which are small numbers.
         first_seed = config.seed + 1_000_000
         self.seeds = range(first_seed, first_seed + config.samples)
+        self.other_seeds = range(self.seeds.stop, self.seeds.stop + config.samples)
         self.subsets = subsets(config.samples)
         self.ks = compare.compared_steps(config.kmin, config.kmax)
         self.rows: dict[tuple[str, Case], dict] = {}
@@ -146,6 +153,8 @@ class Evaluation:
         features, _ = classify(classifier, train[0], config.device)
         self.scale = (moments(features)[1].trace() / 100).sqrt()
         self.data_reference = reference(features / self.scale)
+        # (k, gamma, schedule) -> samples from this noise as if every jump were exact.
+        self.exact: dict[tuple, Tensor] = {}
         # The row of the test pictures: smaller distances than theirs mean nothing. As few training
         # pictures stand for the teacher as there will be samples of it.
         n = config.samples
@@ -164,6 +173,7 @@ class Evaluation:
         """The samples that frechet_teacher and rmse are distances to."""
         self.teacher_images = images
         self.teacher_references = [reference(features[i]) for i in self.subsets]
+        self.unpaired_reference: tuple | None = None
 
     def run(self, methods: tuple[str, ...]) -> None:
         """The rows of the teacher and of these students."""
@@ -180,23 +190,50 @@ class Evaluation:
             features, predictions = self._classify(images)
             if method == "teacher" and case.k == config.solver_steps and case.gamma == 0:
                 self._set_teacher_reference(images, features)
+                self._add_other_seeds(model, case)
+            if case.gamma > 0:
+                self._add_exact(LoadedModel(teacher), case)
             # Eq. 22: guidance on top of distilled guidance multiplies, in terms of g = 1 + w.
             w = (1 + case.w_inference) * (1 + w_distilled) - 1
             self._add_row(method, case, images, features, predictions == self.label, w)
 
-    def sample(self, method: str, model: LoadedModel, case: Case) -> Tensor:
+    def _add_other_seeds(self, teacher: LoadedModel, case: Case) -> None:
+        """The teacher's row from other noise, and what unpaired distances are measured to."""
+        images = self.sample("teacher", teacher, case, self.other_seeds)
+        features, predictions = self._classify(images)
+        self._add_row("other_seeds", case, images, features, predictions == self.label, case.w)
+        self.unpaired_reference = reference(features)
+
+    def _add_exact(self, teacher: LoadedModel, case: Case) -> None:
+        """What a case with noise would give were every jump the teacher's in many small steps."""
+        key = case.k, case.gamma, case.schedule
+        if key not in self.exact:
+            case = replace(case, w=self.config.w, tune=None)
+            model = replace(teacher, jump=self.exact_jump)
+            self.exact[key] = self.sample("teacher", model, case, self.seeds, exact=True)
+
+    def exact_jump(self, eps, x_t: Tensor, t: int, s: int, schedule) -> Tensor:
+        """DDIM from t to s by way of all of the teacher's own timesteps between."""
+        N = self.config.solver_steps
+        between = [u for u in equidistant(N, N) if s < u < t]
+        return solve(eps, x_t, [t, *between, s], schedule, ddim)
+
+    def sample(
+        self, method: str, model: LoadedModel, case: Case, seeds=None, exact: bool = False
+    ) -> Tensor:
         """The pictures of a case (n, 3, 32, 32) in uint8, from their file if there is one."""
-        config = self.config
+        config, seeds = self.config, seeds or self.seeds
         timesteps = compare.case_timesteps(case, config.solver_steps, config.kmin, config.kmax)
         settings = {
             "weights": weights_digest(config.output / method), "n": config.samples,
-            "seed": config.seed, "timesteps": timesteps, "device": config.device, **asdict(case),
+            "seed": seeds.start, "timesteps": timesteps, "device": config.device, "exact": exact,
+            **asdict(case),
         }  # fmt: skip
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
         path = files.output_folder(config.output / "samples") / f"{method}-{key}.safetensors"
         if path.exists():
             return files.read_tensors(path)[0]["images"]
-        images = sample_pictures(model, self.label, self.seeds, timesteps, case)
+        images = sample_pictures(model, self.label, seeds, timesteps, case)
         files.write_tensors(path, {"images": images}, settings=json.dumps(settings))
         return images
 
@@ -216,9 +253,12 @@ class Evaluation:
         if w is None or abs(w - self.config.w) < 1e-9:
             pairs = zip(sample_moments, self.teacher_references, strict=True)
             figures["frechet_teacher"] = [frechet(m, teacher) for m, teacher in pairs]
-            # So are samples with noise between the steps, however good.
-            if (teacher := self.teacher_images) is not None and case.gamma == 0:
-                figures["rmse"] = [rmse(images[i], teacher[i]) for i in self.subsets]
+            if (other := self.unpaired_reference) is not None:
+                figures["frechet_unpaired"] = [frechet(m, other) for m in sample_moments]
+            # With noise between the steps samples are others than the ODE's, however exact.
+            exact = self.exact.get((case.k, case.gamma, case.schedule), self.teacher_images)
+            if exact is not None and method != "other_seeds":
+                figures["rmse"] = [rmse(images[i], exact[i]) for i in self.subsets]
         row = {"method": method, **asdict(case), "n": len(images)}
         self.rows[method, case] = row | {name: jackknife(v) for name, v in figures.items()}
         self.samples[method, case] = images[: len(CLASSES)]
@@ -239,7 +279,8 @@ class Evaluation:
     def tables(self) -> list[str]:
         """Every table that is worth printing."""
         tables = [self.table(metric) for metric in METRICS]
-        return [*tables, self.table("frechet_teacher", GAMMAS[1]), self.study_table()]
+        noisy = [self.table(metric, GAMMAS[1]) for metric in ("frechet_teacher", "rmse")]
+        return [*tables, *noisy, self.study_table()]
 
     def table(self, metric: str, gamma: float = 0.0) -> str:
         """A figure of every method over k, with its standard error in brackets."""
@@ -252,6 +293,8 @@ class Evaluation:
             for k in (self.config.solver_steps // 2, self.config.solver_steps):
                 cell = _cell(self.find("teacher", make_case(k)), metric)
                 lines.append((f"teacher, {k} steps", [cell]))
+            floor = self.find("other_seeds", make_case(self.config.solver_steps, w=self.config.w))
+            lines.append(("teacher, other seeds", [_cell(floor, metric)]))
         lines.append(("test pictures", [_cell(self.find("real", make_case(0)), metric)]))
         return compare.format_table(f"{metric} at gamma = {gamma:g}", self.ks, lines, 30, 16)
 
@@ -263,7 +306,7 @@ class Evaluation:
         lines = [f"method    k  w  w'  C in  timesteps     {titles}"]
         for (method, case), row in self.rows.items():
             in_tables = case in compared and method not in NOT_COMPARED
-            if method in ("teacher", "real") or case.gamma > 0 or in_tables:
+            if method in ("teacher", "other_seeds", "real") or case.gamma > 0 or in_tables:
                 continue
             tune = "-" if case.tune is None else f"{case.tune:g}"
             settings = f"{method:9}{case.k:2}{case.w:3g}{tune:>4}{case.clip_steps:6}"

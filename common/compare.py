@@ -45,7 +45,8 @@ def equal_budget_steps(steps: int, kind: str) -> int:
 
 GAMMAS = (0.0, 0.2)
 W_ADDED = (1.0, 2.0, 3.0)  # w of the guidance study
-W_HIGH = 5.0  # w' of the student that Eq. 13 tunes down
+W_HIGH = 5.0  # w' of the students that Eq. 13 tunes down
+W_RANGE = (2.0, 8.0)  # of a student whose w' is drawn: W_HIGH is its middle, Eq. 14's
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,12 @@ def case_timesteps(case: Case, N: int, kmin: int, kmax: int) -> list[int]:
 # ------------------------------------------------------------------------------ tables and curves
 
 
-def format_table(title: str, ks: list[int], rows, width: int, cell_width: int) -> str:
+def format_table(
+    title: str, ks: list[int], rows, width: int, cell_width: int, heading: str = "k = {}"
+) -> str:
     """Text over the numbers of steps; rows: pairs of a name and its cells, words in order of k."""
     lines = []
-    for name, cells in [(title, [f"k = {k}" for k in ks]), *rows]:
+    for name, cells in [(title, map(heading.format, ks)), *rows]:
         lines.append(f"{name:{width}}" + "".join(f"{cell:>{cell_width}}" for cell in cells))
     return "\n".join(lines)
 
@@ -98,8 +101,9 @@ def log_limits(values) -> tuple[float, float]:
 
 
 def curve_panel(
-    figure: Figure, box, title: str, ylabel: str, ks: list[int], curves: dict, ylim, size: int
-) -> Axes:
+    figure: Figure, box, title: str, ylabel: str, ks: list[float], curves: dict, ylim, size: int,
+    xlabel: str = "steps k", log_x: bool = False,
+) -> Axes:  # fmt: skip
     """Curves over the number of steps, log scale; returns the axes, to draw more into them.
 
     box: left, top, width, height. curves: for each method (k, value, error) arrays; a band shows
@@ -107,8 +111,10 @@ def curve_panel(
     """
     ticks = np.outer([0.001, 0.01, 0.1, 1, 10, 100], [1, 2, 5]).flatten()
     ticks = ticks[(ylim[0] < ticks) & (ticks < ylim[1])]
-    axes = Axes(figure, box, (ks[0] - 0.3, ks[-1] + 0.3), ylim, log_y=True)
-    axes.frame(title, "steps k", ylabel, ks, ticks, size)
+    margin = 0.04 * (ks[-1] - ks[0]) or 0.3
+    xlim = (ks[0] / 1.2, ks[-1] * 1.2) if log_x else (ks[0] - margin, ks[-1] + margin)
+    axes = Axes(figure, box, xlim, ylim, log_y=True, log_x=log_x)
+    axes.frame(title, xlabel, ylabel, ks, ticks, size)
     for method, (k, value, error) in curves.items():
         colour, dash = COLOURS.get(method, INK), 7 if method == "teacher" else None
         axes.band(k, np.maximum(value - error, ylim[0]), value + error, colour)

@@ -87,9 +87,9 @@ def _dashes(points, length: float):
 class Axes:
     """A box (x, y, width, height) of a figure with data coordinates, y upwards."""
 
-    def __init__(self, figure: Figure, box, xlim, ylim, log_y=False):
+    def __init__(self, figure: Figure, box, xlim, ylim, log_y=False, log_x=False):
         self.figure, self.box = figure, box
-        self.xlim, self.ylim, self.log_y = xlim, ylim, log_y
+        self.xlim, self.ylim, self.log_x, self.log_y = xlim, ylim, log_x, log_y
 
     def place(self, x, y):
         """Data coordinates to the figure's."""
@@ -98,6 +98,8 @@ class Axes:
         # Zero has no logarithm; a tiny number lies far below the box.
         if self.log_y:
             y, y0, y1 = (math.log(max(v, 1e-12)) for v in (y, y0, y1))
+        if self.log_x:
+            x, x0, x1 = (math.log(max(v, 1e-12)) for v in (x, x0, x1))
         return left + width * (x - x0) / (x1 - x0), top + height * (y1 - y) / (y1 - y0)
 
     def frame(self, title="", xlabel="", ylabel="", xticks=(), yticks=(), size=14) -> None:

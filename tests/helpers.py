@@ -1,5 +1,6 @@
 """Closed forms and small tools that several tests share; the six packages are enough."""
 
+import json
 import math
 from pathlib import Path
 
@@ -79,6 +80,25 @@ class Net(torch.nn.Module):
         cond = cond["label"] if isinstance(cond, dict) else cond
         h = x_t.flatten(1) @ self.a / 3 + cond.double() @ self.b + t[:, None] / 500
         return h.sin().reshape(x_t.shape)
+
+
+def load_rows(path):
+    result = json.loads(path.read_text())
+    fields = {"method", "variant", "k", "gamma", "schedule", "w", "tune", "clip_steps", "passes",
+              "metric", "per_seed", "mean", "std"}  # fmt: skip
+    assert all(set(row) == fields for row in result["rows"])
+
+    def per_seed(method, ks=(4, 5, 6, 7, 8), metric="rmse", **case):
+        """The mean over ks of a metric, for each seed."""
+        w = result["settings"]["guidance"] - 1 if method == "teacher" else 0.0
+        plain = {"variant": "", "gamma": 0.0, "schedule": "equidistant", "w": w, "tune": None,
+                 "clip_steps": 0, "method": method, "metric": metric}  # fmt: skip
+        match = {**plain, **case}
+        rows = [r for r in result["rows"] if match.items() <= r.items() and r["k"] in ks]
+        assert len(rows) == len(ks)
+        return np.mean([row["per_seed"] for row in rows], axis=0)
+
+    return result, per_seed
 
 
 def read_table(page, after):

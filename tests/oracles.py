@@ -237,11 +237,11 @@ def reference_draws(method, N, b, shape, eta, rho, generator):
     u = torch.rand((4, b), generator=generator, dtype=torch.float64).T.tolist()
     rows, per_n = [], 1000 // N
     for u_n, u_tau, u_eta, u_keep in u:
-        n = 1 + int(u_n * (N - 1))
+        n = int(u_n * N)
         t = Fraction(1000 * n, N)
         times = {
             "cm": [Fraction(0)],
-            "pcm": [max(m for m in map(Fraction, (0, 250, 500, 750)) if m < t)],
+            "pcm": [max(m for m in map(Fraction, (0, 250, 500, 750)) if m <= t)],
             "tcd": [Fraction(1000 * m, N) for m in range(n + 1)],
             "tdd": sorted(
                 {Fraction(1000 * m, k) for k in range(4, 9) for m in range(k)
@@ -250,8 +250,10 @@ def reference_draws(method, N, b, shape, eta, rho, generator):
         }[method]  # fmt: skip
         tau = times[int(u_tau * len(times))]
         tau = 0 if tau == 0 else math.ceil(tau / per_n) * per_n - 1
-        tau = math.floor(tau * (1 - eta * u_eta))
-        rows.append(((n + 1) * per_n - 1, n * per_n - 1, tau, u_keep >= rho))
+        # Eq. 8 over the whole timesteps from (1 - eta) tau to tau, both of them included.
+        lowest = math.ceil((1 - Fraction(str(eta))) * tau)
+        tau = lowest + int(u_eta * (tau - lowest + 1))
+        rows.append(((n + 1) * per_n - 1, max(n * per_n - 1, 0), tau, u_keep >= rho))
     return rows, torch.randn(shape, generator=generator)
 
 

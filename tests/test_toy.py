@@ -1,25 +1,31 @@
 """The 2-D toy: its network, data and distances against second derivations, and its script."""
 
 import json
+import math
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
-from pathlib import Path
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import nn
 
+import solvers
 import tdm
 import train_toy
 from common import compare
-from common.plots import CLASS_COLOURS
+from common.compare import Case
+from common.plots import CLASS_COLOURS, Axes
+from tdd import targets_of
 from tests import helpers
-from tests.helpers import SCHEDULE, SIGMA, randn, read_table
+from tests.helpers import SCHEDULE, SIGMA, load_rows, randn
+from toy import ablations, figures, model, students
 from toy import data as toy_data
 from toy import evaluate as toy_eval
-from toy import model, students
 from toy import tdm as toy_tdm
 from unet import timestep_embedding
 
@@ -252,23 +258,189 @@ def test_tdm_takes_the_fake_scores_step_first(together):
     assert not torch.allclose(weights, wrong, rtol=1e-3, atol=1e-3)
 
 
-def load_rows(path):
-    result = json.loads(path.read_text())
-    fields = {"method", "variant", "k", "gamma", "schedule", "w", "tune", "clip_steps", "metric",
-              "per_seed", "mean", "std"}  # fmt: skip
-    assert all(set(row) == fields for row in result["rows"])
+# ----------------------------------------------------------------------------------- evaluation
 
-    def per_seed(method, ks=(4, 5, 6, 7, 8), metric="rmse", **case):
-        """The mean over ks of a metric, for each seed."""
-        w = result["settings"]["guidance"] - 1 if method == "teacher" else 0.0
-        plain = {"variant": "", "gamma": 0.0, "schedule": "equidistant", "w": w, "tune": None,
-                 "clip_steps": 0, "method": method, "metric": metric}  # fmt: skip
-        match = {**plain, **case}
-        rows = [r for r in result["rows"] if match.items() <= r.items() and r["k"] in ks]
-        assert len(rows) == len(ks)
-        return np.mean([row["per_seed"] for row in rows], axis=0)
 
-    return result, per_seed
+def small_evaluation(words=(), **changes):
+    """An Evaluation of 240 samples, its teacher random, and the students that the flags ask for."""
+    flags = ["--quick", "--steps", "2", "--seeds", "2", "--samples", "240", *map(str, words)]
+    config = replace(train_toy.build_config(train_toy.parser().parse_args(flags)), **changes)
+    teacher = model.BatchedMLP.init(2, SCHEDULE, torch.Generator().manual_seed(5), width=8)
+    for p in teacher.parameters():
+        p.data = 0.3 * randn(*p.shape, seed=p.numel(), dtype=torch.float32)
+    data = toy_data.Data(config.data)
+    groups = students.train_groups(config, teacher, data, torch.Generator().manual_seed(1))
+    return groups, toy_eval.Evaluation(config, teacher, data), data
+
+
+@pytest.mark.parametrize("guidance, passes", [(3, 2), (1, 1)])
+def test_rows_say_how_many_passes_a_sample_takes(guidance, passes, monkeypatch):
+    """Against a count of the rows that the networks were given."""
+    groups, ev, _ = small_evaluation(["--guidance", guidance])
+    jobs = [partial(ev.teacher_row, Case(3))]
+    jobs += [partial(ev.teacher_row, Case(3), solver) for solver in toy_eval.TEACHER_SOLVERS]
+    for group in groups:
+        jobs += [partial(ev.student_rows, group, [0], Case(3, gamma)) for gamma in (0.0, 0.2)]
+        if group.jump is students.ddim and group.students[0].method != "tdm_unify":
+            jobs.append(partial(ev.student_rows, group, [0], Case(3, w=1.0)))
+    network_rows, forward = [], model.BatchedMLP.forward
+
+    def count(self, x_t, *inputs):
+        network_rows.append(len(x_t))
+        return forward(self, x_t, *inputs)
+
+    seen = set()
+    for job in jobs:
+        job()  # and all references, that the count must not contain
+        before = set(ev.rows)
+        ev.rows.clear()
+        monkeypatch.setattr(model.BatchedMLP, "forward", count)
+        network_rows.clear()
+        job()
+        monkeypatch.undo()
+        assert before  # the same row again
+        for row in ev.rows.values():
+            assert row["passes"] == sum(network_rows) / (240 // 8 * 8 * 2)
+            seen.add((row["method"], row["variant"], row["passes"]))
+    teacher = {("teacher", "", 3 * passes), ("teacher", "dpm++2s", 5 * passes)}
+    assert teacher | {("tcd2", "", 6), ("cm", "", 3)} <= seen
+
+
+def test_the_teachers_rows_with_better_solvers():
+    """Guidance and solver by hand; two steps in closed form on a teacher that is linear in x_t."""
+    _, ev, _ = small_evaluation(["--methods", "cm"])
+    z, cond, null = next(ev.noise(1)), ev.cond(1), torch.zeros_like(ev.cond(1))
+
+    def guided(x_t, t):
+        return 3 * ev.teacher(x_t, t, cond) - 2 * ev.teacher(x_t, t, null)
+
+    for solver, step in (("dpm++2m", solvers.dpmpp_2m()), ("dpm++2s", solvers.dpmpp_2s)):
+        ev.teacher_row(Case(5), solver)
+        x = solvers.solve(guided, z, [999, 799, 599, 399, 199, -1], SCHEDULE, step)
+        samples = rearrange(ev.samples["teacher", solver, Case(5)], "s n d -> (n s) d")
+        torch.testing.assert_close(samples, x, rtol=1e-3, atol=1e-3)
+    for p in ev.teacher.parameters():
+        p.data.zero_()  # eps = sigma_t x_t: x_0 = alpha_t x_t, whatever the condition
+    z = next(ev.noise(1)).double()
+    (a, s, lam), (a_m, s_m, lam_m) = helpers.at(999), helpers.at(499)
+
+    def first_order(x, x_0, start, end):  # Eq. 16
+        (_, s_t, l_t), (a_s, s_s, l_s) = start, end
+        return s_s / s_t * x - a_s * math.expm1(l_t - l_s) * x_0
+
+    # In two steps by way of 499, the last of them to CLEAN, where both solvers give x_0.
+    x_m = {"dpm++2m": first_order(z, a * z, (a, s, lam), (a_m, s_m, lam_m))}
+    half = (lam + lam_m) / 2
+    a_u, s_u = (1 / math.sqrt(1 + math.exp(sign * 2 * half)) for sign in (-1, 1))
+    x_u = first_order(z, a * z, (a, s, lam), (a_u, s_u, half))
+    u = SCHEDULE.t_of_lam(torch.tensor(half).double())
+    s_net = SCHEDULE.at(u)[1]
+    x_m["dpm++2s"] = first_order(z, (x_u - s_u * s_net * x_u) / a_u, (a, s, lam), (a_m, s_m, lam_m))
+    for solver, x in x_m.items():
+        ev.teacher_row(Case(2), solver)
+        samples = ev.samples["teacher", solver, Case(2)]
+        expected = rearrange(a_m * x, "(n s) d -> s n d", s=2)
+        torch.testing.assert_close(samples.double(), expected, rtol=2e-4, atol=2e-4)
+        table = ev.table("rmse", 0.0).splitlines()
+        (line,) = [line for line in table if line.startswith(f"teacher {solver}")]
+        rows = [ev.find("teacher", Case(k), variant=solver) for k in (2, 5)]
+        assert line.split()[2:] == [f"{row['mean']:.3f}" for row in rows]
+
+
+def test_snapshots_are_the_network_after_so_many_steps():
+    network = model.BatchedMLP.init(2, SCHEDULE, torch.Generator().manual_seed(5), width=8)
+    target, snapshots, after = randn(60, 2).float(), {}, []
+    x, t, cond = randn(60, 2, seed=1).float(), torch.arange(60), randn(60, 4, seed=2).float()
+
+    def vector(net):
+        return nn.utils.parameters_to_vector(net.parameters()).detach().clone()
+
+    model.train(
+        network, lambda: (network(x, t, cond) - target).square().mean(1), 30, 1e-2, "test",
+        on_step_end=lambda: after.append(vector(network)), snapshots=snapshots,
+    )  # fmt: skip
+    assert sorted(snapshots) == sorted(model.SNAPSHOTS)
+    for share, steps in zip(model.SNAPSHOTS, (1, 3, 10), strict=True):
+        assert torch.equal(vector(snapshots[share]), after[steps - 1])
+    group = students.Group([None, None], network, snapshots=snapshots)
+    for share in (1.0, 0.1):
+        selected = group.select([1], share).state_dict().values()
+        both = snapshots.get(share, network).state_dict().values()
+        assert all(torch.equal(p, q[1:]) for p, q in zip(selected, both, strict=True))
+
+
+def test_the_w_of_a_student_of_a_range_is_uniform(monkeypatch):
+    """Of each example in each step; who has one w' keeps it."""
+    drawn, loss = [], students.tdd_loss
+
+    def capture(*args, **kwargs):
+        drawn.append(args[7])
+        return loss(*args, **kwargs)
+
+    monkeypatch.setattr(students, "tdd_loss", capture)
+    small_evaluation(["--methods", "tdd_rho0", "--steps", 40, "--batch-size", 64])
+    w = rearrange(torch.stack(drawn), "step (b m s) -> m (step b s)", m=5, s=2)
+    assert (w[:3] == torch.tensor([1.0, 1.0, 5.0])[:, None]).all() and (w[3] == 5).all()
+    assert w.shape[1] == 40 * 64 * 2
+    uniform = torch.linspace(2, 8, w.shape[1])
+    assert (w[4].sort().values - uniform).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    "words, pictures",
+    [
+        ("--methods cm", {"efficiency"}),
+        ("--methods tdd_rho0", {"guidance"}),
+        ("--methods tdm4", {"family"}),
+        ("--methods tdd --tcf 1 --kmin 20 --kmax 20", {"efficiency", "guidance", "sweep"}),
+        ("--methods tcd --tcf 1 --kmin 11 --kmax 13", {"efficiency", "sweep"}),
+    ],
+)
+def test_runs_of_few_methods_and_other_steps(words, pictures, tmp_path):
+    """Rows for the snapshots that there are, and no picture without content."""
+    groups, ev, _ = small_evaluation(words.split())
+    toy_eval.evaluate(groups, ev)
+    # Of two steps the network after one is kept; TDM-4 takes but one, which is the last.
+    assert {n for *_, n in ev.efficiency} <= {1, 2}
+    figures.draw_all(tmp_path, ev, groups)
+    some = {"efficiency", "guidance", "family", "sweep"}
+    assert {path.stem for path in tmp_path.glob("*.png")} & some == pictures
+    more = toy_eval.more_steps(ev.config)
+    assert more == [k for k in (12, 16, 20) if k > ev.config.kmax]
+
+
+def test_guidance_students_have_their_methods_targets():
+    config = train_toy.build_config(train_toy.parser().parse_args(["--methods", "tdd_rho0"]))
+    for student in students.make_students(config):
+        method = {"pcm4": "pcm", "tcd": "tcd"}.get(student.method, "tdd")
+        expected = targets_of(method, 50)
+        assert [student.targets.admitted(n) for n in range(50)] == [
+            expected.admitted(n) for n in range(50)
+        ]
+
+
+def test_reach_is_the_targets_e():
+    """`--reach`, and the ablation's rows: each network what it would be trained by itself."""
+    words = ["--methods", "tdd", "pcm4", "--tcf", 1]
+    for flags, e in (([], 250), (["--reach", 125], 125), (["--reach", 1000], 1000)):
+        config = train_toy.build_config(train_toy.parser().parse_args([*map(str, words + flags)]))
+        tdd, *_, pcm = students.make_students(config)
+        # By definition: targets from t_n - e to t_n.
+        targets = sorted({Fraction(1000 * m, k) for k in range(4, 9) for m in range(k)})
+        expected = [sum(20 * n - e <= tau <= 20 * n for tau in targets) for n in range(50)]
+        assert tdd.targets.count.tolist() == expected and (pcm.targets.count == 1).all()
+    _, ev, data = small_evaluation(["--methods", "cm"])
+    rows = []
+    ablations.ablate_reach(ev, data, rows)
+    assert [row["name"] for row in rows[:4]] == [f"TDD, e = {e}" for e in (125, 250, 500, 1000)]
+    assert [row["k"] for row in rows[::4]] == [4, 5, 6, 7, 8]
+    config = replace(ev.config, reach=500.0, methods=("tdd",), tcf=("1",))
+    generator = torch.Generator().manual_seed(config.seed + 4)
+    (group,) = students.train_groups(config, ev.teacher, data, generator)
+    ev.student_rows(group, [0], Case(8))
+    assert rows[18]["name"] == "TDD, e = 500" and rows[18]["k"] == 8
+    expected = ev.find("tdd", Case(8))["per_seed"]
+    assert rows[18]["per_seed"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_quick_run_end_to_end(monkeypatch, capsys, tmp_path):
@@ -287,10 +459,19 @@ def test_quick_run_end_to_end(monkeypatch, capsys, tmp_path):
     for floor in result["noise_floor"]["sw"].values():
         assert 0 < floor["mean"] < 0.2
     assert not list(tmp_path.glob("*.part*"))
-    curves = np.asarray(Image.open(tmp_path / "curves.png"))[100:540, 100:540]
-    for method in ("cm", "pcm4", "tcd", "tdd", "tdd_eta0"):
-        off = np.abs(curves.astype(int) - compare.COLOURS[method]).max(2)
-        assert (off < 12).sum() > 300, f"{method} has no line in curves.png"
+    main, swept = ("cm", "pcm4", "tcd", "tdd", "tdd_eta0"), ("tcd", "tdd", "tcds", "tdds")
+    for name, panels, methods in (
+        ("curves", 2, main),
+        ("efficiency", 2, main),
+        ("sweep", 3, swept),
+    ):
+        picture = np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
+        for method, i in product(methods, range(panels)):
+            off = np.abs(picture[100:540, 100 + 500 * i :][:, :440] - compare.COLOURS[method]).max(
+                2
+            )
+            assert (off < 12).sum() > 200, f"{method} has no line in {name}.png"
+    check_efficiency(result, rmse, out)
     for name in ("samples", "targets", "trajectories", "guidance"):
         picture = np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
         coloured = (picture.max(2) - picture.min(2) > 60).mean()
@@ -309,114 +490,22 @@ def test_quick_run_end_to_end(monkeypatch, capsys, tmp_path):
         assert all(part.sum() > 100 for part in np.array_split(close, 5, axis=1))
 
 
-def test_measured_default_run_meets_its_claims():
-    """The figures behind the docs, in every seed; docs/toy.json is the run's metrics.json."""
-    result, rmse = load_rows(Path(__file__).parent.parent / "docs" / "toy.json")
-    defaults = vars(train_toy.parser().parse_args([]))
-    # The ablations change nothing of the rest.
-    free = ("output", "ablations")
-    assert {k: v for k, v in result["settings"].items() if k in defaults and k not in free} == {
-        k: v for k, v in defaults.items() if k not in free
-    }
-    assert (rmse("tdd") <= 0.70 * rmse("tcd")).all()
-    assert (rmse("tdd") <= 0.45 * rmse("cm")).all()
-    assert (rmse("tdd", gamma=0.2) <= 0.70 * rmse("tcd", gamma=0.2)).all()
-    assert (rmse("tdd", [4]) <= 0.50 * rmse("teacher", [4])).all()
-    for k in (4, 8):
-        for w, most in ((2.0, 0.70), (0.0, 1.05)):
-            with_null, without = (
-                rmse(method, [k], variant="w'=1", w=w) for method in ("tdd", "tdd_rho0")
-            )
-            assert (with_null <= most * without).all()
-    for k in (5, 6, 7):
-        assert (rmse("tdd", [k], schedule="nonequidistant") <= 0.90 * rmse("tdd", [k])).all()
+def test_logarithmic_axes():
+    axes = Axes(None, (0, 0, 100, 200), (10, 1000), (1, 100), log_y=True, log_x=True)
+    assert axes.place(100, 10) == pytest.approx((50, 100))
 
 
-def test_measured_run_of_the_family_is_what_the_docs_say():
-    """In every seed; the claims that do not hold are in the docs, and here as well."""
-    result, rmse = load_rows(Path(__file__).parent.parent / "docs" / "toy.json")
-    # With the target time as input the network has no compromise to make: flat over k, TCD as well.
-    assert (rmse("tdd", [8]) >= 1.5 * rmse("tdd", [4])).all()
-    assert (rmse("tdds", [8]) <= rmse("tdds", [4])).all()
-    assert (rmse("tdds") <= 0.65 * rmse("tdd")).all() and (rmse("tdds") <= 0.09).all()
-    assert (rmse("tcds") <= 0.65 * rmse("tcd")).all()
-    # TCF(2) helps TCD, at two passes a step.
-    assert (rmse("tcd2") <= 0.75 * rmse("tcd")).all()
-    # TDM against TDD in distribution, at no more passes: TDD is nearer.
-    assert (rmse("tdm4", [4], "sw") >= 1.8 * rmse("tdd", [4], "sw")).all()
-    assert (rmse("tdm4", [4], "sw") <= 0.70 * rmse("teacher", [4], "sw")).all()
-    ablations = {(row["name"], row["k"]): np.array(row["per_seed"]) for row in result["ablations"]}
-    unify, plain = ([ablations[name, k] for k in (1, 2)] for name in ("TDM-unify", "not told K"))
-    assert (np.array(unify) < plain).all()
-    surrogate = "no surrogate (Eq. 6, DMD's normaliser)"
-    assert (ablations["TDM-unify", 1] < ablations[surrogate, 1]).all()
-    assert (ablations["TDM-unify", 1] < 0.4 * ablations["not unified: TDM-4", 1]).all()
-    paper, none = (ablations[f"weight: {x}", 4] for x in ("the paper's density ratio", "none"))
-    assert (paper > 2 * none).all()
-    assert (ablations["LCM and 100 steps of TDM", 4] < 0.75 * ablations["LCM", 4]).all()
-
-
-def assert_cells(cells, values, spread=False):
-    for cell, each in zip(cells, values, strict=True):
-        mean, *deviation = map(float, cell.split("±"))
-        assert mean == pytest.approx(np.mean(each), abs=5.1e-4)
-        assert not deviation or deviation[0] == pytest.approx(np.std(each, ddof=1), abs=5.1e-4)
-        assert bool(deviation) >= spread
-
-
-def test_the_tables_are_the_measured_run():
-    result, per_seed = load_rows(Path(__file__).parent.parent / "docs" / "toy.json")
-    ks = (1, 2, 4, 5, 6, 7, 8)
-
-    names = {"teacher, guided DDIM": "teacher", "CM / LCM": "cm", "PCM-4": "pcm4", "PCM-8": "pcm8",
-             "TCD / CTM": "tcd", "TDD": "tdd", "TDD, eta = 0": "tdd_eta0"}  # fmt: skip
-    for gamma, after in ((0.0, "Distance (rmse) to where"), (0.2, "The same with gamma = 0.2")):
-        table = read_table("docs/results-2d.md", after)
-        for name, method in names.items():
-            values = [per_seed(method, [k], gamma=gamma) for k in ks]
-            assert_cells(table.pop(name), values, spread=gamma == 0)
-        (other,) = table.values()
-        more = {"gamma": gamma, "schedule": "nonequidistant"}
-        assert_cells(other[3:6], [per_seed("tdd", [k], **more) for k in (5, 6, 7)])
-    table = read_table("README.md", "## The 2-D result")
-    assert len(table) == 5
-    for name, cells in table.items():
-        assert_cells(cells, [per_seed(names[name], [k]) for k in (4, 5, 6, 7, 8)])
-    siblings = "docs/tcd-and-tdm.md"
-    table = read_table(siblings, "**TCF on the spirals**")
-    for family in ("tcd", "tdd"):
-        for function, tail in (("1", ""), ("2", "2"), ("S+", "s")):
-            cells = table.pop(f"{family.upper()}, TCF({function})")
-            assert_cells(cells, [per_seed(family + tail, [k]) for k in ks])
-    assert not table
-    table = read_table(siblings, "**TDM on the spirals**")
-    plain, _ = load_rows(Path(__file__).parent.parent / "docs" / "toy_unguided.json")
-    names |= {"teacher": "teacher", "TDM-4": "tdm4", "TDM-unify (1, 2, 4)": "tdm_unify"}
-    for name, cells in table.items():
-        assert_cells(cells[:4], [per_seed(names[name], [k], "sw") for k in (1, 2, 4, 8)])
-        for k, cell in zip((1, 2, 4, 8), cells[5:], strict=True):
-            fields = {"method": names[name], "k": k, "gamma": 0.0, "metric": "sw", "w": 0.0,
-                      "variant": "", "schedule": "equidistant", "clip_steps": 0}  # fmt: skip
-            (row,) = [row for row in plain["rows"] if fields.items() <= row.items()]
-            assert_cells([cell], [row["per_seed"]])
-    rows = {(row["name"], row["k"]): row["per_seed"] for row in result["ablations"]}
-    table = read_table(siblings, "**TDM's ablations**")
-    row_names = {
-        "without the input K": "not told K",
-        "TDM-4, the paper's importance weight": "weight: the paper's density ratio",
-        "TDM-4, its 1/d-th power (the published code)": "weight: its 1/d-th power",
-        "TDM-4, no weight": "weight: none",
-        "TDM-4, matching clean samples": "matching clean samples",
-        "TDM-4, Fisher's divergence (*)": "Fisher's divergence",
-        "TDM-4, student and fake score in one step, as on SDXL here":
-            "student and fake score at once",
-        "TDM-4 trained with DDIM, sampled with DDIM": "trained with ddim, sampled with ddim",
-        # Of two rows by this name the table gives the last.
-        ".. sampled with DPM-Solver++(2M)": "trained with dpm++2m, sampled with dpm++2m",
-        "TDM-4 trained with DPM-Solver++(2M), sampled with DDIM":
-            "trained with dpm++2m, sampled with ddim",
-        "LCM, sampled deterministically": "LCM",
-    }  # fmt: skip
-    for name, cells in table.items():
-        name, ks = row_names.get(name, name), [k for k, cell in zip((1, 2, 4), cells) if cell]
-        assert_cells(filter(None, cells[:3]), [rows[name, k] for k in ks], True)
+def check_efficiency(result, rmse, out):
+    """500 steps: rows after 17, 50, 167 and all; the last are the main table's."""
+    rows = {(r["method"], r["k"], r["steps"]): r["mean"] for r in result["efficiency"]}
+    methods = {method for method, *_ in rows}
+    assert methods == {row["method"] for row in result["rows"]} - {"teacher", "tdd_rho0"}
+    assert len(rows) == len(result["efficiency"]) == len(methods) * 2 * 4
+    for method, k in product(methods, (4, 8)):
+        assert rows[method, k, 500] == pytest.approx(rmse(method, [k]).item(), rel=1e-5)
+    for method in ("cm", "pcm4", "tcd", "tdd"):
+        assert rows[method, 4, 17] > rows[method, 4, 50] > rows[method, 4, 500]
+    table = out[out.index("rmse, k = 4, after") :].splitlines()
+    line = next(x for x in table if x.startswith("tdd "))
+    values = [f"{rows['tdd', 4, steps]:.3f}" for steps in (17, 50, 167, 500)]
+    assert line.split() == ["tdd", *values]

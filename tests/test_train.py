@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
 import train_sdxl
@@ -258,8 +259,7 @@ def test_adversarial_losses_are_hinge_on_diffusers_features(folder):
     )  # fmt: skip
     unet, seen = UNet2DConditionModel.from_pretrained(folder / "unet").double(), []
     unet.requires_grad_(False)
-    ends = [unet.down_blocks[0].resnets[-1], *(unet.down_blocks[i].attentions[-1] for i in (1, 2))]
-    for module in (*ends, unet.mid_block):
+    for module in (*unet.down_blocks, unet.mid_block):
         module.register_forward_hook(
             lambda m, i, out: seen.append(out if torch.is_tensor(out) else out[0])
         )
@@ -273,10 +273,20 @@ def test_adversarial_losses_are_hinge_on_diffusers_features(folder):
         seen.clear()
         x_t = ratio * x_tau + (1 - ratio**2).sqrt() * z
         unet(x_t, torch.tensor(t), c["prompt_embeds"], added_cond_kwargs=added)
-        return heads(seen)
+        return [by_hand(head, h) for head, h in zip(heads.heads, seen, strict=True)]
+
+    def by_hand(head, h):
+        """PCM's head: two 1x1 convolutions of the same width, the second beside a short cut."""
+        for i, layers in enumerate((head.conv1, head.conv2)):
+            conv, norm, _ = layers
+            y = torch.einsum("oc,bchw->bohw", conv.weight[:, :, 0, 0], h)
+            y = y + conv.bias[:, None, None]
+            y = F.leaky_relu(F.group_norm(y, 32, norm.weight, norm.bias), 0.01)
+            h = h + y if i else y
+        return torch.einsum("c,bchw->bhw", head.conv_out.weight[0, :, 0, 0], h) + head.conv_out.bias
 
     z_fake, z_real = d.adv_noise.chunk(2)
-    fool = -sum(each.mean() for each in logits(pred, z_fake)) / 4
+    fool = sum((1 - each).clamp(min=0).mean() for each in logits(pred, z_fake)) / 4
     (((pred - aim) ** 2).mean() + 0.1 * fool).backward()
     fake, real = logits(pred.detach(), z_fake), logits(aim.clone(), z_real)
     told = sum((1 + each).clamp(min=0).mean() for each in fake) / 4
@@ -504,16 +514,16 @@ def test_another_models_state_is_refused(tmp_path):
         state.restore(tmp_path / "checkpoint-1", {"step": 1})
 
 
-@pytest.mark.parametrize("version", [None, 2, 4])
+@pytest.mark.parametrize("version", [None, 3, 5])
 def test_checkpoints_of_another_version_are_refused(version, tmp_path):
     state, losses, _ = stub_state(tmp_path)
     loop.fit(state, config(1), losses)
     path = tmp_path / "checkpoint-1" / "config.json"
     content = json.loads(path.read_text())
-    assert content["settings"].pop("checkpoint_version") == 3
+    assert content["settings"].pop("checkpoint_version") == 4
     if version is not None:
         content["settings"]["checkpoint_version"] = version
     path.write_text(json.dumps(content))
-    message = rf"checkpoint-version {version or 1}, not 3: resume it .* another --output$"
+    message = rf"checkpoint-version {version or 1}, not 4: resume it .* another --output$"
     with pytest.raises(ValueError, match=message):
         stub_state(tmp_path, resume=True)

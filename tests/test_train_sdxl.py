@@ -676,6 +676,8 @@ MISTAKES = [
     (["--method", "tdm", "--ks", "300", "--data", __file__], "300 steps"),
     (["--method", "tdm"], "--data"),
     (["--method", "tdm", "--kmin", "4"], "--method tdm has no use for --kmin"),
+    (["--method", "pcm", "--reach", "100"], "--method pcm has no use for --reach"),
+    (["--reach", "1"], "no target lies within e = 1"),
     (["--fake-lr", "1"], "--method tdd has no use for --fake-lr"),
     (["--full", "--compile"], "--full is for"),
     (["--full", "--method", "tdm", "--data", __file__], "no use for --full"),

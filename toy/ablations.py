@@ -1,15 +1,16 @@
-"""The ablations of TDM's paper on 2-D data: its Tables 5 to 8 and Fig. 8."""
+"""Ablations on 2-D data: TDM's Tables 5 to 8 and Fig. 8, and the reach e of TDD's Eq. 7."""
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from common.compare import Case, format_table
-from solvers import CLEAN, SOLVERS, ddim, solve
-from tdd import equidistant
+from tdd import targets_of
+from toy.data import Data, rmse
 from toy.evaluate import Evaluation, seed_statistics
 from toy.model import BatchedMLP
-from toy.students import Group
+from toy.students import Group, Student, train_students
 from toy.tdm import TDM_STUDENTS, TDMStudent, train_tdm
 
 # ------------------------------------------------------------------------------------ ablations
@@ -46,7 +47,7 @@ def ablate(groups: list[Group], ev: Evaluation, rows: list[dict]) -> None:
     def add_rows(name: str, network: BatchedMLP, w: float, ks=(4,), solver="ddim") -> None:
         for k in ks:
             statistics = seed_statistics(distance(ev, network, k, w, solver))
-            rows.append({"name": name, "k": k, **statistics})
+            rows.append({"name": name, "k": k, "metric": "sw", **statistics})
 
     for name, (variant, ks) in ABLATIONS.items():
         add_rows(name, get_network(replace(variant, w=config.w)), config.w, ks)
@@ -68,25 +69,46 @@ def ablate(groups: list[Group], ev: Evaluation, rows: list[dict]) -> None:
             add_rows(f"LCM and {steps} steps of TDM", network, config.w)
 
 
+REACHES = (0.5, 1, 2, 4)  # of e, in T/K_min; the last are all targets below t_n
+
+
+def ablate_reach(ev: Evaluation, data: Data, rows: list[dict]) -> None:
+    """Add rows of TDD with shorter and longer e: rmse at gamma = 0 in kmin to kmax steps."""
+    config, students = ev.config, []
+    for reach in REACHES:
+        e = reach * ev.schedule.T / config.kmin
+        name = f"TDD, e = {e:g}"
+        try:
+            targets = targets_of("tdd", config.N, config.kmin, config.kmax, e)
+        except ValueError as error:
+            print(f"{name} is left out: {error}")
+            continue
+        students.append(Student(name, targets, config.eta, config.rho, config.w))
+    generator = torch.Generator().manual_seed(config.seed + 4)
+    group = train_students(config, students, ev.teacher, data, generator)
+    for k in range(config.kmin, config.kmax + 1):
+        samples = ev.sample(group.network, Case(k), 0.0)
+        for student, x in zip(students, samples, strict=True):
+            statistics = seed_statistics(rmse(x, ev.reference(Case(k), 0.0, config.w)))
+            rows.append({"name": student.method, "k": k, "metric": "rmse", **statistics})
+
+
 def distance(ev: Evaluation, network: BatchedMLP, k: int, w: float, solver: str) -> Tensor:
     """Sliced Wasserstein distance of k deterministic steps to the teacher guided by w; (s,)."""
-
-    def solution(model, x_t, t, s, schedule):
-        timesteps = [*equidistant(k, ev.config.N), CLEAN]
-        return solve(model, x_t, timesteps, schedule, SOLVERS[solver]())
-
-    # The gamma-sampler is for one-step solvers: another's whole solution is one jump to it.
-    case, jump = (Case(k), ddim) if solver == "ddim" else (Case(1), solution)
-    x = ev.sample(network, case, 0.0, jump=jump)[0]
-    return ev.sw(x, ev.reference(case, 0.0, w))
+    if solver == "ddim":
+        x = ev.sample(network, Case(k), 0.0)[0]
+    else:
+        x = ev.solution(network, k, 0.0, solver)[0]
+    return ev.sw(x, ev.reference(Case(k), 0.0, w))
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict], metric: str) -> str:
     """The ablations over the number of steps, deviations over the seeds in brackets."""
+    rows = [row for row in rows if row["metric"] == metric]
     ks = sorted({row["k"] for row in rows})
     cells = {}
     for row in rows:
         by_k = cells.setdefault(row["name"], dict.fromkeys(ks, ""))
         by_k[row["k"]] = f"{row['mean']:.3f} ({row['std']:.3f})"
     lines = [(name, by_k.values()) for name, by_k in cells.items()]
-    return format_table("TDM: sw, deterministic", ks, lines, 42, 16)
+    return format_table(f"{metric}, deterministic", ks, lines, 42, 16)

@@ -18,6 +18,7 @@ class ToyConfig:
     ema: float
     kmin: int
     kmax: int
+    reach: float | None  # e of Eq. 7, T/kmin unless given
     eta: float
     rho: float
     w: float  # the guidance w' to distil, g - 1

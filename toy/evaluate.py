@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from common import compare
 from common.compare import GAMMAS, W_ADDED, W_HIGH, Case
-from solvers import ddim, dpmpp_2m, solve
-from tdd import clip_x0, conditioned, gamma_sample, guided
+from solvers import CLEAN, SOLVERS, ddim, dpmpp_2m, solve
+from tcd import tcf_2
+from tdd import clip_x0, conditioned, equidistant, gamma_sample, guided
 from tdm import with_num_steps
 from toy.config import ToyConfig
 from toy.data import CLASSES, Data, one_hot, rmse, sliced_wasserstein
@@ -46,6 +47,7 @@ class Evaluation:
         lam = torch.linspace(*ends.tolist(), config.reference_steps, dtype=torch.float64)
         self.fine = schedule.t_of_lam(lam).round().int().unique().flip(0).tolist()
         self.rows = {}  # (method, variant, case, metric) -> row of metrics.json
+        self.efficiency = {}  # (method, k, steps of training) -> row of metrics.json
         self.samples = {}  # (method, variant, case) -> (s, n, 2), for the pictures
         self.references = {}  # (case, w, w_distilled) -> (s, n, 2)
 
@@ -73,6 +75,16 @@ class Evaluation:
             self.schedule, case.gamma, noise, self.clip, case.clip_steps, jump, callback,
         )  # fmt: skip
         return rearrange(x, "(n m s) d -> m s n d", m=members, s=config.seeds)
+
+    def solution(self, network: BatchedMLP, k: int, w: float, solver: str) -> Tensor:
+        """x_0 of networks "(m s)" by k steps of one of SOLVERS, guided by w; (m, s, n, 2)."""
+        stops = [*equidistant(k, self.config.N), CLEAN]
+
+        # The gamma-sampler is for one-step solvers: another's whole solution is one jump to it.
+        def jump(model, x_t, t, s, schedule):
+            return solve(model, x_t, stops, schedule, SOLVERS[solver]())
+
+        return self.sample(network, Case(1), w, jump=jump)
 
     def clip(self, x_0: Tensor) -> Tensor:
         """C of Eq. 17, to the square that holds the data; pixels lie in [-1, 1] instead."""
@@ -102,15 +114,22 @@ class Evaluation:
 
     # ------------------------------------------------------------------------------------ rows
 
-    def teacher_row(self, case: Case) -> None:
-        """The teacher itself with k guided steps of DDIM."""
+    def teacher_row(self, case: Case, solver: str = "") -> None:
+        """The teacher itself with k guided steps of DDIM, or of another of SOLVERS."""
         w = self.config.w
-        x = self.sample(self.teacher, case, w)[0]
-        self._add_rows("teacher", "", case, w, x, self.reference(case, 0.0, w))
+        if solver:
+            x = self.solution(self.teacher, case.k, w, solver)[0]
+        else:
+            x = self.sample(self.teacher, case, w)[0]
+        # Guided, an evaluation is two passes. The step to CLEAN is Eq. 16 in any solver.
+        evaluations = 2 * case.k - 1 if solver in TWO_EVALUATIONS else case.k
+        passes = evaluations * (1 if w == 0 else 2)
+        self._add_rows("teacher", solver, case, w, x, self.reference(case, 0.0, w), passes)
 
     def student_rows(self, group: Group, indices: list[int], case: Case) -> None:
         """The group's students of these indices, all seeds of each."""
         w = case.w_inference
+        passes = case.k * (1 if w == 0 else 2) * (2 if group.jump is tcf_2 else 1)
         samples = self.sample(group.select(indices), case, w, jump=group.jump)
         for i, x in zip(indices, samples, strict=True):
             student = group.students[i]
@@ -119,10 +138,28 @@ class Evaluation:
             # Eq. 22: guidance on distilled guidance multiplies, in terms of g = 1 + w.
             w_teacher = (1 + w) * (1 + student.w) - 1
             endpoint = None if w == 0 else self.reference(Case(1), 0.0, w_teacher)
-            self._add_rows(student.method, student.variant, case, case.w, x, reference, endpoint)
+            self._add_rows(
+                student.method, student.variant, case, case.w, x, reference, passes, endpoint
+            )
 
-    def _add_rows(self, method, variant, case, w: float, x, reference, endpoint=None) -> None:
-        """Rows of a case: rmse, sw, and with an endpoint the rmse to the teacher's guided ODE."""
+    def efficiency_rows(self, group: Group, indices: list[int], share: float, k: int) -> None:
+        """How near these students were after a share of their training, unguided, at gamma = 0."""
+        samples = self.sample(group.select(indices, share), Case(k), 0.0, jump=group.jump)
+        for i, x in zip(indices, samples, strict=True):
+            student = group.students[i]
+            per_seed = rmse(x, self.reference(Case(k), 0.0, student.w))
+            # In steps of the main comparison: those of others take more passes, and are fewer.
+            steps = round(share * self.config.steps)
+            row = {"method": student.method, "k": k, "steps": steps, "metric": "rmse"}
+            self.efficiency[student.method, k, steps] = row | seed_statistics(per_seed)
+
+    def _add_rows(
+        self, method, variant, case, w: float, x, reference, passes: int, endpoint=None
+    ) -> None:
+        """Rows of a case: rmse, sw, and with an endpoint the rmse to the teacher's guided ODE.
+
+        passes: of a network, for one sample.
+        """
         values = {"rmse": rmse(x, reference), "sw": self.sw(x, reference)}
         if endpoint is not None:
             values["rmse_teacher"] = rmse(x, endpoint)
@@ -130,7 +167,8 @@ class Evaluation:
         for metric, per_seed in values.items():
             if not per_seed.isfinite().all():
                 raise ValueError(f"{method} {variant} sampled no numbers: {case}; lower --guidance")
-            row = {"method": method, "variant": variant, **asdict(case), "w": w, "metric": metric}
+            row = {"method": method, "variant": variant, **asdict(case), "w": w, "passes": passes,
+                   "metric": metric}  # fmt: skip
             self.rows[method, variant, case, metric] = row | seed_statistics(per_seed)
 
     def sw(self, x: Tensor, y: Tensor) -> Tensor:
@@ -150,14 +188,25 @@ class Evaluation:
 
     def table(self, metric: str, gamma: float) -> str:
         """A metric's mean for every method over k, with * on the non-equidistant schedule."""
-        ks, lines = sorted({case.k for _, _, case, _ in self.rows}), []
+        ks, lines = compare.compared_steps(self.config.kmin, self.config.kmax), []
+        entries = [("teacher", solver, "equidistant", f" {solver}") for solver in TEACHER_SOLVERS]
         for schedule, mark in (("equidistant", ""), ("nonequidistant", " *")):
-            for method in self.methods:
-                rows = [self.find(method, Case(k, gamma, schedule), metric) for k in ks]
-                if any(rows):
-                    cells = [f"{row['mean']:.3f}" if row else "" for row in rows]
-                    lines.append((method + mark, cells))
+            entries += [(method, "", schedule, mark) for method in self.methods]
+        for method, variant, schedule, mark in entries:
+            rows = [self.find(method, Case(k, gamma, schedule), metric, variant) for k in ks]
+            if any(rows):
+                cells = [f"{row['mean']:.3f}" if row else "" for row in rows]
+                lines.append((method + mark, cells))
         return compare.format_table(f"{metric} at gamma = {gamma:g}", ks, lines, 21, 9)
+
+    def efficiency_table(self, k: int) -> str:
+        """rmse at gamma = 0 in k steps for every method over the steps that it was trained for."""
+        steps = sorted({steps for _, _, steps in self.efficiency})
+        lines = []
+        for method in dict.fromkeys(method for method, *_ in self.efficiency):
+            rows = [self.efficiency.get((method, k, n)) for n in steps]
+            lines.append((method, [f"{row['mean']:.3f}" if row else "" for row in rows]))
+        return compare.format_table(f"rmse, k = {k}, after", steps, lines, 21, 13, "{} steps")
 
     def noise_floor(self) -> dict:
         """sw between independent halves of the main references: no method can come below it."""
@@ -182,7 +231,15 @@ def seed_statistics(per_seed: Tensor) -> dict:
 
 # ----------------------------------------------------------------------------------------- cases
 #
-# Main cases are Figs. 4 and 5; the others, Figs. 6 and 7, add guidance at inference.
+# Main cases are Figs. 4 and 5; the others, Figs. 6 and 7, add guidance at inference. The teacher
+# has better solvers beside DDIM (TCD's Table 1), and students are sampled with more noise and in
+# more steps than they are trained for (TCD's Figs. 3, 5, 6 and 8).
+
+TEACHER_SOLVERS = ("dpm++2m", "dpm++2s")
+TWO_EVALUATIONS = ("dpm++2s",)  # a step
+SWEPT = ("tcd", "tdd", "tcds", "tdds")
+MORE_STEPS = (12, 16, 20)
+SWEEP_GAMMAS = (0.5, 1.0)
 
 
 def main_cases(config: ToyConfig) -> list[Case]:
@@ -195,12 +252,16 @@ def main_cases(config: ToyConfig) -> list[Case]:
     return cases
 
 
+def more_steps(config: ToyConfig) -> list[int]:
+    """Those of MORE_STEPS that are more than students are trained for and that the grid has."""
+    return [k for k in MORE_STEPS if config.kmax < k <= config.N]
+
+
 def group_cases(config: ToyConfig, group: Group) -> list[tuple[list[int], Case]]:
     """All cases of a group, each with the indices of its students."""
-    indices = {"": [], "w'=1": [], "w'=5": []}  # of the students of each variant
-    for i, student in enumerate(group.students):
-        indices[student.variant].append(i)
-    plain, low, high = indices.values()
+    plain = [i for i, student in enumerate(group.students) if not student.variant]
+    low = [i for i, student in enumerate(group.students) if student.variant == "w'=1"]
+    high = [i for i, student in enumerate(group.students) if i not in (*plain, *low)]
     jobs = [(plain, case) for case in main_cases(config)]
     if isinstance(group.students[0], Student) and group.jump is ddim:
         ends, clips = sorted({config.kmin, config.kmax}), sorted({0, 1, config.kmin})
@@ -216,13 +277,25 @@ def group_cases(config: ToyConfig, group: Group) -> list[tuple[list[int], Case]]
     else:
         # Between kmin and kmax the other schedule is TDD's own question.
         jobs = [job for job in jobs if job[1].schedule == "equidistant"]
+    swept = [i for i in plain if group.students[i].method in SWEPT]
+    jobs += [(swept, Case(k)) for k in more_steps(config)]
+    jobs += [(swept, Case(k, gamma)) for gamma in SWEEP_GAMMAS for k in (config.kmin, config.kmax)]
     return [job for job in jobs if job[0]]  # of students that this run has
 
 
 def evaluate(groups: list[Group], ev: Evaluation) -> None:
     """Every row of metrics.json: the main cases for teacher and students, then guided students."""
-    jobs = [partial(ev.teacher_row, case) for case in main_cases(ev.config)]
+    config = ev.config
+    jobs = [partial(ev.teacher_row, case) for case in main_cases(config)]
+    for solver in TEACHER_SOLVERS:
+        ks = compare.compared_steps(config.kmin, config.kmax)
+        jobs += [partial(ev.teacher_row, Case(k), solver) for k in ks]
     for group in groups:
-        jobs += [partial(ev.student_rows, group, *job) for job in group_cases(ev.config, group)]
+        jobs += [partial(ev.student_rows, group, *job) for job in group_cases(config, group)]
+        plain = [i for i, student in enumerate(group.students) if not student.variant]
+        # A training of a few steps has no snapshot of some shares.
+        for share in (*group.snapshots, 1.0) if plain else ():
+            for k in sorted({config.kmin, config.kmax}):
+                jobs.append(partial(ev.efficiency_rows, group, plain, share, k))
     for job in tqdm(jobs, desc="evaluate", mininterval=0.5, dynamic_ncols=True):
         job()

@@ -15,7 +15,7 @@ from common.compare import COLOURS, GAMMAS, NAMES, W_ADDED, W_HIGH, Case
 from common.plots import CLASS_COLOURS, FAINT, GREY, INK, Axes, Figure
 from solvers import CLEAN
 from tdd import guided, sample_step
-from toy.evaluate import Evaluation
+from toy.evaluate import SWEEP_GAMMAS, SWEPT, Evaluation, more_steps
 from toy.students import Group, Student
 
 # The methods of the two sibling papers have pictures of their own, beside TCD and TDD.
@@ -30,8 +30,14 @@ def draw_all(output: Path, ev: Evaluation, groups: list[Group]) -> None:
     curves(output / "curves.png", ev, main)
     # A picture that this run has nothing for must not stay from the run before.
     (output / "paths.gif").unlink(missing_ok=True)
-    for name in ("trajectories", "guidance", "family", "family_curves"):
+    for name in ("trajectories", "guidance", "family", "family_curves", "sweep", "efficiency"):
         (output / f"{name}.png").unlink(missing_ok=True)
+    trained = {method for method, *_ in ev.efficiency}
+    if not trained.isdisjoint(main):
+        efficiency(output / "efficiency.png", ev, [m for m in main if m in trained])
+    swept = [method for method in ev.methods if method in SWEPT]
+    if swept:
+        sweep(output / "sweep.png", ev, swept)
     if len(main) < len(ev.methods):
         family = [m for m in ev.methods if m in ("teacher", "tcd", "tdd", *FAMILY)]
         samples(output / "family.png", ev, family)
@@ -44,8 +50,8 @@ def draw_all(output: Path, ev: Evaluation, groups: list[Group]) -> None:
                 students[student.method] = student_paths(ev, main_group.select([i]))
         trajectories(output / "trajectories.png", ev, exact, students)
         moving_paths(output / "paths.gif", ev, exact, students)
-    if any(variant or case.clip_steps for _, variant, case, _ in ev.rows):
-        guidance(output / "guidance.png", ev)
+    if parts := _guidance_parts(ev):
+        guidance(output / "guidance.png", ev, parts)
 
 
 # Panels of samples are what samples.png and guidance.png are made of: rows of clouds, words below.
@@ -116,9 +122,7 @@ def curves(path: Path, ev: Evaluation, methods: list[str]) -> None:
     for i, gamma in enumerate(GAMMAS):
         panel = {}
         for method in methods:
-            rows = [ev.find(method, Case(k, gamma)) for k in ks]
-            mean, std = (np.array([row[field] for row in rows]) for field in ("mean", "std"))
-            panel[method] = ks, mean, std
+            panel[method] = ks, *_mean_and_std([ev.find(method, Case(k, gamma)) for k in ks])
         # The first panel alone names the y axis; both share it.
         box, ylabel = (100 + i * 500, 100, 440, 440), "" if i else "rmse (log scale)"
         title = f"gamma = {gamma:g}"
@@ -134,6 +138,59 @@ def curves(path: Path, ev: Evaluation, methods: list[str]) -> None:
         figure.text(1115, y, "TDD, non-eq.", 17, COLOURS["tdd"])
     note = f"mean and deviation over {ev.config.seeds} teachers; same noise for all"
     figure.text(30, 615, f"{ev.config.data}; {note}", 15, GREY)
+    figure.save(path)
+
+
+# --------------------------------------------------------------------------- efficiency.png
+
+
+def efficiency(path: Path, ev: Evaluation, methods: list[str]) -> None:
+    """Distance over the steps of one training, which the abstract's first claim is about."""
+    figure, ks = Figure(1240, 640), sorted({ev.config.kmin, ev.config.kmax})
+    figure.text(30, 30, "Distance over the training: rmse at gamma = 0 after so many steps", 24)
+    steps = sorted({steps for method, _, steps in ev.efficiency if method in methods})
+    limits = compare.log_limits([row["mean"] for row in ev.efficiency.values()])
+    for i, k in enumerate(ks):
+        panel = {}
+        for method in methods:
+            rows = [ev.efficiency[method, k, n] for n in steps]
+            panel[method] = steps, *_mean_and_std(rows)
+        box, ylabel = (100 + i * 500, 100, 440, 440), "" if i else "rmse (log scale)"
+        title, xlabel = f"{k} steps of sampling", "steps of training (log scale)"
+        compare.curve_panel(
+            figure, box, title, ylabel, steps, panel, limits, 16, xlabel, log_x=True
+        )
+    compare.legend(figure, methods, (1075, 1105), 1115, 17)
+    figure.save(path)
+
+
+def _mean_and_std(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(np.array([row[field] for row in rows]) for field in ("mean", "std"))
+
+
+# ------------------------------------------------------------ sweep.png, after TCD's Figs. 3 to 8
+
+
+def sweep(path: Path, ev: Evaluation, methods: list[str]) -> None:
+    """More steps than students are trained for, and gamma from 0 to 1."""
+    config, figure = ev.config, Figure(1740, 640)
+    figure.text(30, 30, "Beyond training: more steps at gamma = 0, and gamma from 0 to 1", 24)
+    ks = [*range(config.kmin, config.kmax + 1), *more_steps(config)]
+    gammas = [*GAMMAS, *SWEEP_GAMMAS]
+    panels = [("gamma = 0", ks, "steps k", [Case(k) for k in ks])]
+    for k in sorted({config.kmin, config.kmax}):
+        panels.append((f"k = {k}", gammas, "gamma", [Case(k, gamma) for gamma in gammas]))
+    curves = []
+    for _, x, _, cases in panels:
+        panel = {m: (x, *_mean_and_std([ev.find(m, case) for case in cases])) for m in methods}
+        curves.append(panel)
+    limits = compare.log_limits(
+        [v for panel in curves for _, mean, _ in panel.values() for v in mean]
+    )
+    for i, ((title, x, xlabel, _), panel) in enumerate(zip(panels, curves, strict=True)):
+        box, ylabel = (100 + i * 500, 100, 440, 440), "" if i else "rmse (log scale)"
+        compare.curve_panel(figure, box, title, ylabel, x, panel, limits, 16, xlabel)
+    compare.legend(figure, methods, (1575, 1605), 1615, 17)
     figure.save(path)
 
 
@@ -280,9 +337,9 @@ def _dots(figure: Figure, axes: Axes, x: Tensor, colours: list) -> None:
 # against the teacher's own ODE at the wanted w (does Eq. 13 bring the student back to it?).
 
 
-def guidance(path: Path, ev: Evaluation) -> None:
+def guidance(path: Path, ev: Evaluation, parts: list[tuple]) -> None:
     """Guiding students at inference: with and without null conditions, tuned down, and clipped."""
-    k, parts = ev.config.kmin, _guidance_parts(ev)
+    k = ev.config.kmin
     height = sum(90 + (SIDE + 30) * len(rows) for _, _, rows in parts)
     figure, top = Figure(LEFT + (SIDE + 8) * 4 + 12, 60 + height), 60
     figure.text(20, 28, f"Guidance at inference: {ev.config.data}, {k} steps, gamma = 0", 24)
@@ -305,12 +362,14 @@ def _guidance_parts(ev: Evaluation) -> list[tuple]:
             ("exact jumps", "perfect student", "", exact),
         ]
         parts.append((title, [f"w = {case.w:g}" for case in cases], rows))
-        title = "A student distilled at w' = 5, tuned to the teacher's w (Eq. 13; Fig. 6b)"
-        cases = [Case(k, w=w, tune=W_HIGH) for w in W_ADDED]
-        cells = _cells(ev, "tdd", [Case(k)], "w'=5")
-        cells += _cells(ev, "tdd", cases, "w'=5", "rmse_teacher")
+        title = "Students distilled at w' = 5, tuned to the teacher's w (Eqs. 13, 14; Fig. 6b)"
+        cases, rows = [Case(k, w=w, tune=W_HIGH) for w in W_ADDED], []
+        for method, variant in dict.fromkeys((m, v) for m, v, case, _ in ev.rows if case.tune):
+            cells = _cells(ev, method, [Case(k)], variant)
+            cells += _cells(ev, method, cases, variant, "rmse_teacher")
+            rows.append((NAMES[method], variant, method, cells))
         exact = [(ev.reference(Case(1), 0.0, w)[0], "") for w in (W_HIGH, *W_ADDED)]
-        rows = [("TDD, w' = 5", "Eq. 13", "tdd", cells), ("teacher's ODE", "at that w", "", exact)]
+        rows.append(("teacher's ODE", "at that w", "", exact))
         parts.append((title, ["as distilled", *(f"to w = {w:g}" for w in W_ADDED)], rows))
     if "tdd" in ev.methods:
         # C cuts at the box that holds the data; guided samples that overshoot are what it is for.

@@ -73,14 +73,17 @@ class BatchedMLP(nn.Module):
 
 # ------------------------------------------------------------------------------------- training
 
+SNAPSHOTS = (1 / 30, 1 / 10, 1 / 3)  # shares of the steps: 100, 300, 1,000 of 3,000
+
 
 def train(
     network: BatchedMLP, loss_of_step, steps: int, lr: float, name: str, on_step_end=lambda: None,
-    betas=(0.9, 0.999),
+    betas=(0.9, 0.999), snapshots: dict | None = None,
 ) -> BatchedMLP:  # fmt: skip
     """Minimise loss_of_step() -> (b*m,) by Adam, its rate falling to zero as a cosine.
 
-    Returns the network, frozen. Raises ValueError for a loss that is no number.
+    Returns the network, frozen; snapshots takes copies from before the end, by share of the steps.
+    Raises ValueError for a loss that is no number.
     """
     # Fused: 27 networks are few tensors, but Adam's dozen passes over each would still show.
     optimizer = torch.optim.Adam(network.parameters(), lr=lr, betas=betas, fused=True)
@@ -94,6 +97,9 @@ def train(
         optimizer.step()
         cosine.step()
         on_step_end()
+        for share in SNAPSHOTS if snapshots is not None else ():
+            if step + 1 == round(share * steps):
+                snapshots[share] = network.select(range(network.members))
         # Every 100 steps is enough to stop a diverging run.
         if step % 100 == 0 or step == steps - 1:
             if not loss.isfinite():

@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from einops import rearrange, repeat
 
-from common.compare import W_HIGH, equal_budget_steps
+from common.compare import W_HIGH, W_RANGE, equal_budget_steps
 from solvers import SOLVERS, Schedule, ddim
 from tcd import TCF
 from tdd import StepSample, TargetSet, ema_update, sample_step, targets_of, tdd_loss
@@ -29,7 +29,10 @@ STUDENTS = ["cm", *SEGMENTS, "tcd", "tdd", "tdd_eta0", "tdd_rho0", *TDM_STUDENTS
 
 @dataclass(frozen=True)
 class Student:
-    """A method as it is trained: its targets, eta and rho, and the guidance w' it distils."""
+    """A method as it is trained: its targets, eta and rho, and the guidance w' it distils.
+
+    w' is drawn from w - spread to w + spread for each example.
+    """
 
     method: str
     targets: TargetSet
@@ -38,25 +41,31 @@ class Student:
     w: float
     variant: str = ""
     tcf: str = "1"
+    spread: float = 0.0
 
 
 @dataclass(frozen=True)
 class Group:
-    """Students trained together, members "(student seed)", and the jump to sample with."""
+    """Students trained together, members "(student seed)", and the jump to sample with.
+
+    snapshots: what the network was after a share of its training, by share.
+    """
 
     students: list[Student | TDMStudent]
     network: BatchedMLP
     jump: Callable = ddim
     seconds: float = 0.0  # how long the training took
+    snapshots: dict[float, BatchedMLP] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
         return [f"{student.method} {student.variant}".strip() for student in self.students]
 
-    def select(self, indices) -> BatchedMLP:
-        """The networks of these students, by index, all seeds of each."""
-        members = torch.arange(self.network.members).view(len(self.students), -1)
-        return self.network.select(members[list(indices)].flatten().tolist())
+    def select(self, indices, share: float = 1.0) -> BatchedMLP:
+        """The networks of these students, by index, all seeds of each, at the end or before."""
+        network = self.network if share == 1.0 else self.snapshots[share]
+        members = torch.arange(network.members).view(len(self.students), -1)
+        return network.select(members[list(indices)].flatten().tolist())
 
 
 def make_students(config: ToyConfig) -> list[Student]:
@@ -67,20 +76,33 @@ def make_students(config: ToyConfig) -> list[Student]:
             continue
         # The names "tdd_eta0" and "tdd_rho0" begin with their targets' method.
         method = "pcm" if name in SEGMENTS else name.partition("_")[0]
-        targets = targets_of(method, config.N, SEGMENTS.get(name, config.kmin), config.kmax)
+        kmin = SEGMENTS.get(name, config.kmin)
+        targets = targets_of(method, config.N, kmin, config.kmax, config.reach)
         if name == "tdd_rho0":
-            # Fig. 6 asks for guidance left to add (w' = 1) and for guidance to take back (w' = 5).
-            students += [
-                Student("tdd", targets, config.eta, config.rho, w=1.0, variant="w'=1"),
-                Student("tdd_rho0", targets, config.eta, rho=0.0, w=1.0, variant="w'=1"),
-                Student("tdd", targets, config.eta, config.rho, w=W_HIGH, variant="w'=5"),
-            ]
+            students += guidance_students(config, targets)
             continue
         eta = config.eta if name == "tdd" else 0.0
         for tcf in config.tcf if name in ("tcd", "tdd") else ("1",):
             label = name if tcf == "1" else name + tcf
             students.append(Student(label, targets, eta, config.rho, config.w, tcf=tcf))
     return students
+
+
+def guidance_students(config: ToyConfig, tdd_targets: TargetSet) -> list[Student]:
+    """The students of Fig. 6: guidance left to add (w' = 1), and guidance to take back.
+
+    The paper takes it back from TCD, whose w' is drawn from a range (Eq. 14 has its middle), and
+    from PCM; TDD stands beside them.
+    """
+    tcd, pcm = (targets_of(name, config.N, config.kmin) for name in ("tcd", "pcm"))
+    rho, high, wide = config.rho, f"w'={W_HIGH:g}", f"w'={W_RANGE[0]:g}..{W_RANGE[1]:g}"
+    return [
+        Student("tdd", tdd_targets, config.eta, rho, w=1.0, variant="w'=1"),
+        Student("tdd_rho0", tdd_targets, config.eta, rho=0.0, w=1.0, variant="w'=1"),
+        Student("tdd", tdd_targets, config.eta, rho, W_HIGH, high),
+        Student("pcm4", pcm, 0.0, rho, W_HIGH, high),
+        Student("tcd", tcd, 0.0, rho, W_HIGH, wide, spread=(W_RANGE[1] - W_RANGE[0]) / 2),
+    ]
 
 
 # -------------------------------------------------------------------------------------- training
@@ -119,7 +141,10 @@ def train_students(
     if tcf == "s":
         student = student.with_scalar("target_time")
     target_net = student.requires_grad_().select(range(m * s))
-    w = repeat(torch.tensor([x.w for x in students]), "m -> (b m s)", b=b, s=s)
+    w_middle = torch.tensor([x.w for x in students])[:, None]
+    spread = torch.tensor([x.spread for x in students])[:, None]
+    # Its own, so that the other random numbers are those of a run without a range.
+    w_generator = torch.Generator().manual_seed(config.seed + 3)
     null, solver = torch.zeros(1, CLASSES), SOLVERS[config.solver]()
 
     def loss():
@@ -131,6 +156,8 @@ def train_students(
         for x in students:
             generator.set_state(state)
             samples.append(sample_step(x.targets, (b * s, 2), x.eta, x.rho, generator))
+        u = torch.rand((b, 1, s), generator=w_generator)
+        w = (w_middle + spread * (2 * u - 1)).flatten()  # (bms,)
         return tdd_loss(
             student, target_net, teacher, x_0, cond, null, _join(samples, s), w, teacher.schedule,
             solver=solver, jump=TCF[tcf],
@@ -139,9 +166,9 @@ def train_students(
     theta, target_theta = list(student.parameters()), list(target_net.parameters())
     update_target_net = partial(ema_update, target_theta, theta, config.ema)  # line 18
     steps, start = equal_budget_steps(config.steps, tcf), time.time()
-    name = "students" if tcf == "1" else f"TCF({tcf})"
-    train(student, loss, steps, config.lr, name, update_target_net)
-    return Group(students, student, TCF[tcf], time.time() - start)
+    name, snapshots = "students" if tcf == "1" else f"TCF({tcf})", {}
+    train(student, loss, steps, config.lr, name, update_target_net, snapshots=snapshots)
+    return Group(students, student, TCF[tcf], time.time() - start, snapshots)
 
 
 def _join(samples: list[StepSample], seeds: int) -> StepSample:
@@ -165,6 +192,8 @@ def train_groups(config: ToyConfig, teacher: BatchedMLP, data: Data, generator) 
     for name in TDM_STUDENTS:
         if name in config.methods:
             student, start = replace(TDM_STUDENTS[name], w=config.w), time.time()
-            network = train_tdm(config, student, teacher)
-            groups.append(Group([student], network, seconds=time.time() - start))
+            snapshots = {}
+            network = train_tdm(config, student, teacher, snapshots=snapshots)
+            seconds = time.time() - start
+            groups.append(Group([student], network, seconds=seconds, snapshots=snapshots))
     return groups

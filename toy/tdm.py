@@ -39,8 +39,9 @@ TDM_STUDENTS = {
 
 
 def train_tdm(
-    config: ToyConfig, m: TDMStudent, teacher: BatchedMLP, start=None, steps: int | None = None
-) -> BatchedMLP:
+    config: ToyConfig, m: TDMStudent, teacher: BatchedMLP, start=None, steps: int | None = None,
+    snapshots: dict | None = None,
+) -> BatchedMLP:  # fmt: skip
     """TDM's Algorithm 1 for every seed; a student begins as its teacher or as network `start`."""
     # The main comparison's budget, unless the ablation asks for fewer steps.
     steps = steps or equal_budget_steps(config.steps, m.method)
@@ -79,4 +80,6 @@ def train_tdm(
         cosine.step()
         return student_loss
 
-    return train(student, loss, steps, STUDENT_LR * config.lr, m.method, betas=BETAS)
+    return train(
+        student, loss, steps, STUDENT_LR * config.lr, m.method, betas=BETAS, snapshots=snapshots
+    )

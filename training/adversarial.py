@@ -1,8 +1,8 @@
 """Adversarial TDD, "Ours (adv)" in Table 1: a discriminator on the teacher's features.
 
-The paper takes over PCM's process: the student's jump to tau~ is the fake sample, the target
-network's the real one; both are noised further to one time and compared by the features that the
-frozen teacher computes of them.
+The paper takes over PCM's process, and this code PCM's heads, features and losses: the student's
+jump to tau~ is the fake sample, the target network's the real one; both are noised further to one
+time and compared by the features that the frozen teacher computes of them.
 """
 
 import torch
@@ -19,34 +19,43 @@ from unet import UNet
 # The teacher's encoder already handles pictures at any noise level; only the heads are trained.
 
 
-class Heads(nn.Module):
-    """A small convolution head for each feature map (b, c, h, w), giving logits (b, h' w')."""
+class Head(nn.Module):
+    """PCM's head on a feature map (b, c, h, w): 1x1 convolutions of its width, logits (b, hw)."""
 
-    def __init__(self, widths: list[int], hidden: int = 256):
+    def __init__(self, c: int):
         super().__init__()
-        self.heads = nn.ModuleList()
-        for c in widths:
-            self.heads.append(nn.Sequential(
-                nn.Conv2d(c, hidden, 3, stride=2, padding=1), nn.GroupNorm(8, hidden), nn.SiLU(),
-                nn.Conv2d(hidden, hidden, 3, padding=1), nn.GroupNorm(8, hidden), nn.SiLU(),
-                nn.Conv2d(hidden, 1, 1),
-            ))  # fmt: skip
+        self.conv1 = nn.Sequential(nn.Conv2d(c, c, 1), nn.GroupNorm(32, c), nn.LeakyReLU())
+        self.conv2 = nn.Sequential(nn.Conv2d(c, c, 1), nn.GroupNorm(32, c), nn.LeakyReLU())
+        self.conv_out = nn.Conv2d(c, 1, 1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.conv1(h)
+        return self.conv_out(h + self.conv2(h)).flatten(1)
+
+
+class Heads(nn.Module):
+    """A head for each of the teacher's features."""
+
+    def __init__(self, widths: list[int]):
+        super().__init__()
+        self.heads = nn.ModuleList(Head(c) for c in widths)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         # In float32, beside a base in half precision: heads are small, and so are their gradients.
         dtype = next(self.parameters()).dtype
-        return [head(h.to(dtype)).flatten(1) for head, h in zip(self.heads, features, strict=True)]
+        return [head(h.to(dtype)) for head, h in zip(self.heads, features, strict=True)]
 
 
 def teacher_features(unet: UNet, x_t: Tensor, t: Tensor, cond: dict) -> list[Tensor]:
-    """The plain teacher's features of x_t at the end of each level, and in the middle."""
+    """The plain teacher's features of x_t: each level's output, and the middle's."""
     dtype = unet.conv_in.weight.dtype
     with active_adapters(unet):
         h = unet.conv_in(x_t.to(dtype))
         *skips, middle = unet.encode(h, unet.embed(t, cond), cond["prompt_embeds"].to(dtype))
-    # A level leaves one skip connection a block, and one more that is already the next one's size.
-    blocks, levels = unet.config.layers_per_block, len(unet.config.channels)
-    return [skips[(i + 1) * (blocks + 1) - 1] for i in range(levels)] + [middle]
+    # A level's output is the skip connection behind its downsampler, which the last one lacks.
+    stride, levels = unet.config.layers_per_block + 1, len(unet.config.channels)
+    ends = [(i + 1) * stride for i in range(levels - 1)] + [len(skips) - 1]
+    return [*(skips[end] for end in ends), middle]
 
 
 # ---------------------------------------------------------------------------------------- losses
@@ -103,5 +112,4 @@ class Discriminator:
         # The student's gradient goes through frozen heads.
         frozen = {name: p.detach() for name, p in self.heads.named_parameters()}
         logits = functional_call(self.heads, frozen, (fake,))
-        g_loss = -torch.stack([each.mean() for each in logits]).mean()
-        return g_loss, d_loss
+        return hinge(logits, 1), d_loss

@@ -26,14 +26,16 @@ DISTANCES = {"l2": squared_l2, "huber": pseudo_huber}
 class DistillConfig:
     """What is distilled, and how: the paper's settings for SDXL unless given.
 
-    method: tdd, cm, pcm, tcd or tdm. w: the range of w', or TDM's guidance twice. mu: rate of the
-    moving average. tcf, solver: names in tcd.TCF and solvers.SOLVERS. full: train the whole UNet.
+    method: tdd, cm, pcm, tcd or tdm. reach: e of Eq. 7, T/kmin unless given. w: the range of w',
+    or TDM's guidance twice. mu: rate of the moving average. tcf, solver: names in tcd.TCF and
+    solvers.SOLVERS. full: train the whole UNet.
     """
 
     method: str = "tdd"
     tcf: str = "1"
     kmin: int = 4
     kmax: int = 8
+    reach: float | None = None
     eta: float = 0.3
     rho: float = 0.2
     w: tuple[float, float] = (3.5, 3.5)
@@ -74,7 +76,9 @@ class DistillConfig:
 def build_tdd_config(config: DistillConfig, device) -> TDDConfig:
     """Algorithm 1's settings; ValueError if kmin, kmax and N do not go together."""
     return TDDConfig(
-        targets=targets_of(config.method, config.solver_steps, config.kmin, config.kmax),
+        targets=targets_of(
+            config.method, config.solver_steps, config.kmin, config.kmax, config.reach
+        ),
         schedule=sdxl_schedule(), eta=config.eta, rho=config.rho, w=config.w,
         mu=config.mu, solver=SOLVERS[config.solver](), jump=TCF[config.tcf],
         distance=DISTANCES[config.loss], adv_weight=config.adv_weight,

@@ -38,8 +38,9 @@ MAY_CHANGE = {
     "max_bad", "workers",
 }  # fmt: skip
 # Version 1 recorded guidance as w, not as g = 1 + w, and the places of several reading processes;
-# version 2 knew models and data by their paths.
-VERSION = {"checkpoint_version": 3}
+# version 2 knew models and data by their paths; version 3 trained other pairs and targets, and
+# other heads.
+VERSION = {"checkpoint_version": 4}
 SCALER_STATE = GradScaler("cpu").state_dict().keys()
 RUN_FILE = ".run"  # says which run writes to a folder: two at once would mix their checkpoints
 
