@@ -199,7 +199,7 @@ def tdd_loss(
 ) -> TDDLoss:  # fmt: skip
     """Algorithm 1, lines 10-16: the consistency loss that CM, PCM, TCD and TDD share (Eqs. 3, 10).
 
-    x_0: (b, ..) data, unless the sample has x_next. w: the distillation guidance w', a number or (b,); guidance g = 1 + w'.
+    x_0: (b, ..) data, unless the sample has x_next. w: the guidance w' = g - 1, a number or (b,).
     solver: Phi, one step of the teacher's PF-ODE. jump: f, Eq. 15's `ddim` or another of tcd.TCF.
     distance: (b, ..) -> (b,).
 

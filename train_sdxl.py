@@ -238,6 +238,18 @@ def open_paths(
     return loader
 
 
+def encode_examples(args, model: SDXL, batch: dict, generator, device) -> tuple:
+    """x_0, None where the method needs none, and the condition of a batch."""
+    if needs_prompts(args):
+        # TDM starts from noise, and walkers are where they are.
+        captions = batch["captions"] if args.method == "tdm" else batch["conds"]
+        return None, make_conditions(model, captions, None, args.resolution, args.resolution)[0]
+    if args.cache is None:
+        return encode_batch(model, batch, generator, device)
+    cond = {name: batch[name].to(device, non_blocking=True) for name in cache.TENSORS}
+    return cond.pop("latents"), cond
+
+
 # --------------------------------------------------------------------------------------------- main
 
 
@@ -256,7 +268,7 @@ def main(args) -> None:
     # Each process draws its own random numbers.
     generator = torch.Generator().manual_seed(args.seed * 10_000 + rank)
     position = saved["positions"][rank] if folder else None
-    size, side = args.resolution, args.resolution // model.vae.factor
+    side = args.resolution // model.vae.factor
     shape = model.unet.config.in_channels, side, side
     if config.pairs == "teacher":
         loader = open_paths(args, model, step, shape, generator, device, position)
@@ -278,15 +290,7 @@ def main(args) -> None:
     step.distribute(distributed.wrap_ddp)
 
     def losses(batch: dict) -> dict:
-        x_0 = None  # TDM starts from noise, and walkers are where they are
-        if needs_prompts(args):
-            captions = batch["captions"] if config.method == "tdm" else batch["conds"]
-            cond, _ = make_conditions(model, captions, None, size, size)
-        elif args.cache is None:
-            x_0, cond = encode_batch(model, batch, generator, device)
-        else:
-            cond = {name: batch[name].to(device, non_blocking=True) for name in cache.TENSORS}
-            x_0 = cond.pop("latents")
+        x_0, cond = encode_examples(args, model, batch, generator, device)
         walkers = {"walkers": batch["walkers"]} if "walkers" in batch else {}
         sample = step.sample((len(batch["names"]), *shape), generator, device, **walkers)
         batch["timesteps"] = sample.timesteps
@@ -384,9 +388,7 @@ def parser() -> cli.Parser:
     add("--max-bad", type=count, default=1000, help="broken examples that a process passes over")
     add("--save-every", type=count, default=500, help="steps between checkpoints; 0: the last only")
     add("--keep", type=positive_int, default=2, help="number of checkpoints to keep")
-    add(
-        "--resume", action="store_true", help="continue from the newest complete checkpoint, if any"
-    )
+    add("--resume", action="store_true", help="continue from the newest complete checkpoint")
     add("--sample-every", type=count, default=1000, help="steps between picture grids; 0: none")
     add(
         "--sample-prompts", type=Path, metavar="FILE", help="file of the grids' prompts, one a line"

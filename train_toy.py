@@ -88,8 +88,9 @@ def parser() -> cli.Parser:
     # The defaults are the results' settings; the paper's own (N = 250, w' = 3.5) are SDXL's.
     flag("--data", choices=DATA, default="spirals",
          help="2-D distribution; cifar10 has other flags: --data cifar10 --help")  # fmt: skip
-    flag("--methods", nargs="+", choices=dict.fromkeys([*STUDENTS, *BEYOND]), default=STUDENTS,
-         metavar="M", help=f"students, of {' '.join(dict.fromkeys([*STUDENTS, *BEYOND]))}; tdd_rho0 adds the guidance study")  # fmt: skip
+    methods = list(dict.fromkeys([*STUDENTS, *BEYOND]))
+    flag("--methods", nargs="+", choices=methods, default=STUDENTS, metavar="M",
+         help=f"students, of {' '.join(methods)}; tdd_rho0 adds the guidance study")  # fmt: skip
     flag("--tcf", nargs="+", choices=TCF, default=list(TCF), metavar="F",
          help="functions f of tcd and tdd: order 1, order 2, s as an input")  # fmt: skip
     flag(

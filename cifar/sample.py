@@ -158,7 +158,7 @@ def parser() -> cli.Parser:
     flag("--data", choices=["cifar10"], default="cifar10", help="data set")
     flag("--sample", required=True, metavar="NAME", help="network: teacher, or a student like tdd")
     flag("--runs", type=Path,
-         help="folder of the trained stages: runs/cifar10, or the weights that come with the code")  # fmt: skip
+         help="folder of the trained stages: runs/cifar10, or the weights shipped")  # fmt: skip
     flag("--labels", nargs="+", choices=CLASSES, default=CLASSES, metavar="CLASS", help="classes")
     flag("--num-images", type=count, default=8, help="number of pictures of each class")
     flag("--steps", type=count, default=4, help="number of steps k")

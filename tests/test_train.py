@@ -293,6 +293,17 @@ def test_noised_times():
     assert torch.equal(times, torch.arange(900, 1000).repeat_interleave(2))
 
 
+def head_by_hand(head, h):
+    """PCM's head: two 1x1 convolutions of the same width, the second beside a short cut."""
+    for i, layers in enumerate((head.conv1, head.conv2)):
+        conv, norm, _ = layers
+        y = torch.einsum("oc,bchw->bohw", conv.weight[:, :, 0, 0], h)
+        y = y + conv.bias[:, None, None]
+        y = F.leaky_relu(F.group_norm(y, 32, norm.weight, norm.bias), 0.01)
+        h = h + y if i else y
+    return torch.einsum("c,bchw->bhw", head.conv_out.weight[0, :, 0, 0], h) + head.conv_out.bias
+
+
 @pytest.mark.parametrize("told_ks", [(), KS])
 def test_adversarial_losses_are_hinge_on_diffusers_features(told_ks, folder):
     """Values, and each side's gradients, from diffusers' UNet with hooks where its levels end.
@@ -340,17 +351,7 @@ def test_adversarial_losses_are_hinge_on_diffusers_features(told_ks, folder):
         seen.clear()
         x_t = ratio * x_tau + (1 - ratio**2).sqrt() * z
         unet(x_t, torch.tensor(t), c["prompt_embeds"], added_cond_kwargs=added)
-        return [by_hand(head, h) for head, h in zip(heads.heads, seen, strict=True)]
-
-    def by_hand(head, h):
-        """PCM's head: two 1x1 convolutions of the same width, the second beside a short cut."""
-        for i, layers in enumerate((head.conv1, head.conv2)):
-            conv, norm, _ = layers
-            y = torch.einsum("oc,bchw->bohw", conv.weight[:, :, 0, 0], h)
-            y = y + conv.bias[:, None, None]
-            y = F.leaky_relu(F.group_norm(y, 32, norm.weight, norm.bias), 0.01)
-            h = h + y if i else y
-        return torch.einsum("c,bchw->bhw", head.conv_out.weight[0, :, 0, 0], h) + head.conv_out.bias
+        return [head_by_hand(head, h) for head, h in zip(heads.heads, seen, strict=True)]
 
     z_fake, z_real = d.adv_noise.chunk(2)
     fool = sum((1 - each).clamp(min=0).mean() for each in logits(pred, z_fake)) / 4

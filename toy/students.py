@@ -55,7 +55,7 @@ class Student:
 
     @property
     def kind(self) -> tuple:
-        """Students of one kind are trained as one network: the input, f, and where pairs are from."""
+        """What students share that are trained as one network: f, whether K is told, the pairs."""
         return self.tcf, bool(self.Ks), self.pairs
 
 
