@@ -86,8 +86,8 @@ class Walkers:
     def advance(self, rows: Tensor, x_n: Tensor) -> None:
         """Move these walkers to x_n (b, ..); who has arrived at t_0 begins a new path."""
         there = to_device(rows, self.device)
-        # Where half precision overflows it stays where it is: else the rest of its path would be
-        # spoiled, and every checkpoint of that time.
+        # Where half precision overflows, x stays and its time goes on: a path that is a step too
+        # noisy, instead of one without numbers and a checkpoint that would be passed over.
         finite = append_axes(x_n.isfinite().flatten(1).all(1), x_n)
         self.x[there] = torch.where(finite, x_n.to(self.x), self.x[there])
         arrived = self.n[rows] == 0
