@@ -310,11 +310,11 @@ def test_changed_settings_never_reuse_anothers_weights(
 CHANGED = {
     "channels": "64 64", "classifier-steps": 13, "teacher-steps": 31, "teacher-batch": 9,
     "teacher-lr": 2e-3, "teacher-ema": 0.5, "drop": 0.3, "steps": 4, "batch-size": 5, "lr": 1e-3,
-    "ema": 0.5, "rank": 8, "kmin": 3, "kmax": 7, "rho": 0.5, "guidance": 4, "solver-steps": 20,
+    "ema": 0.5, "rank": 9, "kmin": 3, "kmax": 7, "rho": 0.5, "guidance": 4, "solver-steps": 20,
     "seed": 1, "dtype": "bf16",
 }  # fmt: skip
 # What the evaluation alone depends on, or no result at all.
-MAY_CHANGE = {"methods": "tdd", "samples": 16, "compile": ""}
+MAY_CHANGE = {"repeats": 2, "methods": "tdd", "samples": 16, "compile": ""}
 
 
 def test_every_flag_is_among_the_settings_or_makes_no_difference(runs, data):
@@ -674,7 +674,7 @@ def test_sampling_from_the_command_line_of_the_toy(runs, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--sample", "tddd"], "no finished student 'tddd'; there: cm pcm4 tcd tcd2"),
+        (["--sample", "tddd"], "no finished student 'tddd'; there: cm pcm4 pcm4_path tcd"),
         (["--sample", "tdd", "--steps", 11], "11 steps: from 1 to 10"),
         (["--sample", "tdd", "--device", "nowhere"], "--device nowhere cannot be used here"),
         (["--sample", "tdd", "--labels", "unicorn"], "invalid choice: 'unicorn'"),
