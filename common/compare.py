@@ -28,9 +28,9 @@ COLOURS = {
     "tcd": (150, 90, 180), "tdd": (205, 45, 60), "tdd_eta0": (50, 110, 190), "tdd_rho0": (90,) * 3,
     "tcd2": (100, 60, 130), "tcds": (210, 160, 230), "tdd2": (130, 20, 35), "tdds": (240, 140, 130),
     "tdm4": (20, 140, 140), "tdm_unify": (210, 160, 20), "tdd_adv": (225, 130, 170),
-    "pcm4_path": (30, 95, 55), "tdd_eta0_path": (20, 60, 120), "tdd_k": (120, 75, 30),
-    "tdd_k4": (235, 120, 0), "tdd_k4_data": (245, 185, 90), "tdd_k4_blind": (0, 150, 190),
-    "tdd_k4_blind_data": (130, 205, 225),
+    "pcm4_path": (30, 95, 55), "tdd_eta0_path": (20, 60, 120), "tdd_k": (0, 95, 140),
+    "tdd_k4": (0, 165, 205), "tdd_k4_data": (130, 210, 230), "tdd_k4_blind": (170, 120, 0),
+    "tdd_k4_blind_data": (220, 190, 110),
 }  # fmt: skip
 
 # Forward passes of the network that a training step takes, a backward pass counted as two. By
