@@ -405,6 +405,7 @@ def test_runs_of_few_methods_and_other_steps(words, pictures, tmp_path):
     figures.draw_all(tmp_path, ev, groups)
     some = {"efficiency", "guidance", "family", "sweep"}
     assert {path.stem for path in tmp_path.glob("*.png")} & some == pictures
+    assert ev.config.ends.count(ev.config.kmin) == 1  # or a panel would be drawn twice
     more = toy_eval.more_steps(ev.config)
     assert more == [k for k in (12, 16, 20) if k > ev.config.kmax]
 
