@@ -471,6 +471,7 @@ def test_runs_of_few_methods_and_other_steps(words, pictures, tmp_path):
     figures.draw_all(tmp_path, ev, groups)
     some = {"efficiency", "guidance", "family", "sweep"}
     assert {path.stem for path in tmp_path.glob("*.png")} & some == pictures
+    assert ev.config.ends.count(ev.config.kmin) == 1  # or a panel would be drawn twice
     more = toy_eval.more_steps(ev.config)
     assert more == [k for k in (12, 16, 20) if k > ev.config.kmax]
 
@@ -525,16 +526,12 @@ def test_quick_run_end_to_end(monkeypatch, capsys, tmp_path):
         assert 0 < floor["mean"] < 0.2
     assert not list(tmp_path.glob("*.part*"))
     main, swept = ("cm", "pcm4", "tcd", "tdd", "tdd_eta0"), ("tcd", "tdd", "tcds", "tdds")
-    for name, panels, methods in (
-        ("curves", 2, main),
-        ("efficiency", 2, main),
-        ("sweep", 3, swept),
-    ):
-        picture = np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
+    pictures = (("curves", 2, main), ("efficiency", 2, main), ("sweep", 3, swept))
+    for name, panels, methods in pictures:
+        picture = np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)[100:540]
         for method, i in product(methods, range(panels)):
-            off = np.abs(picture[100:540, 100 + 500 * i :][:, :440] - compare.COLOURS[method]).max(
-                2
-            )
+            panel = picture[:, 100 + 500 * i : 540 + 500 * i]
+            off = np.abs(panel - compare.COLOURS[method]).max(2)
             assert (off < 12).sum() > 200, f"{method} has no line in {name}.png"
     check_efficiency(result, rmse, out)
     for name in ("samples", "targets", "trajectories", "guidance"):

@@ -26,3 +26,8 @@ class ToyConfig:
     solver: str
     samples: int
     reference_steps: int  # steps of the teacher's solution that samples are compared with
+
+    @property
+    def ends(self) -> list[int]:
+        """The fewest and the most steps, once if they are the same."""
+        return sorted({self.kmin, self.kmax})

@@ -277,12 +277,12 @@ def more_steps(config: ToyConfig) -> list[int]:
 
 def group_cases(config: ToyConfig, group: Group) -> list[tuple[list[int], Case]]:
     """All cases of a group, each with the indices of its students."""
-    plain = [i for i, student in enumerate(group.students) if not student.variant]
+    plain, ends = group.plain, config.ends
     low = [i for i, student in enumerate(group.students) if student.variant == "w'=1"]
     high = [i for i, student in enumerate(group.students) if i not in (*plain, *low)]
     jobs = [(plain, case) for case in main_cases(config)]
     if isinstance(group.students[0], Student) and group.students[0].kind == PLAIN:
-        ends, clips = sorted({config.kmin, config.kmax}), sorted({0, 1, config.kmin})
+        clips = sorted({0, 1, config.kmin})
         # Fig. 6a compares rho 0 with rho, Fig. 6b is about Eq. 13, Fig. 7 about x_0 clipping.
         for k in ends:
             jobs += [(low, Case(k, w=w)) for w in (0.0, *W_ADDED)]
@@ -297,7 +297,7 @@ def group_cases(config: ToyConfig, group: Group) -> list[tuple[list[int], Case]]
         jobs = [job for job in jobs if job[1].schedule == "equidistant"]
     swept = [i for i in plain if group.students[i].method in SWEPT]
     jobs += [(swept, Case(k)) for k in more_steps(config)]
-    jobs += [(swept, Case(k, gamma)) for gamma in SWEEP_GAMMAS for k in (config.kmin, config.kmax)]
+    jobs += [(swept, Case(k, gamma)) for gamma in SWEEP_GAMMAS for k in ends]
     return [job for job in jobs if job[0]]  # of students that this run has
 
 
@@ -310,10 +310,9 @@ def evaluate(groups: list[Group], ev: Evaluation) -> None:
         jobs += [partial(ev.teacher_row, Case(k), solver) for k in ks]
     for group in groups:
         jobs += [partial(ev.student_rows, group, *job) for job in group_cases(config, group)]
-        plain = [i for i, student in enumerate(group.students) if not student.variant]
         # A training of a few steps has no snapshot of some shares.
-        for share in (*group.snapshots, 1.0) if plain else ():
-            for k in sorted({config.kmin, config.kmax}):
-                jobs.append(partial(ev.efficiency_rows, group, plain, share, k))
+        for share in (*group.snapshots, 1.0) if group.plain else ():
+            for k in config.ends:
+                jobs.append(partial(ev.efficiency_rows, group, group.plain, share, k))
     for job in tqdm(jobs, desc="evaluate", mininterval=0.5, dynamic_ncols=True):
         job()

@@ -45,9 +45,9 @@ def draw_all(output: Path, ev: Evaluation, groups: list[Group]) -> None:
     main_group = next((g for g in groups if g.students[0].method in main), None)
     if main_group:
         exact, students = teacher_paths(ev), {}
-        for i, student in enumerate(main_group.students):
-            if not student.variant:
-                students[student.method] = student_paths(ev, main_group.select([i]))
+        for i in main_group.plain:
+            method = main_group.students[i].method
+            students[method] = student_paths(ev, main_group.select([i]))
         trajectories(output / "trajectories.png", ev, exact, students)
         moving_paths(output / "paths.gif", ev, exact, students)
     if parts := _guidance_parts(ev):
@@ -146,7 +146,7 @@ def curves(path: Path, ev: Evaluation, methods: list[str]) -> None:
 
 def efficiency(path: Path, ev: Evaluation, methods: list[str]) -> None:
     """Distance over the steps of one training, which the abstract's first claim is about."""
-    figure, ks = Figure(1240, 640), sorted({ev.config.kmin, ev.config.kmax})
+    figure, ks = Figure(1240, 640), ev.config.ends
     figure.text(30, 30, "Distance over the training: rmse at gamma = 0 after so many steps", 24)
     steps = sorted({steps for method, _, steps in ev.efficiency if method in methods})
     limits = compare.log_limits([row["mean"] for row in ev.efficiency.values()])
@@ -178,7 +178,7 @@ def sweep(path: Path, ev: Evaluation, methods: list[str]) -> None:
     ks = [*range(config.kmin, config.kmax + 1), *more_steps(config)]
     gammas = [*GAMMAS, *SWEEP_GAMMAS]
     panels = [("gamma = 0", ks, "steps k", [Case(k) for k in ks])]
-    for k in sorted({config.kmin, config.kmax}):
+    for k in config.ends:
         panels.append((f"k = {k}", gammas, "gamma", [Case(k, gamma) for gamma in gammas]))
     curves = []
     for _, x, _, cases in panels:

@@ -79,6 +79,11 @@ class Group:
     def names(self) -> list[str]:
         return [f"{student.method} {student.variant}".strip() for student in self.students]
 
+    @property
+    def plain(self) -> list[int]:
+        """The indices of the students at the main guidance."""
+        return [i for i, student in enumerate(self.students) if not student.variant]
+
     def select(self, indices, share: float = 1.0) -> BatchedMLP:
         """The networks of these students, by index, all seeds of each, at the end or before."""
         network = self.network if share == 1.0 else self.snapshots[share]
