@@ -20,7 +20,7 @@ from common.compare import GAMMAS
 from solvers import sdxl_schedule
 from tcd import TCF
 from tdd import targets_of
-from toy import ablations, figures
+from toy import ablations, explorer, figures
 from toy.config import ToyConfig
 from toy.data import DATA, Data
 from toy.evaluate import Evaluation, evaluate
@@ -46,6 +46,7 @@ def main(args) -> None:
     try:
         evaluate(groups, ev)
         figures.draw_all(output, ev, groups)
+        explorer.write(output / "explore.html", ev, groups)
         if args.ablations:
             ablations.ablate_beyond(groups, ev, data, ablation_rows)
             ablations.ablate_reach(ev, data, ablation_rows)
@@ -71,7 +72,7 @@ def main(args) -> None:
     print("* non-equidistant. rmse: to the teacher's exact sampler from the same noise; sw: sliced")
     print("Wasserstein distance to it. Passes of the network a step: guided teacher 2 (dpm++2s 4),")
     print("TCF(2) (tcd2, tdd2) 2, all other students 1.")
-    print(f"{time.time() - start:.0f} s; metrics.json and the pictures are in {output}/")
+    print(f"{time.time() - start:.0f} s; metrics.json, pictures and explore.html are in {output}/")
 
 
 def build_config(args) -> ToyConfig:

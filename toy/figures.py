@@ -248,7 +248,7 @@ def student_paths(ev: Evaluation, network, w: float = 0.0) -> Tensor:
     return rearrange(stops, "stop (n s) d -> s n stop d", s=ev.config.seeds)[0]
 
 
-def _inside(exact: Tensor, n: int, bound: float = 2.5) -> list[int]:
+def rows_inside(exact: Tensor, n: int, bound: float = 2.5) -> list[int]:
     """The first n samples whose path lies in the square [-bound, bound]."""
     return [j for j in range(len(exact)) if exact[j].abs().max() < bound][:n]
 
@@ -259,7 +259,7 @@ def trajectories(path: Path, ev: Evaluation, exact: Tensor, students: dict[str, 
     figure = Figure(40 + columns * (side + 20), 80 + (side + 60) * -(-len(students) // columns))
     title = "From noise (hollow) to data in {} steps, over the teacher's paths (grey)"
     figure.text(30, 30, title.format(ev.config.kmin), 24)
-    inside = _inside(exact, 12)
+    inside = rows_inside(exact, 12)
     for i, (method, paths) in enumerate(students.items()):
         box = 30 + (i % columns) * (side + 20), 100 + (i // columns) * (side + 60), side, side
         axes = Axes(figure, box, LIMITS, LIMITS)
@@ -295,7 +295,7 @@ def moving_paths(path: Path, ev: Evaluation, exact: Tensor, students: dict[str, 
         name = "teacher, DDIM" if method == "teacher" else NAMES.get(method, method)
         background.text(left + side / 2, 22, name, 20, COLOURS.get(method, INK), "mm")
         axes = Axes(background, (left, 42, side, side), (-2.9, 2.9), (-2.9, 2.9))
-        for j in _inside(exact, 40, axes.xlim[1]):
+        for j in rows_inside(exact, 40, axes.xlim[1]):
             axes.line(*exact[j].T.tolist(), PALE, 1)
         _dots(background, axes, exact[:, -1], [PALE] * len(exact))
         panels[method] = axes
