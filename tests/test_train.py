@@ -304,6 +304,17 @@ def head_by_hand(head, h):
     return torch.einsum("c,bchw->bhw", head.conv_out.weight[0, :, 0, 0], h) + head.conv_out.bias
 
 
+def told_by_hand(network, K):
+    """The network with crop_top = 8 K."""
+
+    def model(x_t, t, cond):
+        ids = cond["time_ids"].clone()
+        ids[:, 2] = 8 * K
+        return network(x_t, t, {**cond, "time_ids": ids})
+
+    return model
+
+
 @pytest.mark.parametrize("told_ks", [(), KS])
 def test_adversarial_losses_are_hinge_on_diffusers_features(told_ks, folder):
     """Values, and each side's gradients, from diffusers' UNet with hooks where its levels end.
@@ -325,13 +336,7 @@ def test_adversarial_losses_are_hinge_on_diffusers_features(told_ks, folder):
         p.grad = None
     if told_ks:
         cond["time_ids"][:, 2:4] = 0
-
-    def student(x_t, t, c):
-        ids = c["time_ids"].clone()
-        if told_ks:
-            ids[:, 2] = 8 * d.step.K
-        return nets.student(x_t, t, {**c, "time_ids": ids})
-
+    student = told_by_hand(nets.student, d.step.K) if told_ks else nets.student
     _, pred, aim, c, _ = tdd_loss(
         student, student, nets.teacher, x_0, cond, null_condition(cond), d.step, d.w, SCHEDULE
     )
