@@ -172,16 +172,19 @@ def test_only_the_vector_of_the_k_in_use_learns(method, wide):
 
 @pytest.mark.parametrize("method", ["tdd", "tdm"])
 def test_vectors_have_a_rate_of_their_own_and_no_decay(method, wide):
-    """AdamW's first step moves a number by its rate, and decays it before by rate times decay."""
+    """AdamW's first step moves a number by its rate, and decays it before by rate times decay.
+
+    The fake score's rate for a vector is to the student's as its other rates are.
+    """
     rates = {"lr": 1e-3, "fake_lr": 3e-3, "k_lr": 0.05}
     config = settings(method, weight_decay=0.5, **rates)
     step = build.build_step(config, load.load_sdxl(wide).unet, "cpu")
     optimizers = build.build_optimizers(config, step)
-    loras = {"adam": (step.lora, rates["lr"])}
+    loras = {"adam": (step.lora, rates["lr"], rates["k_lr"])}
     if method == "tdm":
-        loras["adam_fake"] = step.fake_lora, rates["fake_lr"]
+        loras["adam_fake"] = step.fake_lora, rates["fake_lr"], 3 * rates["k_lr"]
     assert optimizers.keys() == loras.keys()
-    for name, (lora, lr) in loras.items():
+    for name, (lora, lr, k_lr) in loras.items():
         optimizer = optimizers[name]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         assert {id(p) for p in parameters} == {id(p) for p in lora.parameters()}
@@ -193,7 +196,7 @@ def test_vectors_have_a_rate_of_their_own_and_no_decay(method, wide):
         for key, tensor in lora.state_dict().items():
             expected = (1 - 0.5 * lr) * before[key] - lr
             if key == "add_embedding/linear_1.up":
-                expected = before[key] - rates["k_lr"]
+                expected = before[key] - k_lr
             elif key == "add_embedding/linear_1.down":
                 expected = before[key]
             assert torch.allclose(tensor, expected, atol=1e-6), key

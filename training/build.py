@@ -175,7 +175,9 @@ def build_optimizers(config: DistillConfig, step: TDDStep | TDMStep) -> dict:
     # Each of two networks is what the other trains against: momentum would lead to where that was.
     no_momentum = (0.0, 0.999)
     if config.method == "tdm":
-        fake = _student_groups(replace(config, lr=config.fake_lr), step.fake)
+        # The fake score has to follow the student in all that the student learns.
+        k_lr = config.k_lr * config.fake_lr / config.lr if config.lr else config.k_lr
+        fake = _student_groups(replace(config, lr=config.fake_lr, k_lr=k_lr), step.fake)
         return {
             "adam": loop.adamw(student, config.lr, config.weight_decay, no_momentum),
             "adam_fake": loop.adamw(fake, config.fake_lr, config.weight_decay, no_momentum),
