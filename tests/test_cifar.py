@@ -393,7 +393,7 @@ def test_a_stage_of_another_version_is_refused(runs, data, tmp_path, monkeypatch
     shutil.copytree(runs[0] / "teacher", tmp_path / "teacher")
     path = tmp_path / "teacher/stage.json"
     stage = json.loads(path.read_text())
-    assert stage["settings"].pop("version") == "4"
+    assert stage["settings"].pop("version") == "5"
     path.write_text(json.dumps(stage))
     for script, words in (
         (cifar_train, flags(tmp_path, data)),
