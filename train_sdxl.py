@@ -173,7 +173,7 @@ def build_preview(args, config: DistillConfig) -> PreviewConfig:
     return PreviewConfig(
         output=args.output, resolution=args.resolution, steps=preview_steps(config),
         w=sum(config.w) / 2, solver_steps=args.solver_steps, seed=args.seed, prompts=prompts,
-        offload_vae=args.cache is not None,
+        offload_vae=args.cache is not None or needs_prompts(args),
     )  # fmt: skip
 
 
@@ -232,7 +232,10 @@ def open_paths(
         cond, _ = make_conditions(model, captions, None, args.resolution, args.resolution)
         return cond, null_condition(cond)
 
-    loader = PathLoader(step, shape, args.batch_size, generator, device, draw_conds, prompts)
+    loader = PathLoader(
+        step, shape, args.batch_size, generator, device, draw_conds,
+        lambda caption: isinstance(caption, str), prompts, args.grad_accum,
+    )  # fmt: skip
     if position is None:
         loader.start(encode)
     return loader
@@ -280,6 +283,7 @@ def main(args) -> None:
     if args.cache is not None:
         # The cache holds everything that training needs of these.
         model.encoder_1 = model.encoder_2 = None
+    if args.cache is not None or needs_prompts(args):
         model.vae.to("cpu")
     state = TrainState(
         output, step.modules, build.build_optimizers(config, step), generator, loader, settings,
@@ -354,7 +358,7 @@ def parser() -> cli.Parser:
     add("--tokenizer", type=Path, help="tokenizer's folder, where the model is a single file")
     add("--vae", type=Path, metavar="PATH", help="VAE instead of the model's: a folder or file")
     add("--data", type=Path, required=True,
-        help="D: folder of images or .tar shards; for tdm a file, a prompt a line")  # fmt: skip
+        help="D: folder of images or .tar shards; for tdm and teacher pairs a file, a prompt a line")  # fmt: skip
     add("--init", type=Path, metavar="LORA", help="LoRA to go on from, with its rank")
     add("--output", type=Path, default=Path("runs/sdxl"), help="folder of all that is written")
     add("--resolution", type=cli.number(int, 64), default=1024, help="side of crops in pixels")

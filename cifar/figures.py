@@ -10,12 +10,10 @@ import numpy as np
 from cifar.data import CLASSES
 from cifar.evaluate import TOLD_CASES, Evaluation, make_case
 from common import compare
-from common.compare import GAMMAS, NAMES, W_ADDED, W_HIGH
+from common.compare import BEYOND, GAMMAS, NAMES, W_ADDED, W_HIGH
 from common.plots import GREY, INK, Figure
 
-# Beyond the papers, and what stands beside it in its picture.
-BEYOND = ("tdd_k4", "tdd_k4_data", "tdd_k4_blind", "tdd_k4_blind_data", "tdd_k", "pcm4_path",
-          "tdd_eta0_path")  # fmt: skip
+# What stands beside those of BEYOND in their picture.
 BESIDE = ("teacher", "cm", "pcm4", "tdd_eta0", "tdd")
 SIDE = 46  # of a picture that is 32 pixels wide, and of the gap after it
 

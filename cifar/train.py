@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from cifar import figures
 from cifar.classifier import BORDER, Classifier, random_crop
-from cifar.config import REPEATED, SEED, STUDENTS, CifarConfig, student_config
+from cifar.config import METHODS, PATHS, REPEATED, SEED, CifarConfig, student_config
 from cifar.data import CLASSES, condition, read_split, teacher_loss, to_x0, unet_json
 from cifar.evaluate import Evaluation
 from cifar.sample import load_teacher
@@ -83,7 +83,7 @@ def build_stage(config: CifarConfig, name: str, data: tuple[Tensor, Tensor]) -> 
     # Every student has as many UNet passes as TDD; the discriminator's are not counted.
     steps = equal_budget_steps(config.steps, name if name in PASSES else student.tcf)
     if student.pairs == "teacher":
-        steps = path_steps(steps, config.batch_size, config.solver_steps)
+        steps = path_steps(steps, config.batch_size, config.solver_steps, student.tcf)
     return Stage(folder, data, steps, config.batch_size, student.seed, values)
 
 
@@ -195,7 +195,9 @@ def train_student(config: CifarConfig, stage: Stage) -> None:
             return [(label, CLASSES[label]) for label in labels]
 
         shape = step.teacher.base.config.in_channels, 16, 16
-        loader = PathLoader(step, shape, stage.batch_size, generator, device, draw_conds)
+        loader = PathLoader(
+            step, shape, stage.batch_size, generator, device, draw_conds, range(len(CLASSES)).count
+        )
         if is_new:
             loader.start(encode)
         return loader
@@ -284,8 +286,9 @@ def parser(preset: str | None = None) -> cli.Parser:
     flag("--preset", choices=PRESETS, default=preset, help="set of defaults for the flags below")
     flag("--data-dir", type=Path, default=Path("data/cifar-10-batches-bin"), help="data folder")
     flag("--output", type=Path, default=Path("runs/cifar10"), help="folder for all stages")
-    flag("--methods", nargs="+", choices=STUDENTS, default=list(STUDENTS), metavar="M",
-         help="students to train")  # fmt: skip
+    methods = list(dict.fromkeys([*METHODS, *PATHS]))
+    flag("--methods", nargs="+", choices=methods, default=METHODS, metavar="M",
+         help=f"students, of {' '.join(methods)}")  # fmt: skip
     flag("--repeats", type=count, default=1, help=f"trainings of {', '.join(REPEATED)}")
     flag("--channels", type=count, nargs="+", metavar="C", help="channels of the UNet's levels")
     flag("--classifier-steps", type=count, help="training steps of the classifier")

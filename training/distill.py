@@ -184,7 +184,7 @@ class TDDStep:
                 w = to_device(low + (high - low) * torch.rand(b, generator=generator), device)
         else:
             step = self.walkers.sample(walkers, config.targets, config.eta)
-            w = to_device(self.walkers.w[walkers], device)
+            w = self.walkers.guidance(walkers)
         sample = TDDStepSample(step.to(device), w, walkers)
         if self.discriminator is None:
             return sample
