@@ -19,6 +19,7 @@ import torch
 from common import cli, files
 from common.cli import count, non_negative, positive_int, share
 from common.files import read_lines
+from sdxl import num_steps
 from sdxl.load import SDXL, ModelPaths, load_sdxl
 from sdxl.lora import LoRA
 from sdxl.lora_files import read_lora
@@ -59,7 +60,9 @@ def check(args) -> None:
     check_method(args)
     if args.full and (args.init or args.compile or not args.model.is_dir()):
         raise ValueError("--full is for a model's folder, without --init and --compile")
-    if args.full and build_config(args).told_ks:
+    told_ks = build_config(args).told_ks
+    num_steps.check_rank(told_ks, args.rank)
+    if args.full and told_ks:
         raise ValueError("--full: K is told to a LoRA: add --no-tell-k")
     if args.full and args.sample_every and distributed.get_dist_info(args.device)[1] > 1:
         raise ValueError("--full: no process has all weights to draw with: --sample-every 0")

@@ -25,6 +25,7 @@ from cifar.sample import load_teacher
 from cifar.stage import Stage, read_stage, weights_digest
 from common import cli, files
 from common.compare import PASSES, equal_budget_steps, path_steps
+from sdxl import num_steps
 from sdxl.lora_files import write_diffusers
 from sdxl.pipeline import compile_blocks, null_condition
 from sdxl.weights import load_strict
@@ -228,6 +229,9 @@ def build_config(args) -> CifarConfig:
     targets_of("tdd", config.solver_steps, config.kmin, config.kmax)
     for name in config.methods:
         student = student_config(config, name)
+        if student.told_ks:
+            num_steps.check_rank(student.told_ks, student.rank)
+            num_steps.reader(student.told_ks, unet_json(config.channels)["addition_time_embed_dim"])
         if student.method == "tdm":
             equidistant(max(student.Ks), config.solver_steps)
         else:

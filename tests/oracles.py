@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import sample
 from sdxl import keys, load
 from sdxl.lora import LoRA
-from sdxl.told import KAdapter, add_told
+from sdxl.num_steps import KAdapter, add_k_adapter
 from tcd import TCF
 from tdd import targets_of
 from tests import helpers
@@ -375,7 +375,7 @@ def busy(unet, rank=4, alpha=2.0, seed=1, scalar="", told_ks=()):
     start = torch.Generator().manual_seed(seed)
     lora = LoRA.init(unet, rank, alpha, start, scalar)
     if told_ks:
-        lora = add_told(lora, unet, told_ks, rank, alpha, start)
+        lora = add_k_adapter(lora, unet, told_ks, rank, alpha, start)
     generator = torch.Generator().manual_seed(seed + 1)
     for adapter in lora.adapters.values():
         adapter.up.data += 0.3 * torch.randn(adapter.up.shape, generator=generator)

@@ -23,7 +23,7 @@ from cifar import data as cifar_data
 from cifar import evaluate as cifar_eval
 from cifar import sample as cifar_sample
 from cifar import train as cifar_train
-from cifar.config import STUDENTS
+from cifar.config import METHODS
 from cifar.stage import weights_digest
 from common import files, plots
 from solvers import sdxl_schedule
@@ -275,7 +275,7 @@ def test_second_run_uses_what_is_there(runs, data, monkeypatch, capsys):
     # The pictures in the sheets are the samples themselves: the first of TDD, non-equidistant.
     first = samples_of(output, "tdd", k=5, schedule="nonequidistant")[0].permute(1, 2, 0).numpy()
     assert any(np.array_equal(x, first) for x in pasted)
-    assert out.count("finished before, used again") == 2 + len(STUDENTS)
+    assert out.count("finished before, used again") == 2 + len(METHODS)
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
     for name in ("samples", "curves", "guidance", "clipping", "schedules"):
         assert Image.open(output / f"{name}.png").size[0] > 300
@@ -527,7 +527,7 @@ def test_rows_are_what_the_samples_give(runs, data):
 def test_every_case_of_the_issue_is_there(runs):
     rows = json.loads((runs[0] / "metrics.json").read_text())["rows"]
     seen = {(r["method"], r["k"], r["gamma"], r["schedule"], r["w"], r["tune"]) for r in rows}
-    plain = [m for m in STUDENTS if m not in ("tdd_rho0", "tdd_high")]
+    plain = [m for m in METHODS if m not in ("tdd_rho0", "tdd_high")]
     for method in plain:
         assert {(method, k, 0.0, "equidistant", 0.0, None) for k in (1, 2, 4, 5, 6)} <= seen
         assert {(method, k, 0.2, "equidistant", 0.0, None) for k in (4, 5, 6)} <= seen

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -16,9 +17,9 @@ from safetensors.torch import load_file
 
 from cifar import sample as cifar_sample
 from cifar import train as cifar_train
-from cifar.config import REPEATED, STUDENTS
+from cifar.config import METHODS, PATHS, REPEATED
 from common.compare import path_steps
-from sdxl import told
+from sdxl import num_steps
 from tests.helpers import randn, run
 from tests.test_cifar import build_config, ddim_by_hand, flags, rewrite, slice_of_cifar, trained
 
@@ -42,15 +43,20 @@ def runs(tmp_path_factory, data):
 
 def test_names_are_what_is_trained(data, tmp_path):
     config = build_config(tmp_path, data, kmax=8, rank=8)
-    student = {name: cifar_train.student_config(config, name) for name in STUDENTS}
-    four_to_eight, path = (4, 5, 6, 7, 8), ("tdd_k4", "tdd_k4_blind", "tdd_k", "pcm4_path")
+    student = {name: cifar_train.student_config(config, name) for name in (*METHODS, *PATHS)}
+    four_to_eight, path = (4, 5, 6, 7, 8), ("tdd_k4", "tdd_k4_blind", "tdd_k", *PATHS)
     for name in ("tdd_k4", "tdd_k4_data", "tdd_k4_blind", "tdd_k4_blind_data"):
         assert student[name].Ks == four_to_eight and student[name].eta == 0
         assert student[name].told_ks == (() if "blind" in name else four_to_eight)
     assert student["tdd_k"].told_ks == tuple(range(1, 9))
     assert student["tdm_unify"].told_ks == (1, 2, 4) and student["tdm4"].told_ks == ()
     for name, each in student.items():
-        assert each.pairs == ("teacher" if name in (*path, "tdd_eta0_path") else "data")
+        assert each.pairs == ("teacher" if name in path else "data")
+    # Nothing else of a method is another with pairs from the path.
+    for name in PATHS:
+        plain = cifar_train.student_config(config, name.removesuffix("_path"))
+        assert replace(student[name], pairs="data") == plain
+    assert {"cm_path", "tcd_path", "tdd_path", "tdd_adv_path", "tcds_path"} <= set(PATHS)
     names = cifar_train.with_repeats(["tdd", "pcm4", "tdd"], 3)
     assert names == ("tdd", "pcm4", "pcm4-seed1", "pcm4-seed2") and "pcm4" in REPEATED
     assert cifar_train.student_config(config, "pcm4-seed2").seed == config.seed + 2
@@ -95,7 +101,7 @@ def test_told_students_are_sampled_as_diffusers_with_a_crop(
     """The file in diffusers, crop_top = 8 K, the vectors of K made large."""
     for folder in ("teacher", name):
         shutil.copytree(runs / folder, tmp_path / folder)
-    path, up = tmp_path / name / "lora.safetensors", f"unet.{told.LINEAR_1}.lora.up.weight"
+    path, up = tmp_path / name / "lora.safetensors", f"unet.{num_steps.LINEAR_1}.lora.up.weight"
     rewrite(path, lambda w: w | {up: w[up] + 0.5 * randn(*w[up].shape, seed=3).float()})
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "teacher")
     unet.load_lora_adapter(load_file(path), prefix="unet")
@@ -103,7 +109,8 @@ def test_told_students_are_sampled_as_diffusers_with_a_crop(
     words += ["--sample", name, "--runs", tmp_path, "--labels", "cat", "ship", "--num-images", 1]
     words += ["--gamma", 0, "--solver-steps", 10, "--seed", 5, "--steps", 3]
     code, _, err = run(cifar_sample, monkeypatch, capsys, *words, "--output", tmp_path / "x.png")
-    assert (code, err) == (0, "")
+    nearest = "3 steps: told K = 4, the nearest of [4, 5, 6]\n" if name == "tdd_k4" else ""
+    assert (code, err) == (0, nearest)
     grid = np.asarray(Image.open(tmp_path / "x.png")).astype(float)
     unet = unet.double()
     for crop_top, near in ((8 * K, True), (0, False), (8 * K + 8, False)):
@@ -127,7 +134,7 @@ def test_what_a_file_says_of_k(runs):
 
 @pytest.mark.parametrize(
     ("name", "K", "message"),
-    [("tdd_k4", 7, "tdd_k4 is told [4, 5, 6]"), ("tdd_k4_blind_data", 4, "is told no K")],
+    [("tdd_k4", 7, "--tell-k 7: tdd_k4 knows [4, 5, 6]"), ("tdd_k4_blind_data", 4, "knows no K")],
 )
 def test_an_unknown_k_is_refused(runs, tmp_path, monkeypatch, capsys, name, K, message):
     words = ["--sample", name, "--runs", runs, "--tell-k", K, "--output", tmp_path / "x.png"]

@@ -111,9 +111,7 @@ def make_student(config: ToyConfig, name: str, tcf: str = "1") -> Student:
     eta = config.eta if variant.method == "tdd" and not variant.Ks else 0.0
     label = name if tcf == "1" else name + tcf
     told = variant.Ks if variant.tell_k else ()
-    return Student(
-        label, targets, eta, config.rho, config.w, tcf=tcf, Ks=told, pairs=variant.pairs
-    )
+    return Student(label, targets, eta, config.rho, config.w, tcf=tcf, Ks=told, pairs=variant.pairs)
 
 
 def guidance_students(config: ToyConfig) -> list[Student]:

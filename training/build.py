@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from sdxl import told
+from sdxl import num_steps
 from sdxl.lora import LoRA, init_scalar_embedding
 from sdxl.pipeline import compile_blocks
 from solvers import SOLVERS, sdxl_schedule
@@ -138,7 +138,7 @@ def build_lora(config: DistillConfig, unet: UNet, generator, init_lora: LoRA | N
     """The student's LoRA, new or from init_lora; ValueError if that takes another scalar or K."""
     lora = LoRA.init(unet, config.rank, config.alpha, generator, config.scalar)
     if Ks := config.told_ks:
-        lora = told.add_told(lora, unet, Ks, config.rank, config.alpha, generator)
+        lora = num_steps.add_k_adapter(lora, unet, Ks, config.rank, config.alpha, generator)
     if init_lora is None:
         return lora
     embedding = init_lora.scalar_embedding
@@ -147,14 +147,19 @@ def build_lora(config: DistillConfig, unet: UNet, generator, init_lora: LoRA | N
     # A file's adapters are at full strength, and stay so under this run's alpha.
     scale = config.alpha / config.rank
     adapters = {name: adapter.scaled(scale) for name, adapter in init_lora.adapters.items()}
-    if Ks and told.LINEAR_1 in adapters:
-        adapter, reader = init_lora.adapters[told.LINEAR_1], lora.adapters[told.LINEAR_1].down
+    if Ks and num_steps.LINEAR_1 in adapters:
+        adapter, reader = (
+            init_lora.adapters[num_steps.LINEAR_1],
+            lora.adapters[num_steps.LINEAR_1].down,
+        )
         down = adapter.down[: len(Ks)].float()
         if len(down) < len(Ks) or not torch.allclose(down, reader[: len(Ks)], atol=5e-3):
-            raise ValueError(f"--init changes {told.LINEAR_1}, but not to be told these K")
-        adapters[told.LINEAR_1] = told.KAdapter.of(adapter)
+            raise ValueError(f"--init changes {num_steps.LINEAR_1}, but not to be told these K")
+        adapters[num_steps.LINEAR_1] = num_steps.KAdapter.from_adapter(adapter)
     if Ks:
-        adapters = {name: lora.adapters[name] for name in (told.LINEAR_1, told.LINEAR_2)} | adapters
+        adapters = {
+            name: lora.adapters[name] for name in (num_steps.LINEAR_1, num_steps.LINEAR_2)
+        } | adapters
     return LoRA(adapters, embedding or lora.scalar_embedding).requires_grad_()
 
 
@@ -197,7 +202,7 @@ def _student_groups(config: DistillConfig, student: nn.Module) -> list[dict]:
     At 1e-6 a vector could move by 0.02 in 20,000 steps, which is a rounding error beside the
     base's. Nor should a decay draw them to 0, where they would cancel nothing any more.
     """
-    vectors = [m.up for m in student.modules() if isinstance(m, told.KAdapter)]
+    vectors = [m.up for m in student.modules() if isinstance(m, num_steps.KAdapter)]
     others = [p for p in student.parameters() if all(p is not vector for vector in vectors)]
     groups = [{"params": others, "lr": config.lr, "weight_decay": config.weight_decay}]
     if vectors:

@@ -21,10 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train_sdxl
-from sdxl import load, told
+from sdxl import load, num_steps
 from sdxl.controlnet import ControlNet
 from sdxl.lora import active_adapters, add_adapter
-from sdxl.lora_files import read_lora, write_diffusers
+from sdxl.lora_files import export_for_one_K, read_lora, write_diffusers
 from sdxl.pipeline import null_condition
 from sdxl.recipe import read_recipe
 from tests.helpers import run
@@ -93,7 +93,7 @@ def test_the_reader_makes_a_one_hot_code_of_k(Ks, width):
     """Of diffusers' own sinusoids, in float32 and bf16; crop_top = 0 is all zeros."""
     crops = torch.tensor([8 * K for K in (0, *Ks)])
     s = get_timestep_embedding(crops, width, flip_sin_to_cos=True, downscale_freq_shift=0)
-    rows = told.reader(Ks, width)
+    rows = num_steps.reader(Ks, width)
     expected = torch.cat([torch.zeros(1, len(Ks)), torch.eye(len(Ks))])
     assert (s @ rows.T - expected).abs().max() <= 1e-5
     half = torch.nn.functional.linear(s.bfloat16(), rows.bfloat16()).float()
@@ -102,9 +102,9 @@ def test_the_reader_makes_a_one_hot_code_of_k(Ks, width):
 
 def test_too_few_sinusoids_are_refused(folder):
     with pytest.raises(ValueError, match=r"^8 sinusoids of the crop do not tell K of \[1, 2, 3, "):
-        told.reader(tuple(range(1, 9)), 8)
+        num_steps.reader(tuple(range(1, 9)), 8)
     with pytest.raises(ValueError, match="4 sinusoids"):
-        told.reader(KS, 4)
+        num_steps.reader(KS, 4)
     unet = load.load_sdxl(folder).unet
     with pytest.raises(ValueError, match="8 sinusoids"):
         build.build_step(settings(Ks=tuple(range(1, 9))), unet, "cpu")
@@ -127,10 +127,10 @@ def test_a_fresh_student_is_its_teacher_for_every_k(method, wide):
     for K in KS:
         # cond itself has other crops, which the student must not see.
         for network in told_networks:
-            assert close(told.tell(network, K)(x_t, t, cond), teacher, 1e-5), K
+            assert close(num_steps.with_k(network, K)(x_t, t, cond), teacher, 1e-5), K
         assert not close(step.teacher(x_t, t, crop(cond, 8 * K)), teacher, 5e-3), K
     assert torch.equal(
-        told.tell(step.student, 0)(x_t, t, cond), step.student(x_t, t, crop(cond, 0))
+        num_steps.with_k(step.student, 0)(x_t, t, cond), step.student(x_t, t, crop(cond, 0))
     )
 
 
@@ -153,11 +153,11 @@ def test_only_the_vector_of_the_k_in_use_learns(method, wide):
         drawn = dataclasses.replace(drawn, step=dataclasses.replace(drawn.step, K=K))
     else:
         K = torch.tensor([drawn.K] * 3)
-    layer = unet.get_submodule(told.LINEAR_1)
+    layer = unet.get_submodule(num_steps.LINEAR_1)
     handle = layer.register_forward_hook(keep)
     step.losses(x_0, cond, null_condition(cond), drawn)["loss"].backward()
     handle.remove()
-    adapter = step.lora.adapters[told.LINEAR_1]
+    adapter = step.lora.adapters[num_steps.LINEAR_1]
     expected = torch.zeros_like(adapter.up)
     for output in outputs:
         if output.grad is not None:
@@ -167,7 +167,7 @@ def test_only_the_vector_of_the_k_in_use_learns(method, wide):
     assert close(adapter.up.grad, expected, 1e-4)
     assert adapter.down.grad is None and not adapter.down.requires_grad
     # Beside it: the layer behind it learns as any other does.
-    assert step.lora.adapters[told.LINEAR_2].up.grad.abs().max() > 0
+    assert step.lora.adapters[num_steps.LINEAR_2].up.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("method", ["tdd", "tdm"])
@@ -303,8 +303,8 @@ def test_merged_as_comfyui_does_it_is_the_same_model(student, wide):
     added = {"text_embeds": cond["pooled"], "time_ids": sizes}
     expected = unet(x_t, t, cond["prompt_embeds"], added_cond_kwargs=added).sample
     with active_adapters(model.unet, student=1.0):
-        assert close(told.tell(model.unet, K)(x_t, t, cond), expected, 1e-5)
-        assert not close(told.tell(model.unet, 4)(x_t, t, cond)[1:], expected[1:], 1e-3)
+        assert close(num_steps.with_k(model.unet, K)(x_t, t, cond), expected, 1e-5)
+        assert not close(num_steps.with_k(model.unet, 4)(x_t, t, cond)[1:], expected[1:], 1e-3)
 
 
 def test_a_controlnet_is_not_told(student, wide, here, tmp_path):
@@ -361,7 +361,7 @@ def test_export_of_a_jump_that_is_told_its_end(wide, tmp_path):
     lora = busy(unet, 8, 4.0, scalar="target_time", told_ks=KS)
     path = tmp_path / "told.safetensors"
     write_diffusers(path, lora, tdd_told_ks="[4, 5, 6, 7, 8]")
-    (output,) = told.export_for_one_K(path, 6, unet, tmp_path / "x.safetensors")
+    (output,) = export_for_one_K(path, 6, unet, tmp_path / "x.safetensors")
     assert [file.name for file in tmp_path.iterdir()] == ["told.safetensors", "x.safetensors"]
     again, *_ = read_lora(output, unet, *NO_ENCODERS)
     for name, p in lora.scalar_embedding.state_dict().items():
@@ -375,7 +375,7 @@ def test_export_of_a_file_that_was_rounded_to_half_precision(student, wide, tmp_
     tensors = {k: v.half() for k, v in load_file(student / "lora.safetensors").items()}
     save_file(tensors, half, header_of(student / "lora.safetensors"))
     unet = load.load_sdxl(wide).unet
-    (one, _) = told.export_for_one_K(half, 6, unet, tmp_path / "x.safetensors")
+    (one, _) = export_for_one_K(half, 6, unet, tmp_path / "x.safetensors")
     x_t, cond = example(2, torch.float32)
     t = torch.tensor([999, 250])
     for name, path in (("half", half), ("one", one)):
@@ -404,8 +404,8 @@ EXPORTS = [
     (["--export-k", 4, "--lora", "nowhere.safetensors", "--output", "x.safetensors"], "is missing"),
     (["--export-k", 4, "--lora", "TOLD", "--output", "FILE/x.safetensors"], "cannot write"),
     (["--tell-k", 3, "--lora", "TOLD"], "--tell-k 3: the --lora knows [4, 5, 6, 7, 8]"),
-    (["--tell-k", 4, "--lora", "PLAIN"], "--tell-k: no --lora is told K"),
-    (["--tell-k", 4], "--tell-k: no --lora is told K"),
+    (["--tell-k", 4, "--lora", "PLAIN"], "--tell-k 4: the --lora knows no K"),
+    (["--tell-k", 4], "--tell-k 4: the --lora knows no K"),
     (["--tell-k", "four", "--lora", "TOLD"], "a whole number"),
     (["--lora", "TOLD", "--lora", "OTHER"], "(4, 5, 6, 7, 8) and (4, 8): give one of them"),
     (["--tell-k", 4, "--lora", "TOLD", "--lora", "OTHER"], "give one of them"),
@@ -552,12 +552,12 @@ def test_init_goes_on_with_the_same_ks(name, student, wide):
     t, K = torch.tensor([999, 250]), torch.tensor([4, 7])
     with active_adapters(base, file=1.0):
         expected = base(x_t, t, crop(cond, 8 * K))
-    assert close(told.tell(step.student, K)(x_t, t, cond), expected, 1e-5)
-    adapter, old = step.lora.adapters[told.LINEAR_1], init.adapters[told.LINEAR_1]
+    assert close(num_steps.with_k(step.student, K)(x_t, t, cond), expected, 1e-5)
+    adapter, old = step.lora.adapters[num_steps.LINEAR_1], init.adapters[num_steps.LINEAR_1]
     assert torch.equal(adapter.down, old.down) and torch.allclose(adapter.up, old.up)
     learned = {id(p) for p in step.student.parameters()}
     assert id(adapter.down) not in learned and id(adapter.up) in learned
-    adapter, old = step.lora.adapters[told.LINEAR_2], init.adapters[told.LINEAR_2]
+    adapter, old = step.lora.adapters[num_steps.LINEAR_2], init.adapters[num_steps.LINEAR_2]
     assert adapter.scale == 2.0 and torch.allclose(2 * adapter.up, old.up)
 
 
@@ -572,7 +572,7 @@ def test_init_of_a_lora_that_is_not_told_begins_to_be(files, wide):
     with torch.no_grad(), active_adapters(base, file=1.0):
         for K in KS:
             expected = base(x_t, t, crop(cond, 0))
-            assert close(told.tell(step.student, K)(x_t, t, cond), expected, 1e-5), K
+            assert close(num_steps.with_k(step.student, K)(x_t, t, cond), expected, 1e-5), K
 
 
 @pytest.mark.parametrize(
