@@ -32,7 +32,7 @@ from tdd import equidistant
 from tdm import LOSSES, WEIGHTS
 from training import build, cache, distributed, loop
 from training.build import DISTANCES, DistillConfig
-from training.checkpoint import TrainState, resume_point
+from training.checkpoint import TrainState, check_shared, resume_point
 from training.data import DataConfig, open_data
 from training.distill import TDDStep
 from training.export import export
@@ -155,15 +155,6 @@ def build_config(args) -> DistillConfig:
     return DistillConfig(**values, w=(low - 1, high - 1))
 
 
-def describe_guidance(config: DistillConfig) -> str:
-    """g and the paper's w', for whoever starts a run."""
-    low, high = config.w
-    g, w = f"{1 + low:g}", f"{low:g}"
-    if low < high:
-        g, w = f"{g} to {1 + high:g}", f"{w} to {high:g}"
-    return f"guidance to distil: g = {g}, the paper's w' = g - 1 = {w}"
-
-
 def preview_steps(config: DistillConfig) -> list[int]:
     """The numbers of steps that picture grids show: K_min and K_max, or TDM's K."""
     return sorted(set(config.Ks if config.method == "tdm" else [config.kmin, config.kmax]))
@@ -224,6 +215,7 @@ def open_paths(
 ) -> PathLoader:
     """Walkers on the teacher's path to the prompts of --data, staggered unless the run goes on."""
     rank, world, _ = distributed.get_dist_info(args.device)
+    check_shared(args.output)
     place = None if position is None else prompts_place(position)
     prompts = open_data(build_data(args), model, rank, world, device, place)
 
@@ -267,7 +259,7 @@ def main(args) -> None:
     folder, saved = resume_point(output, args.resume, settings)
     config = build_config(args)
     if rank == 0:
-        print(describe_guidance(config))
+        print(build.describe_guidance(config))
     use_exact_float32(DTYPES[args.dtype])
     model = load_sdxl(model_paths(args), dtype=DTYPES[args.dtype])
     step = build.build_step(config, model.unet, device, read_init(args.init, model, config.told_ks))

@@ -224,7 +224,7 @@ def test_training_waits_once_a_step(config, side, method, tmp_path, monkeypatch)
             part = {name: tensor[: len(conds)] for name, tensor in cond.items()}
             return part, null_condition(part)
 
-        loader = Loader(PathLoader(step, (4, side, side), 2, generator, "meta", draw_conds))
+        loader = Loader(PathLoader(step, (4, side, side), 2, generator, "meta", draw_conds, bool))
         without_waits(lambda: loader.paths.start(encode))
 
     def losses(batch):

@@ -78,6 +78,15 @@ class DistillConfig:
         return self.Ks if self.tell_k and len(self.Ks) > 1 else ()
 
 
+def describe_guidance(config: DistillConfig) -> str:
+    """g and the paper's w', for whoever starts a run."""
+    low, high = config.w
+    g, w = f"{1 + low:g}", f"{low:g}"
+    if low < high:
+        g, w = f"{g} to {1 + high:g}", f"{w} to {high:g}"
+    return f"guidance to distil: g = {g}, the paper's w' = g - 1 = {w}"
+
+
 def build_tdd_config(config: DistillConfig, device) -> TDDConfig:
     """Algorithm 1's settings; ValueError if kmin, kmax and N do not go together."""
     return TDDConfig(
