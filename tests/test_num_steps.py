@@ -105,6 +105,11 @@ def test_too_few_sinusoids_are_refused(folder):
         num_steps.reader(tuple(range(1, 9)), 8)
     with pytest.raises(ValueError, match="4 sinusoids"):
         num_steps.reader(KS, 4)
+    # In float64 they could be told apart, in half precision by rows of great and opposite numbers.
+    num_steps.reader(tuple(range(1, 11)), 32)
+    for Ks in (range(1, 13), range(4, 17), range(1, 21)):
+        with pytest.raises(ValueError, match=r"^32 sinusoids"):
+            num_steps.reader(tuple(Ks), 32)
     unet = load.load_sdxl(folder).unet
     with pytest.raises(ValueError, match="8 sinusoids"):
         build.build_step(settings(Ks=tuple(range(1, 9))), unet, "cpu")
@@ -403,6 +408,13 @@ EXPORTS = [
     (["--export-k", 4, "--lora", "KOHYA", "--output", "TOLD"], "would replace the --lora itself"),
     (["--export-k", 4, "--lora", "nowhere.safetensors", "--output", "x.safetensors"], "is missing"),
     (["--export-k", 4, "--lora", "TOLD", "--output", "FILE/x.safetensors"], "cannot write"),
+    *((["--export-k", 4, "--lora", "TOLD", "--output", "x.safetensors", *more],
+       "--export-k samples nothing: leave prompts, --tell-k and --controlnet away")
+      for more in (["--prompt", "a"], ["--prompts", "FILE"], ["--tell-k", 4],
+                   ["--controlnet", "x"])),
+    (["--lora", "TOLD:0.5"], "those that are told K have scales of 0.5 together, and need 1: write"),
+    (["--lora", "TOLD:2"], "have scales of 2 together"),
+    (["--lora", "TOLD", "--lora", "KOHYA"], "have scales of 2 together"),
     (["--tell-k", 3, "--lora", "TOLD"], "--tell-k 3: the --lora knows [4, 5, 6, 7, 8]"),
     (["--tell-k", 4, "--lora", "PLAIN"], "--tell-k 4: the --lora knows no K"),
     (["--tell-k", 4], "--tell-k 4: the --lora knows no K"),
@@ -494,6 +506,27 @@ def test_a_told_lora_beside_one_that_is_not(files, wide, here, monkeypatch, caps
         assert (
             code == 2 and "has lost the layer for K, which its header has" in err.splitlines()[-1]
         )
+
+
+@pytest.mark.parametrize("name", ["TOLD", "KOHYA"])
+def test_a_told_lora_without_its_header_is_refused(
+    name, files, wide, here, monkeypatch, capsys, tmp_path
+):
+    """Programs that write a LoRA anew often drop what they do not know; it would be sampled untold.
+
+    A file of --export-k needs no header.
+    """
+    path = tmp_path / "x.safetensors"
+    save_file(load_file(files[name]), path)
+    words = ["--model", wide, "--device", "cpu", "--lora", path, "--prompt", "a"]
+    code, _, err = run_sample(monkeypatch, capsys, *words)
+    message = f"{path} is told K, but has lost the header that says which (tdd_told_ks): use"
+    assert code == 2 and message in err.splitlines()[-1]
+    unet = load.load_sdxl(wide).unet
+    one, _ = export_for_one_K(files[name], 6, unet, tmp_path / "one.safetensors")
+    with_header = here(one, 6, 1)
+    save_file(load_file(one), path)
+    assert torch.equal(here(path, 6, 1), with_header)
 
 
 def test_the_nearest_k_is_told_with_a_line(files, wide, monkeypatch, capsys, tmp_path):
