@@ -73,7 +73,7 @@ def load_student(runs: Path, name: str, teacher: UNet) -> LoadedModel:
     student = deepcopy(teacher)
     # An empty module stands in for each text encoder: the LoRA is for the UNet alone.
     no_encoder = nn.Module()
-    lora, *_ = read_lora(path, teacher, no_encoder, no_encoder)
+    lora = read_lora(path, teacher, no_encoder, no_encoder)[0].float()
     # In half precision this would round small updates away.
     merge(student, [(lora, 1.0)])
     _, gamma = RECOMMENDED[settings["method"]]

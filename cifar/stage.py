@@ -22,7 +22,7 @@ from training.checkpoint import TrainState, checkpoints, resume_point
 
 # 2: `guidance` is g = 1 + w'. It was w' in version 1, which names no version. 3: stage.json holds
 # what the training wrote. 4: the boundary pair, PCM's rule, Eq. 8's whole timesteps. 5: 32
-# sinusoids of each size, and a teacher in half precision.
+# sinusoids of each size, and files in half precision.
 STAGE_VERSION = "5"
 WEIGHTS = ("diffusion_pytorch_model", "lora", "model")  # of a teacher, a student, the classifier
 

@@ -104,6 +104,11 @@ def train_all(config: CifarConfig, data: tuple[Tensor, Tensor]) -> None:
 # are SDXL's, from training/, and so is the loop. CIFAR-10 brings x_0 and the condition.
 
 
+def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in half precision: what is distilled and measured is then what a small file holds."""
+    return {k: x.half() if x.is_floating_point() else x for k, x in weights.items()}
+
+
 def train_classifier(config: CifarConfig, stage: Stage) -> None:
     """The classifier, saved as model.safetensors."""
     torch.manual_seed(config.seed)
@@ -122,7 +127,7 @@ def train_classifier(config: CifarConfig, stage: Stage) -> None:
     stage.train(
         {"classifier": classifier}, {"adam": loop.adamw(classifier.parameters(), 3e-3)}, losses,
         export=lambda folder: files.write_tensors(
-            folder / "model.safetensors", classifier.state_dict(), format="pt"),
+            folder / "model.safetensors", half(classifier.state_dict()), format="pt"),
         # Up for a fifth of the steps, then down to zero.
         lr_lambda=lambda s: min((s + 0.001) / 0.2, (1 - s) / 0.8),
     )  # fmt: skip
@@ -151,9 +156,7 @@ def train_teacher(config: CifarConfig, stage: Stage) -> None:
 
     def export(folder: Path) -> None:
         path = folder / "diffusion_pytorch_model.safetensors"
-        # Half precision, so that what is distilled is what a small file holds.
-        weights = {name: tensor.half() for name, tensor in ema.state_dict().items()}
-        files.write_tensors(path, weights, format="pt")
+        files.write_tensors(path, half(ema.state_dict()), format="pt")
         files.write_json(folder / "config.json", unet_config)
 
     ema_weights, weights = list(ema.parameters()), list(unet.parameters())
@@ -188,7 +191,8 @@ def train_student(config: CifarConfig, stage: Stage) -> None:
         return step.losses(x_0, *encode(labels), sample)
 
     def export(folder: Path) -> None:
-        write_diffusers(folder / "lora.safetensors", step.output_network.lora, **stage.settings)
+        lora = deepcopy(step.output_network.lora).half()
+        write_diffusers(folder / "lora.safetensors", lora, **stage.settings)
 
     def make_paths(generator: torch.Generator, is_new: bool) -> PathLoader:
         def draw_conds(count: int) -> list:
@@ -260,7 +264,8 @@ def main(args) -> None:
     print(f"guidance to distil: g = {config.guidance:g}, the paper's w' = g - 1 = {config.w:g}")
     train_all(config, train)
     path = config.output / "classifier/model.safetensors"
-    classifier = load_strict(Classifier(), files.read_tensors(path)[0], path).to(config.device)
+    weights = files.read_tensors(path)[0]
+    classifier = load_strict(Classifier(), weights, path).float().to(config.device)
     evaluation = Evaluation(config, classifier, train, test)
     evaluation.run(config.methods)
     settings = {name: str(value) for name, value in vars(args).items()}
