@@ -400,7 +400,7 @@ def test_a_stage_of_another_version_is_refused(runs, data, tmp_path, monkeypatch
     ):
         code, _, err = run(script, monkeypatch, capsys, *words)
         assert code == 2 and err.count("\n") == 1
-        assert "teacher was made with version 1, not 4" in err
+        assert "teacher was made with version 1, not 5" in err
 
 
 def test_students_of_another_teacher_are_refused(runs, data, tmp_path):
