@@ -354,9 +354,9 @@ class Evaluation:
             if len(names := self.trainings(method)) > 1:
                 cells = [cell(method, make_case(k)) for k in self.ks]
                 lines.append((f"{method}, {len(names)} trainings", cells))
-                for told_k, K in told_wrong(self.config, names[-1]):
-                    case = make_case(told_k, tell_k=K)
-                    cells = [cell(method, case) if k == told_k else "" for k in self.ks]
+                for steps, K in told_wrong(self.config, names[-1]):
+                    case = make_case(steps, tell_k=K)
+                    cells = [cell(method, case) if k == steps else "" for k in self.ks]
                     lines.append((f"{method}, told {K}", cells))
         return compare.format_table(f"{metric}, several trainings", self.ks, lines, 30, 18)
 

@@ -35,7 +35,7 @@ COLOURS = {
 
 # Beyond the papers a student of TDD's has a K for each example, from the first number here to kmax
 # (0: from kmin), and its targets are that K's next stops; then whether it is told K, and where its
-# pairs come from. A method of the papers with pairs from the teacher's path has PATH after its name.
+# pairs come from. PATH ends the name of a method of the papers with pairs from the teacher's path.
 DRAWN_KS = {
     "tdd_k4_blind_data": (0, False, "data"), "tdd_k4_data": (0, True, "data"),
     "tdd_k4_blind": (0, False, "teacher"), "tdd_k4": (0, True, "teacher"),

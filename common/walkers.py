@@ -84,7 +84,7 @@ class Walkers:
         )  # fmt: skip
 
     def guidance(self, rows: Tensor) -> float | Tensor:
-        """w' of these walkers, a number if all have the same: then w' = 0 needs one pass, not two."""
+        """w' of these walkers: (b,), or a number if it is one for all, and w' = 0 is one pass."""
         low, high = self.w_range
         return low if low == high else to_device(self.w[rows], self.device)
 

@@ -8,12 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    ControlNetModel,
-    EulerDiscreteScheduler,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -28,7 +23,17 @@ from sdxl.lora_files import export_for_one_K, read_lora, write_diffusers
 from sdxl.pipeline import null_condition
 from sdxl.recipe import read_recipe
 from tests.helpers import run
-from tests.oracles import UNET, Reference, busy, close, example, ours, randomise, run_sample
+from tests.oracles import (
+    UNET,
+    Reference,
+    busy,
+    close,
+    euler_pipeline,
+    example,
+    ours,
+    randomise,
+    run_sample,
+)
 from tests.test_lora_files import comfyui_layer, comfyui_loads
 from training import build
 from training.build import DistillConfig
@@ -212,15 +217,7 @@ def test_vectors_have_a_rate_of_their_own_and_no_decay(method, wide):
 
 def in_diffusers(wide, path, caplog):
     """Diffusers' pipeline with a LoRA, which it must load in silence and whole."""
-    pipeline = StableDiffusionXLPipeline(
-        vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
-        unet=UNet2DConditionModel.from_pretrained(wide / "unet"),
-        scheduler=EulerDiscreteScheduler(
-            1000, 0.00085, 0.012, "scaled_linear", timestep_spacing="leading"
-        ),
-    )  # fmt: skip
-    pipeline.vae_scale_factor = 8
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = euler_pipeline(wide)
     caplog.clear()
     pipeline.load_lora_weights(path)
     lines = [record.getMessage() for record in caplog.records]
@@ -412,7 +409,7 @@ EXPORTS = [
        "--export-k samples nothing: leave prompts, --tell-k and --controlnet away")
       for more in (["--prompt", "a"], ["--prompts", "FILE"], ["--tell-k", 4],
                    ["--controlnet", "x"])),
-    (["--lora", "TOLD:0.5"], "those that are told K have scales of 0.5 together, and need 1: write"),
+    (["--lora", "TOLD:0.5"], "that are told K have scales of 0.5 together, and need 1: write"),
     (["--lora", "TOLD:2"], "have scales of 2 together"),
     (["--lora", "TOLD", "--lora", "KOHYA"], "have scales of 2 together"),
     (["--tell-k", 3, "--lora", "TOLD"], "--tell-k 3: the --lora knows [4, 5, 6, 7, 8]"),

@@ -156,19 +156,15 @@ def build_lora(config: DistillConfig, unet: UNet, generator, init_lora: LoRA | N
     # A file's adapters are at full strength, and stay so under this run's alpha.
     scale = config.alpha / config.rank
     adapters = {name: adapter.scaled(scale) for name, adapter in init_lora.adapters.items()}
-    if Ks and num_steps.LINEAR_1 in adapters:
-        adapter, reader = (
-            init_lora.adapters[num_steps.LINEAR_1],
-            lora.adapters[num_steps.LINEAR_1].down,
-        )
+    linear_1, linear_2 = num_steps.LINEAR_1, num_steps.LINEAR_2
+    if Ks and linear_1 in adapters:
+        adapter, reader = init_lora.adapters[linear_1], lora.adapters[linear_1].down
         down = adapter.down[: len(Ks)].float()
         if len(down) < len(Ks) or not torch.allclose(down, reader[: len(Ks)], atol=5e-3):
-            raise ValueError(f"--init changes {num_steps.LINEAR_1}, but not to be told these K")
-        adapters[num_steps.LINEAR_1] = num_steps.KAdapter.from_adapter(adapter)
+            raise ValueError(f"--init changes {linear_1}, but not to be told these K")
+        adapters[linear_1] = num_steps.KAdapter.from_adapter(adapter)
     if Ks:
-        adapters = {
-            name: lora.adapters[name] for name in (num_steps.LINEAR_1, num_steps.LINEAR_2)
-        } | adapters
+        adapters = {name: lora.adapters[name] for name in (linear_1, linear_2)} | adapters
     return LoRA(adapters, embedding or lora.scalar_embedding).requires_grad_()
 
 

@@ -26,8 +26,9 @@ from training.log import draw_loss, write_line
 # -------------------------------------------------------------------------------------- checkpoints
 #
 # A folder is written under a hidden name and renamed, so a visible one is complete. Rank 0 writes
-# for all; other machines need to see the folder only to resume, or to write their walkers. A run resumes with as many
-# processes as it had, because each has its own random generator and its own share of the data.
+# for all; other machines need to see the folder only to resume, or to write their walkers. A run
+# resumes with as many processes as it had, because each has its own random generator and its own
+# share of the data.
 
 # Settings that may differ when a run goes on: learning rates, paths (settings hold the content of
 # what they lead to as well), and what no step depends on.
@@ -245,7 +246,7 @@ def walkers_file(folder: Path, rank: int) -> Path:
 
 
 def check_shared(output: Path) -> None:
-    """ValueError on all processes unless the output is one folder, where each writes its walkers."""
+    """ValueError on all processes unless they share the output, where each writes its walkers."""
     marks = [output / f".walkers-{rank}" for rank in range(distributed.world_size())]
     for mark in marks:  # of a run that was killed
         mark.unlink(missing_ok=True)
