@@ -353,7 +353,8 @@ def parser() -> cli.Parser:
     add("--tokenizer", type=Path, help="tokenizer's folder, where the model is a single file")
     add("--vae", type=Path, metavar="PATH", help="VAE instead of the model's: a folder or file")
     add("--data", type=Path, required=True,
-        help="D: folder of images or .tar shards; prompts' file for tdm, teacher pairs")  # fmt: skip
+        help="D: folder of images or .tar shards; for tdm and --pairs teacher a file, a prompt a "
+             "line")  # fmt: skip
     add("--init", type=Path, metavar="LORA", help="LoRA to go on from, with its rank")
     add("--output", type=Path, default=Path("runs/sdxl"), help="folder of all that is written")
     add("--resolution", type=cli.number(int, 64), default=1024, help="side of crops in pixels")
