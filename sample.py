@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common import cli, files
 from common.pictures import control_pixels, save_grid, to_images
-from sdxl import pipeline, png, told
+from sdxl import lora_files, num_steps, pipeline, png
 from sdxl.load import SDXL, ModelPaths, component_files, load_controlnet, load_sdxl
 from sdxl.pipeline import DTYPES, SCHEDULES, SamplerConfig
 from sdxl.recipe import read_recipe, single_value
@@ -88,9 +88,13 @@ def read_headers(args) -> None:
             raise ValueError(
                 f"--lora or --unet was trained with --tcf {values[0]}: sample it with that"
             )
-    args.tell_k = told.told_k(args.tell_k, args.steps, recipes)
-    if args.tell_k is not None:
-        used.append(f"tell-k {args.tell_k}")
+    told = sorted({recipe["told_ks"] for recipe in recipes if "told_ks" in recipe})
+    Ks = single_value("told_ks", told, ())
+    told_k = num_steps.choose_k(args.tell_k, args.steps, Ks, "the --lora")
+    num_steps.check_strength(recipes[: len(args.lora)], [split_scale(x)[1] for x in args.lora])
+    if told_k != args.tell_k:
+        args.tell_k = told_k
+        used.append(f"tell-k {told_k}")
     if used:
         print(f"from the header of {', '.join(path.name for path in paths)}: {', '.join(used)}")
 
@@ -131,7 +135,7 @@ def build_network(args) -> tuple[SDXL, object, list[nn.Module]]:
     loras = [split_scale(entry) for entry in args.lora]
     model, network = load_student(model_paths(args), loras, args.tcf, dtype, home)
     if args.tell_k is not None:
-        network = told.tell(network, args.tell_k)
+        network = num_steps.with_k(network, args.tell_k)
     denoisers, controls = [model.unet], []
     scales = args.control_scale or [1.0] * len(images)
     for path, pixels, scale in zip(args.controlnet, images, scales, strict=True):
@@ -149,15 +153,19 @@ def build_network(args) -> tuple[SDXL, object, list[nn.Module]]:
 def export_k(args) -> None:
     """--export-k: a told student for one K, as LoRA files that need no crop."""
     output = Path(args.output)
+    if args.prompt or args.prompts or args.tell_k or args.controlnet:
+        raise ValueError(
+            "--export-k samples nothing: leave prompts, --tell-k and --controlnet away"
+        )
     if len(args.lora) != 1 or output.suffix != ".safetensors":
         raise ValueError("--export-k needs one --lora, and --output NAME.safetensors")
     path, scale = split_scale(args.lora[0])
     if scale != 1:
         raise ValueError(f"--lora {args.lora[0]}: --export-k is for full strength, without a scale")
-    told.check_export(path, args.export_k, output)
+    lora_files.check_export(path, args.export_k, output)
     files.output_folder(output.parent)
     model = load_sdxl(model_paths(args), dtype=DTYPES[args.dtype])
-    paths = told.export_for_one_K(path, args.export_k, model.unet, output)
+    paths = lora_files.export_for_one_K(path, args.export_k, model.unet, output)
     print(f"{path} for {args.export_k} steps: {', '.join(map(str, paths))}")
 
 

@@ -35,7 +35,7 @@ class TargetSet:
     grid: (N + 1,) the solver's timesteps t_0..t_N
     tau: (M,) targets, on the grid points that the k-step schedules visit
     first, count: (N,) tau[first[n] : first[n] + count[n]] are admitted at t_n
-    K: (M,) whose schedule's stop each target is, where that is told; else None
+    K: (M,) whose next stop each target is, of `next_stops`; None for Eqs. 5 and 7
     """
 
     grid: Tensor
@@ -146,7 +146,7 @@ class StepSample:
     keep_prompt: Tensor  # (b,) bool
     noise: Tensor | None  # (b, ..)
     guided_rows: Tensor | None  # indices of the examples with a prompt; None guides all b
-    K: Tensor | None = None  # (b,) whose stop tau is, if that is told
+    K: Tensor | None = None  # (b,) whose next stop tau is, of `next_stops`
     x_next: Tensor | None = None  # (b, ..) x_{t_{n+1}}, where that is not noised data
 
     def to(self, device) -> "StepSample":

@@ -19,6 +19,7 @@ import torch
 from common import cli, files
 from common.cli import count, non_negative, positive_int, share
 from common.files import read_lines
+from sdxl import num_steps
 from sdxl.load import SDXL, ModelPaths, load_sdxl
 from sdxl.lora import LoRA
 from sdxl.lora_files import read_lora
@@ -31,7 +32,7 @@ from tdd import equidistant
 from tdm import LOSSES, WEIGHTS
 from training import build, cache, distributed, loop
 from training.build import DISTANCES, DistillConfig
-from training.checkpoint import TrainState, resume_point
+from training.checkpoint import TrainState, check_shared, resume_point
 from training.data import DataConfig, open_data
 from training.distill import TDDStep
 from training.export import export
@@ -59,7 +60,9 @@ def check(args) -> None:
     check_method(args)
     if args.full and (args.init or args.compile or not args.model.is_dir()):
         raise ValueError("--full is for a model's folder, without --init and --compile")
-    if args.full and build_config(args).told_ks:
+    told_ks = build_config(args).told_ks
+    num_steps.check_rank(told_ks, args.rank)
+    if args.full and told_ks:
         raise ValueError("--full: K is told to a LoRA: add --no-tell-k")
     if args.full and args.sample_every and distributed.get_dist_info(args.device)[1] > 1:
         raise ValueError("--full: no process has all weights to draw with: --sample-every 0")
@@ -152,15 +155,6 @@ def build_config(args) -> DistillConfig:
     return DistillConfig(**values, w=(low - 1, high - 1))
 
 
-def describe_guidance(config: DistillConfig) -> str:
-    """g and the paper's w', for whoever starts a run."""
-    low, high = config.w
-    g, w = f"{1 + low:g}", f"{low:g}"
-    if low < high:
-        g, w = f"{g} to {1 + high:g}", f"{w} to {high:g}"
-    return f"guidance to distil: g = {g}, the paper's w' = g - 1 = {w}"
-
-
 def preview_steps(config: DistillConfig) -> list[int]:
     """The numbers of steps that picture grids show: K_min and K_max, or TDM's K."""
     return sorted(set(config.Ks if config.method == "tdm" else [config.kmin, config.kmax]))
@@ -173,7 +167,7 @@ def build_preview(args, config: DistillConfig) -> PreviewConfig:
     return PreviewConfig(
         output=args.output, resolution=args.resolution, steps=preview_steps(config),
         w=sum(config.w) / 2, solver_steps=args.solver_steps, seed=args.seed, prompts=prompts,
-        offload_vae=args.cache is not None,
+        offload_vae=args.cache is not None or needs_prompts(args),
     )  # fmt: skip
 
 
@@ -221,6 +215,7 @@ def open_paths(
 ) -> PathLoader:
     """Walkers on the teacher's path to the prompts of --data, staggered unless the run goes on."""
     rank, world, _ = distributed.get_dist_info(args.device)
+    check_shared(args.output)
     place = None if position is None else prompts_place(position)
     prompts = open_data(build_data(args), model, rank, world, device, place)
 
@@ -232,7 +227,10 @@ def open_paths(
         cond, _ = make_conditions(model, captions, None, args.resolution, args.resolution)
         return cond, null_condition(cond)
 
-    loader = PathLoader(step, shape, args.batch_size, generator, device, draw_conds, prompts)
+    loader = PathLoader(
+        step, shape, args.batch_size, generator, device, draw_conds,
+        lambda caption: isinstance(caption, str), prompts, args.grad_accum,
+    )  # fmt: skip
     if position is None:
         loader.start(encode)
     return loader
@@ -261,7 +259,7 @@ def main(args) -> None:
     folder, saved = resume_point(output, args.resume, settings)
     config = build_config(args)
     if rank == 0:
-        print(describe_guidance(config))
+        print(build.describe_guidance(config))
     use_exact_float32(DTYPES[args.dtype])
     model = load_sdxl(model_paths(args), dtype=DTYPES[args.dtype])
     step = build.build_step(config, model.unet, device, read_init(args.init, model, config.told_ks))
@@ -280,6 +278,7 @@ def main(args) -> None:
     if args.cache is not None:
         # The cache holds everything that training needs of these.
         model.encoder_1 = model.encoder_2 = None
+    if args.cache is not None or needs_prompts(args):
         model.vae.to("cpu")
     state = TrainState(
         output, step.modules, build.build_optimizers(config, step), generator, loader, settings,
@@ -354,7 +353,8 @@ def parser() -> cli.Parser:
     add("--tokenizer", type=Path, help="tokenizer's folder, where the model is a single file")
     add("--vae", type=Path, metavar="PATH", help="VAE instead of the model's: a folder or file")
     add("--data", type=Path, required=True,
-        help="D: folder of images or .tar shards; for tdm a file, a prompt a line")  # fmt: skip
+        help="D: folder of images or .tar shards; for tdm and --pairs teacher a file, a prompt a "
+             "line")  # fmt: skip
     add("--init", type=Path, metavar="LORA", help="LoRA to go on from, with its rank")
     add("--output", type=Path, default=Path("runs/sdxl"), help="folder of all that is written")
     add("--resolution", type=cli.number(int, 64), default=1024, help="side of crops in pixels")

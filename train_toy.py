@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from common import cli, files
-from common.compare import GAMMAS
+from common.compare import BEYOND, GAMMAS
 from solvers import sdxl_schedule
 from tcd import TCF
 from tdd import targets_of
@@ -24,7 +24,7 @@ from toy import ablations, explorer, figures
 from toy.config import ToyConfig
 from toy.data import DATA, Data
 from toy.evaluate import Evaluation, evaluate
-from toy.students import BEYOND, STUDENTS, make_students, train_groups, train_teacher
+from toy.students import PATHS, STUDENTS, make_students, train_groups, train_teacher
 
 
 def main(args) -> None:
@@ -90,7 +90,7 @@ def parser() -> cli.Parser:
     # The defaults are the results' settings; the paper's own (N = 250, w' = 3.5) are SDXL's.
     flag("--data", choices=DATA, default="spirals",
          help="2-D distribution; cifar10 has other flags: --data cifar10 --help")  # fmt: skip
-    methods = list(dict.fromkeys([*STUDENTS, *BEYOND]))
+    methods = list(dict.fromkeys([*STUDENTS, *BEYOND, *PATHS]))
     flag("--methods", nargs="+", choices=methods, default=STUDENTS, metavar="M",
          help=f"students, of {' '.join(methods)}; tdd_rho0 adds the guidance study")  # fmt: skip
     flag("--tcf", nargs="+", choices=TCF, default=list(TCF), metavar="F",
@@ -98,7 +98,7 @@ def parser() -> cli.Parser:
     flag(
         "--ablations",
         action="store_true",
-        help="reach e of Eq. 7, and TDM's Tables 5-8 and Fig. 8: 3 to 4 minutes more",
+        help="what is beyond the papers, reach e of Eq. 7, TDM's Tables 5-8 and Fig. 8",
     )
     flag("--steps", type=cli.positive_int, default=3000, help="steps of teacher and students")
     flag("--seeds", type=cli.positive_int, default=3, help="number of teachers, each distilled")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.compare import W_HIGH
+from common.compare import BEYOND, PATH, W_HIGH, variant_of
 from training.build import DistillConfig
 
 # Each student's method, and what it does not share with the others.
@@ -16,13 +16,9 @@ STUDENTS = {
     "tcd2": ("tcd", {"tcf": "2"}), "tcds": ("tcd", {"tcf": "s"}), "tdds": ("tdd", {"tcf": "s"}),
     # TDM for 4 steps, and for 1, 2 and 4.
     "tdm4": ("tdm", {"Ks": (4,)}), "tdm_unify": ("tdm", {"Ks": (1, 2, 4)}),
-    # Beyond the papers: pairs from the teacher's path; a K for each example, told or not.
-    "pcm4_path": ("pcm", {"kmin": 4, "pairs": "teacher"}),
-    "tdd_eta0_path": ("tdd", {"eta": 0.0, "pairs": "teacher"}),
-    "tdd_k4": ("tdd", {"pairs": "teacher"}), "tdd_k4_data": ("tdd", {}),
-    "tdd_k4_blind": ("tdd", {"pairs": "teacher", "tell_k": False}),
-    "tdd_k4_blind_data": ("tdd", {"tell_k": False}), "tdd_k": ("tdd", {"pairs": "teacher"}),
 }  # fmt: skip
+METHODS = [*STUDENTS, *BEYOND]  # unless others are asked for
+PATHS = [name + PATH for name, (method, _) in STUDENTS.items() if method != "tdm"]
 # Of these --repeats trains more than one, each from other random numbers.
 REPEATED = ("pcm4", "tdd_eta0", "tdd_k4_data", "tdd_k4")
 SEED = "-seed"  # ends the name of a repeat: pcm4-seed1
@@ -70,15 +66,15 @@ class CifarConfig:
 def student_config(config: CifarConfig, name: str) -> DistillConfig:
     """How a student, or a repeat of one, is distilled."""
     name, _, repeat = name.partition(SEED)
-    method, changes = STUDENTS[name]
-    if name.startswith("tdd_k"):
-        first = 1 if name == "tdd_k" else config.kmin
-        changes = {**changes, "Ks": tuple(range(first, config.kmax + 1)), "eta": 0.0}
+    variant = variant_of(name, config.kmin, config.kmax)
+    method, changes = STUDENTS[variant.method]
+    if variant.Ks:
+        changes = {**changes, "Ks": variant.Ks, "tell_k": variant.tell_k, "eta": 0.0}
     student = replace(
         DistillConfig.of_method(method), w=(config.w, config.w), solver_steps=config.solver_steps,
         kmin=config.kmin, kmax=config.kmax, rho=config.rho, mu=config.ema,
         rank=config.rank, alpha=config.rank, seed=config.seed + int(repeat or 0),
-        checkpointing=False,
+        checkpointing=False, pairs=variant.pairs,
         compile=config.compile, adv_lr=config.lr, fake_lr=config.lr,
         # TDM's student learns more slowly than its fake score, as in the paper.
         lr=config.lr / 5 if method == "tdm" else config.lr,

@@ -28,8 +28,7 @@ GROUPS = 10  # of pictures, for the errors
 METRICS = ("frechet_teacher", "frechet_unpaired", "rmse", "frechet_data", "accuracy", "png_bits")
 # Rows beside the main comparison; "other_seeds" is the teacher's samples from other noise.
 NOT_COMPARED = ("real", "other_seeds", "tdd_rho0", "tdd_high")
-# Of the students that are told K: numbers of steps and K to tell, each with each (TDM's Fig. 10).
-TOLD_CASES = {"tdm_unify": (1, 2, 4), "tdd_k4": (4, 6, 8), "tdd_k": (1, 2, 4, 6, 8)}
+TOLD_WRONG = ("tdm_unify", "tdd_k4", "tdd_k")  # students that are told other K than k too
 
 
 # --------------------------------------------------------------------------------------- distances
@@ -118,6 +117,7 @@ def method_cases(config: CifarConfig, method: str) -> list[Case]:
         # Its many steps come first: their samples are what all others are compared with.
         w, ks = config.w, [config.solver_steps, config.solver_steps // 2, *ks]
     cases = [make_case(n, w=w) for n in ks]
+    cases += [make_case(n, tell_k=K) for n, K in told_wrong(config, method)]
     if SEED in method:
         return cases
     cases += [make_case(n, w=w, gamma=GAMMAS[1]) for n in sorted({k, (k + kmax) // 2, kmax})]
@@ -127,9 +127,24 @@ def method_cases(config: CifarConfig, method: str) -> list[Case]:
         # Fig. 7: clipped in no step and in the first alone, guided or not.
         for w in (0.0, *W_ADDED[:2]):
             cases += [make_case(k, clip_steps=0, w=w), make_case(k, clip_steps=1, w=w)]
-    told_ks = [K for K in TOLD_CASES.get(method, ()) if kmax >= K]
-    cases += [make_case(n, tell_k=K) for n in told_ks for K in told_ks if n != K]
     return list(dict.fromkeys(cases))
+
+
+def told_steps(config: CifarConfig, method: str) -> list[int]:
+    """The steps k, and the K to tell in them, each with each (TDM's Fig. 10): 1, 2, 4, 6, 8."""
+    if method.partition(SEED)[0] not in TOLD_WRONG:
+        return []
+    compared = compare.compared_steps(config.kmin, config.kmax)
+    told_ks = student_config(config, method).told_ks
+    return [K for K in told_ks if K in compared and (K == 1 or K % 2 == 0)]
+
+
+def told_wrong(config: CifarConfig, method: str) -> list[tuple[int, int]]:
+    """Pairs of k and another K to tell: of a repeat the two ends alone."""
+    Ks = told_steps(config, method)
+    if SEED in method:
+        Ks = list(dict.fromkeys([*Ks[:1], *Ks[-1:]]))
+    return [(k, K) for k in Ks for K in Ks if k != K]
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -290,6 +305,20 @@ class Evaluation:
         names = dict.fromkeys(name for name, _ in self.rows)
         return [name for name in names if name.partition(SEED)[0] == method]
 
+    def figure(self, method: str, metric: str, case: Case) -> tuple[float, float]:
+        """A figure and its error; of several trainings that have the case, mean and deviation.
+
+        (0, 0) without a row.
+        """
+        rows = [self.find(name, case) for name in self.trainings(method)]
+        figures = [row[metric] for row in rows if row and metric in row]
+        if not figures:
+            return 0.0, 0.0
+        if len(figures) == 1:
+            return figures[0]["value"], figures[0]["error"]
+        values = torch.tensor([figure["value"] for figure in figures], dtype=torch.float64)
+        return values.mean().item(), values.std().item()
+
     def tables(self) -> list[str]:
         """Every table that is worth printing."""
         tables = [self.table(metric) for metric in METRICS]
@@ -314,16 +343,21 @@ class Evaluation:
         return compare.format_table(f"{metric} at gamma = {gamma:g}", self.ks, lines, 30, 16)
 
     def repeats_table(self, metric: str) -> str:
-        """A figure over k for methods of several trainings, with their deviation in brackets."""
+        """A figure over k of methods of several trainings, with their deviation in brackets."""
+
+        def cell(method: str, case: Case) -> str:
+            mean, deviation = self.figure(method, metric, case)
+            return f"{mean:.4f} ({deviation:.4f})"
+
         lines = []
         for method in self.methods:
             if len(names := self.trainings(method)) > 1:
-                cells = []
-                for k in self.ks:
-                    rows = [self.rows[name, make_case(k)] for name in names]
-                    values = torch.tensor([row[metric]["value"] for row in rows])
-                    cells.append(f"{values.mean():.4f} ({values.std():.4f})")
+                cells = [cell(method, make_case(k)) for k in self.ks]
                 lines.append((f"{method}, {len(names)} trainings", cells))
+                for steps, K in told_wrong(self.config, names[-1]):
+                    case = make_case(steps, tell_k=K)
+                    cells = [cell(method, case) if k == steps else "" for k in self.ks]
+                    lines.append((f"{method}, told {K}", cells))
         return compare.format_table(f"{metric}, several trainings", self.ks, lines, 30, 18)
 
     def study_table(self) -> str:

@@ -1,42 +1,41 @@
 """The pictures of the CIFAR-10 experiment, named after the paper's figures that they mirror."""
 
 import math
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from cifar.data import CLASSES
-from cifar.evaluate import TOLD_CASES, Evaluation, make_case
+from cifar.evaluate import TOLD_WRONG, Evaluation, make_case, told_steps
 from common import compare
-from common.compare import GAMMAS, NAMES, W_ADDED, W_HIGH
+from common.compare import BEYOND, GAMMAS, NAMES, W_ADDED, W_HIGH
 from common.plots import GREY, INK, Figure
 
-# Beyond the papers, and what stands beside it in its picture.
-BEYOND = ("tdd_k4", "tdd_k4_data", "tdd_k4_blind", "tdd_k4_blind_data", "tdd_k", "pcm4_path",
-          "tdd_eta0_path")  # fmt: skip
+# What stands beside those of BEYOND in their picture.
 BESIDE = ("teacher", "cm", "pcm4", "tdd_eta0", "tdd")
 SIDE = 46  # of a picture that is 32 pixels wide, and of the gap after it
 
 
 def draw_all(output: Path, evaluation: Evaluation) -> None:
-    """Every picture that this run has the methods for."""
+    """Every picture that this run has the methods for; none of an earlier run stays without."""
     main = [name for name in evaluation.methods if name not in BEYOND]
-    curves(output / "curves.png", evaluation, main)
+    curves(output / "curves.png", evaluation, main, "the methods of the papers")
     beyond = [name for name in evaluation.methods if name in (*BEYOND, *BESIDE)]
-    for name, draw in (("beyond_curves", partial(curves, methods=beyond)), ("told", told)):
-        path = output / f"{name}.png"
-        path.unlink(missing_ok=True)
-        if any(name in BEYOND for name in beyond):
-            draw(path, evaluation)
+    path = output / "beyond_curves.png"
+    path.unlink(missing_ok=True)
+    if any(name in BEYOND for name in beyond):
+        curves(path, evaluation, beyond, "beyond the papers")
+    path = output / "told.png"
+    path.unlink(missing_ok=True)
+    told = {name: told_steps(evaluation.config, name) for name in TOLD_WRONG}
+    if told := {name: Ks for name, Ks in told.items() if Ks and name in evaluation.methods}:
+        told_k(path, evaluation, told)
     for name, title, panels in sheets(evaluation):
         path = output / f"{name}.png"
+        path.unlink(missing_ok=True)
         if name == "samples" or "tdd" in evaluation.methods:
             draw_sheet(path, title, panels, evaluation)
-        else:
-            # A picture of an earlier run must not stay where this run has nothing for it.
-            path.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------ sheets
@@ -138,17 +137,19 @@ def sheets(evaluation: Evaluation) -> list[tuple[str, str, list[Panel]]]:
 # The paper's claim is a curve that stays low over 4..8; single-target methods dip at their own k.
 
 
-def curves(path: Path, evaluation: Evaluation, methods: list[str]) -> None:
+def curves(path: Path, evaluation: Evaluation, methods: list[str], title: str) -> None:
     """Distance to the teacher's many-step samples over k: rmse, then Fréchet for each gamma."""
-    config, figure = evaluation.config, Figure(1560, 640)
-    title = f"Distance to the teacher's {config.solver_steps}-step samples over the number of steps"
-    figure.text(30, 30, title, 24)
+    config, figure = evaluation.config, Figure(1620, 640)
+    distance = f"distance to the teacher's {config.solver_steps}-step samples"
+    figure.text(30, 30, f"CIFAR-10, {title}: {distance} over the number of steps", 24)
     panels = [("rmse", "rmse", 0.0), *(("Frechet", "frechet_teacher", gamma) for gamma in GAMMAS)]
     for i, (name, metric, gamma) in enumerate(panels):
-        box, title = (90 + i * 450, 100, 370, 440), f"{name}, gamma = {gamma:g}"
-        _curves(figure, box, title, metric, gamma, evaluation, methods)
+        box, panel_title = (90 + i * 450, 100, 370, 440), f"{name}, gamma = {gamma:g}"
+        _curves(figure, box, panel_title, metric, gamma, evaluation, methods)
     compare.legend(figure, methods, (1425, 1450), 1458, 15)
-    note = "pictures from the same noise; bands are standard errors; logarithmic scales"
+    note = "pictures from the same noise; logarithmic scales; bands are standard errors"
+    if several := [NAMES[name] for name in methods if len(evaluation.trainings(name)) > 1]:
+        note += f", of {', '.join(several)} deviations over trainings at gamma = 0"
     figure.text(30, 615, f"{config.samples} {note}", 15, GREY)
     figure.save(path)
 
@@ -156,15 +157,15 @@ def curves(path: Path, evaluation: Evaluation, methods: list[str]) -> None:
 def _curves(
     figure: Figure, box, title: str, metric: str, gamma: float, evaluation, methods: list[str]
 ) -> None:
-    """A panel with every method's curve."""
+    """A panel with every method's curve: the mean of its trainings, if it has several."""
     curves = {}
     for method in methods:
         points = []
         for k in evaluation.ks:
-            row = evaluation.find(method, make_case(k, gamma=gamma))
+            mean, error = evaluation.figure(method, metric, make_case(k, gamma=gamma))
             # Only the teacher's own samples have a distance of zero, which has no logarithm.
-            if row and row[metric]["value"] > 0:
-                points.append((k, row[metric]["value"], row[metric]["error"]))
+            if mean > 0:
+                points.append((k, mean, error))
         if points:
             curves[method] = np.array(points).T
     if curves:
@@ -175,33 +176,32 @@ def _curves(
 # ------------------------------------------------------------------------- after TDM's Fig. 10
 
 
-def told(path: Path, evaluation: Evaluation) -> None:
-    """rmse of students in k steps (down) that are told other K than k (across)."""
-    methods = [name for name in TOLD_CASES if (name, _told_case(4, 4)) in evaluation.rows]
+def told_k(path: Path, evaluation: Evaluation, told: dict[str, list[int]]) -> None:
+    """rmse of students in k steps (down) that are told K (across); told: their K by name."""
     cell, left = 84, 40
-    kmax = evaluation.config.kmax
-    sizes = {name: [k for k in TOLD_CASES[name] if k <= kmax] for name in methods}
-    width = sum(100 + cell * len(Ks) for Ks in sizes.values())
-    figure = Figure(max(width + 40, 760), 190 + cell * max(map(len, sizes.values())))
-    figure.text(30, 30, "rmse to the teacher's samples in k steps, told K", 24)
-    for name, Ks in sizes.items():
+    width = sum(100 + cell * len(Ks) for Ks in told.values())
+    figure = Figure(max(width + 40, 900), 190 + cell * max(map(len, told.values())))
+    many = evaluation.config.solver_steps
+    figure.text(30, 30, f"rmse to the teacher's {many}-step samples: k steps, told K", 24)
+    for name, Ks in told.items():
         figure.text(left + 40, 76, NAMES[name], 18, compare.COLOURS[name])
         for x, K in enumerate(Ks):
             figure.text(left + 40 + cell * (x + 0.5), 106, f"K = {K}", 15, GREY, "mm")
         for y, k in enumerate(Ks):
             top = 124 + cell * y
             figure.text(left - 12, top + cell / 2, f"k = {k}", 15, GREY, "lm")
-            values = [evaluation.rows[name, _told_case(k, K)]["rmse"]["value"] for K in Ks]
+            values = [evaluation.figure(name, "rmse", _told_case(k, K))[0] for K in Ks]
             for x, value in enumerate(values):
-                # White is this row's best, and full colour half as much again.
-                share = min(2 * (value / min(values) - 1), 1)
+                # White is this row's best, and the darkest half as much again.
+                share = 0.5 * min(2 * (value / min(values) - 1), 1)
                 shade = tuple(round(255 + share * (c - 255)) for c in compare.COLOURS[name])
                 x_0, y_0 = left + 40 + cell * x, top
                 x_1, y_1 = x_0 + cell - 4, top + cell - 4
                 figure.polygon([(x_0, y_0), (x_1, y_0), (x_1, y_1), (x_0, y_1)], shade)
                 figure.text((x_0 + x_1) / 2, (y_0 + y_1) / 2, f"{value:.3f}", 16, INK, "mm")
         left += 100 + cell * len(Ks)
-    figure.text(30, figure.size[1] - 24, "white: the best of a row", 15, GREY)
+    note = "white: the best of a row; the darkest: half as much again, or more"
+    figure.text(30, figure.size[1] - 24, note, 15, GREY)
     figure.save(path)
 
 

@@ -19,7 +19,7 @@ from cifar.stage import read_stage, weights_digest
 from common import cli, files
 from common.compare import Case, case_timesteps
 from common.pictures import save_grid
-from sdxl import told
+from sdxl import num_steps
 from sdxl.load import load_component
 from sdxl.lora import merge
 from sdxl.lora_files import read_lora
@@ -28,7 +28,6 @@ from sdxl.recipe import RECOMMENDED
 from solvers import ddim, noise_stream, sdxl_schedule
 from tcd import TCF
 from tdd import clip_x0, gamma_sample, guided
-from tdm import nearest
 from unet import ScalarEmbedding, UNet, UNetConfig
 
 # ------------------------------------------------------------------------------------- networks
@@ -74,7 +73,7 @@ def load_student(runs: Path, name: str, teacher: UNet) -> LoadedModel:
     student = deepcopy(teacher)
     # An empty module stands in for each text encoder: the LoRA is for the UNet alone.
     no_encoder = nn.Module()
-    lora, *_ = read_lora(path, teacher, no_encoder, no_encoder)
+    lora = read_lora(path, teacher, no_encoder, no_encoder)[0].float()
     # In half precision this would round small updates away.
     merge(student, [(lora, 1.0)])
     _, gamma = RECOMMENDED[settings["method"]]
@@ -97,9 +96,7 @@ def sample_pictures(
     """Pictures (n, 3, 32, 32) in uint8 for labels (n,), picture i from seeds[i]."""
     device, schedule, pictures = model.unet.conv_in.weight.device, sdxl_schedule(), []
     network = scalar_network(model.unet, model.scalar_embedding)
-    if model.told_ks:
-        K = case.tell_k or nearest(len(timesteps), model.told_ks)
-        network = told.tell(network, K)
+    network = num_steps.with_nearest_k(network, case.tell_k or len(timesteps), model.told_ks)
     # On a CPU 50 fit into the caches, which is a fifth faster than 200.
     batch_size = 50 if device.type == "cpu" else 500
     for start in range(0, len(label), batch_size):
@@ -123,19 +120,18 @@ def main(args) -> None:
     cli.check_device(args.device)
     if args.runs is None:
         args.runs = Path("runs/cifar10")
-        if not (args.runs / args.sample / "stage.json").exists():
+        stage = Path(args.sample, "stage.json")
+        if not (args.runs / stage).exists() and (SHIPPED / stage).exists():
             args.runs = SHIPPED
             print(f"runs/cifar10 holds no finished {args.sample}: the weights are {SHIPPED}'s")
     model = LoadedModel(load_teacher(args.runs, args.device))
     if args.sample != "teacher":
         model = load_student(args.runs, args.sample, model.unet)
-    if args.tell_k is not None and args.tell_k not in model.told_ks:
-        knows = [*model.told_ks] or "no K"
-        raise ValueError(f"--tell-k {args.tell_k}: {args.sample} is told {knows}")
+    K = num_steps.choose_k(args.tell_k, args.steps, model.told_ks, args.sample)
     tune = None if args.tune_guidance is None else args.tune_guidance - 1
     clip_steps = args.steps if args.clip_steps is None else args.clip_steps
     gamma = model.gamma if args.gamma is None else args.gamma
-    case = Case(args.steps, gamma, args.schedule, args.cfg - 1, tune, clip_steps, args.tell_k)
+    case = Case(args.steps, gamma, args.schedule, args.cfg - 1, tune, clip_steps, K)
     N = args.solver_steps or model.solver_steps
     timesteps = case_timesteps(case, N, model.kmin, model.kmax)
     print(f"guidance g = {args.cfg:g} (w = {case.w:g}), applied as w = {case.w_inference:.3g}; "

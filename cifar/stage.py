@@ -21,9 +21,9 @@ from training import loop
 from training.checkpoint import TrainState, checkpoints, resume_point
 
 # 2: `guidance` is g = 1 + w'. It was w' in version 1, which names no version. 3: stage.json holds
-# what the training wrote. 4: the boundary pair, PCM's rule, Eq. 8's whole timesteps; 32 sinusoids
-# of each size, and a teacher in half precision.
-STAGE_VERSION = "4"
+# what the training wrote. 4: the boundary pair, PCM's rule, Eq. 8's whole timesteps. 5: 32
+# sinusoids of each size, and files in half precision.
+STAGE_VERSION = "5"
 WEIGHTS = ("diffusion_pytorch_model", "lora", "model")  # of a teacher, a student, the classifier
 
 
@@ -118,7 +118,8 @@ class Stage:
             resume_hint="the same command")  # fmt: skip
         loop.fit(state, config, partial(losses, generator=generator), after_step)
         export(self.folder)
-        # Seconds at the median speed: other programs may have slowed some of the steps.
+        # Seconds of the steps at the median speed: other programs may have slowed some of them.
+        # Walkers are spread before; the steps left out for that are not among these.
         speed = statistics.median(line["images_per_s"] for line in state.log)
         seconds = round(self.steps * self.batch_size / speed, 1)
         weights = weights_digest(self.folder)

@@ -18,13 +18,14 @@ from torch.nn.functional import cross_entropy
 
 from cifar import figures
 from cifar.classifier import BORDER, Classifier, random_crop
-from cifar.config import REPEATED, SEED, STUDENTS, CifarConfig, student_config
+from cifar.config import METHODS, PATHS, REPEATED, SEED, CifarConfig, student_config
 from cifar.data import CLASSES, condition, read_split, teacher_loss, to_x0, unet_json
 from cifar.evaluate import Evaluation
 from cifar.sample import load_teacher
 from cifar.stage import Stage, read_stage, weights_digest
 from common import cli, files
 from common.compare import PASSES, equal_budget_steps, path_steps
+from sdxl import num_steps
 from sdxl.lora_files import write_diffusers
 from sdxl.pipeline import compile_blocks, null_condition
 from sdxl.weights import load_strict
@@ -83,7 +84,7 @@ def build_stage(config: CifarConfig, name: str, data: tuple[Tensor, Tensor]) -> 
     # Every student has as many UNet passes as TDD; the discriminator's are not counted.
     steps = equal_budget_steps(config.steps, name if name in PASSES else student.tcf)
     if student.pairs == "teacher":
-        steps = path_steps(steps, config.batch_size, config.solver_steps)
+        steps = path_steps(steps, config.batch_size, config.solver_steps, student.tcf)
     return Stage(folder, data, steps, config.batch_size, student.seed, values)
 
 
@@ -101,6 +102,11 @@ def train_all(config: CifarConfig, data: tuple[Tensor, Tensor]) -> None:
 #
 # Nothing of Algorithm 1 stands here: targets, random numbers, losses and networks of the students
 # are SDXL's, from training/, and so is the loop. CIFAR-10 brings x_0 and the condition.
+
+
+def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in half precision: what is distilled and measured is then what a small file holds."""
+    return {k: x.half() if x.is_floating_point() else x for k, x in weights.items()}
 
 
 def train_classifier(config: CifarConfig, stage: Stage) -> None:
@@ -121,7 +127,7 @@ def train_classifier(config: CifarConfig, stage: Stage) -> None:
     stage.train(
         {"classifier": classifier}, {"adam": loop.adamw(classifier.parameters(), 3e-3)}, losses,
         export=lambda folder: files.write_tensors(
-            folder / "model.safetensors", classifier.state_dict(), format="pt"),
+            folder / "model.safetensors", half(classifier.state_dict()), format="pt"),
         # Up for a fifth of the steps, then down to zero.
         lr_lambda=lambda s: min((s + 0.001) / 0.2, (1 - s) / 0.8),
     )  # fmt: skip
@@ -150,9 +156,7 @@ def train_teacher(config: CifarConfig, stage: Stage) -> None:
 
     def export(folder: Path) -> None:
         path = folder / "diffusion_pytorch_model.safetensors"
-        # Half precision, so that what is distilled is what a small file holds.
-        weights = {name: tensor.half() for name, tensor in ema.state_dict().items()}
-        files.write_tensors(path, weights, format="pt")
+        files.write_tensors(path, half(ema.state_dict()), format="pt")
         files.write_json(folder / "config.json", unet_config)
 
     ema_weights, weights = list(ema.parameters()), list(unet.parameters())
@@ -187,7 +191,8 @@ def train_student(config: CifarConfig, stage: Stage) -> None:
         return step.losses(x_0, *encode(labels), sample)
 
     def export(folder: Path) -> None:
-        write_diffusers(folder / "lora.safetensors", step.output_network.lora, **stage.settings)
+        lora = deepcopy(step.output_network.lora).half()
+        write_diffusers(folder / "lora.safetensors", lora, **stage.settings)
 
     def make_paths(generator: torch.Generator, is_new: bool) -> PathLoader:
         def draw_conds(count: int) -> list:
@@ -195,7 +200,9 @@ def train_student(config: CifarConfig, stage: Stage) -> None:
             return [(label, CLASSES[label]) for label in labels]
 
         shape = step.teacher.base.config.in_channels, 16, 16
-        loader = PathLoader(step, shape, stage.batch_size, generator, device, draw_conds)
+        loader = PathLoader(
+            step, shape, stage.batch_size, generator, device, draw_conds, range(len(CLASSES)).count
+        )
         if is_new:
             loader.start(encode)
         return loader
@@ -226,6 +233,9 @@ def build_config(args) -> CifarConfig:
     targets_of("tdd", config.solver_steps, config.kmin, config.kmax)
     for name in config.methods:
         student = student_config(config, name)
+        if student.told_ks:
+            num_steps.check_rank(student.told_ks, student.rank)
+            num_steps.reader(student.told_ks, unet_json(config.channels)["addition_time_embed_dim"])
         if student.method == "tdm":
             equidistant(max(student.Ks), config.solver_steps)
         else:
@@ -254,7 +264,8 @@ def main(args) -> None:
     print(f"guidance to distil: g = {config.guidance:g}, the paper's w' = g - 1 = {config.w:g}")
     train_all(config, train)
     path = config.output / "classifier/model.safetensors"
-    classifier = load_strict(Classifier(), files.read_tensors(path)[0], path).to(config.device)
+    weights = files.read_tensors(path)[0]
+    classifier = load_strict(Classifier(), weights, path).float().to(config.device)
     evaluation = Evaluation(config, classifier, train, test)
     evaluation.run(config.methods)
     settings = {name: str(value) for name, value in vars(args).items()}
@@ -284,8 +295,9 @@ def parser(preset: str | None = None) -> cli.Parser:
     flag("--preset", choices=PRESETS, default=preset, help="set of defaults for the flags below")
     flag("--data-dir", type=Path, default=Path("data/cifar-10-batches-bin"), help="data folder")
     flag("--output", type=Path, default=Path("runs/cifar10"), help="folder for all stages")
-    flag("--methods", nargs="+", choices=STUDENTS, default=list(STUDENTS), metavar="M",
-         help="students to train")  # fmt: skip
+    methods = list(dict.fromkeys([*METHODS, *PATHS]))
+    flag("--methods", nargs="+", choices=methods, default=METHODS, metavar="M",
+         help=f"students, of {' '.join(methods)}")  # fmt: skip
     flag("--repeats", type=count, default=1, help=f"trainings of {', '.join(REPEATED)}")
     flag("--channels", type=count, nargs="+", metavar="C", help="channels of the UNet's levels")
     flag("--classifier-steps", type=count, help="training steps of the classifier")

@@ -19,9 +19,9 @@ NAMES = {
     "tdd": "TDD", "tdd_eta0": "TDD, eta 0", "tdd_rho0": "TDD, rho 0",
     "tcd2": "TCD, TCF(2)", "tcds": "TCD, TCF(S+)", "tdd2": "TDD, TCF(2)", "tdds": "TDD, TCF(S+)",
     "tdm4": "TDM-4", "tdm_unify": "TDM-unify", "tdd_adv": "TDD (adv)", "tdd_high": "TDD, w' = 5",
-    "pcm4_path": "PCM-4, path", "tdd_eta0_path": "TDD, eta 0, path", "tdd_k": "K of 1-8, path",
-    "tdd_k4": "K of 4-8, path", "tdd_k4_data": "K of 4-8", "tdd_k4_blind": "K untold, path",
-    "tdd_k4_blind_data": "K untold",
+    "pcm4_path": "PCM-4, path", "tdd_eta0_path": "TDD, eta 0, path", "tdd_k4_data": "K told",
+    "tdd_k4": "K told, path", "tdd_k": "K told from 1, path", "tdd_k4_blind_data": "K untold",
+    "tdd_k4_blind": "K untold, path",
 }  # fmt: skip
 COLOURS = {
     "teacher": (130, 134, 144), "cm": (216, 120, 40), "pcm4": (60, 150, 95), "pcm8": (130, 180, 60),
@@ -32,6 +32,40 @@ COLOURS = {
     "tdd_k4": (0, 165, 205), "tdd_k4_data": (130, 210, 230), "tdd_k4_blind": (170, 120, 0),
     "tdd_k4_blind_data": (220, 190, 110),
 }  # fmt: skip
+
+# Beyond the papers a student of TDD's has a K for each example, from the first number here to kmax
+# (0: from kmin), and its targets are that K's next stops; then whether it is told K, and where its
+# pairs come from. PATH ends the name of a method of the papers with pairs from the teacher's path.
+DRAWN_KS = {
+    "tdd_k4_blind_data": (0, False, "data"), "tdd_k4_data": (0, True, "data"),
+    "tdd_k4_blind": (0, False, "teacher"), "tdd_k4": (0, True, "teacher"),
+    "tdd_k": (1, True, "teacher"),
+}  # fmt: skip
+PATH = "_path"
+BEYOND = (*DRAWN_KS, f"pcm4{PATH}", f"tdd_eta0{PATH}")  # those that the experiments train
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a student's name says: a method of the papers, and what is beyond them.
+
+    Ks: those that K is drawn from, if it is. pairs: from "data" or the "teacher"'s path.
+    """
+
+    method: str
+    Ks: tuple[int, ...]
+    tell_k: bool
+    pairs: str
+
+
+def variant_of(name: str, kmin: int, kmax: int) -> Variant:
+    """A student's variant, by its name."""
+    if name in DRAWN_KS:
+        first, tell_k, pairs = DRAWN_KS[name]
+        return Variant("tdd", tuple(range(first or kmin, kmax + 1)), tell_k, pairs)
+    method = name.removesuffix(PATH)
+    return Variant(method, (), True, "data" if method == name else "teacher")
+
 
 # Forward passes of the network that a training step takes, a backward pass counted as two. By
 # trajectory consistency function: guided teacher 2, target network 1 an evaluation, student 3 an
@@ -45,11 +79,11 @@ def equal_budget_steps(steps: int, kind: str) -> int:
     return round(steps * PASSES["1"] / PASSES[kind])
 
 
-def path_steps(steps: int, batch: int, N: int) -> int:
+def path_steps(steps: int, batch: int, N: int, kind: str = "1") -> int:
     """What is left of `steps` when walkers have been spread over the teacher's path first."""
     passes = 2 * stagger_steps(BATCHES * batch, N)
     # A run of a few steps, to try things out, keeps one.
-    return max(1, steps - round(passes / (PASSES["1"] * batch)))
+    return max(1, steps - round(passes / (PASSES[kind] * batch)))
 
 
 # ------------------------------------------------------------------------------------------ cases

@@ -83,6 +83,11 @@ class Walkers:
             K, x_next,
         )  # fmt: skip
 
+    def guidance(self, rows: Tensor) -> float | Tensor:
+        """w' of these walkers: (b,), or a number if it is one for all, and w' = 0 is one pass."""
+        low, high = self.w_range
+        return low if low == high else to_device(self.w[rows], self.device)
+
     def advance(self, rows: Tensor, x_n: Tensor) -> None:
         """Move these walkers to x_n (b, ..); who has arrived at t_0 begins a new path."""
         there = to_device(rows, self.device)
@@ -120,7 +125,5 @@ class Walkers:
         """Algorithm 1, lines 11-15, as in tdd.tdd_loss."""
         sample = self._step_sample(rows, self.n[rows]).to(self.device)
         cond = where_cond(sample.keep_prompt, cond, null)
-        eps_hat = guided(
-            teacher, cond, null, to_device(self.w[rows], self.device), sample.guided_rows
-        )
+        eps_hat = guided(teacher, cond, null, self.guidance(rows), sample.guided_rows)
         return solver(eps_hat, sample.x_next, sample.t_next, sample.t_n, schedule)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import files
-from sdxl import keys, lora_kinds, lora_peft
+from sdxl import keys, lora_kinds, lora_peft, num_steps
 from sdxl.lora import Adapter, LoRA, named_layers
+from sdxl.recipe import read_recipe
 from sdxl.weights import HALF, find_lora, load_strict, summary
 from unet import ScalarEmbedding, UNet, UNetConfig
 
@@ -68,10 +69,23 @@ def read_lora(path: Path, unet: UNet, encoder_1: nn.Module, encoder_2: nn.Module
         if groups[component]:
             adapters = _build_adapters(path, base, groups[component], settings[component])
         loras.append(LoRA(adapters, embedding if component == "unet" else None))
-    # Without it, the crop that tells K (sdxl/told.py) would be taken for a crop.
-    if "tdd_told_ks" in header and "add_embedding.linear_1" not in loras[0].adapters:
-        raise ValueError(f"{path} has lost the layer for K, which its header has: use the original")
+    _check_k_adapter(path, loras[0], unet, header)
     return loras
+
+
+def _check_k_adapter(path: Path, lora: LoRA, unet: UNet, header: dict) -> None:
+    """ValueError if only one of layer and header says that the student is told K.
+
+    The crop that tells it (sdxl/num_steps.py) would be taken for a crop.
+    """
+    adapter, original = lora.adapters.get(num_steps.LINEAR_1), "use the original"
+    # CIFAR-10's stages have their settings without the prefix.
+    if "tdd_told_ks" in header or "told_ks" in header:
+        if adapter is None:
+            raise ValueError(f"{path} has lost the layer for K, which its header has: {original}")
+    elif adapter is not None and num_steps.reads_k(adapter, unet):
+        message = "is told K, but has lost the header that says which (tdd_told_ks)"
+        raise ValueError(f"{path} {message}: {original}")
 
 
 def _build_scalar_embedding(path: Path, tensors, symbol: str | None, unet: UNet):
@@ -270,3 +284,39 @@ def write_kohya(path: Path, lora: LoRA, **metadata: str) -> None:
     rank = str(*ranks) if len(ranks) == 1 else "Dynamic"
     header = {"modelspec.title": title, "ss_network_dim": rank, "ss_network_alpha": rank}
     files.write_tensors(path, tensors, format="pt", **KOHYA_HEADER | header | metadata)
+
+
+# ------------------------------------------------------------------------------------ both namings
+
+
+def kohya_beside(path: Path) -> Path:
+    """Where the same LoRA in kohya's naming is written."""
+    return path.with_name(f"{path.stem}_kohya.safetensors")
+
+
+def write_both(path: Path, lora: LoRA, **metadata: str) -> list[Path]:
+    """A UNet's LoRA in diffusers' naming, and beside it in kohya's; returns the files."""
+    write_diffusers(path, lora, **metadata)
+    # Kohya's naming has no place for a scalar embedding, without which it is another model.
+    if lora.scalar_embedding is not None:
+        return [path]
+    write_kohya(kohya_beside(path), lora, **metadata)
+    return [path, kohya_beside(path)]
+
+
+def check_export(path: Path, K: int, output: Path) -> None:
+    """ValueError in one line if this file is not told K, or would be written over."""
+    Ks = read_recipe(path, files.read_tensors(path)[1]).get("told_ks", ())
+    if K not in Ks:
+        raise ValueError(f"--export-k {K}: {path} is told {[*Ks] if Ks else 'no K'}")
+    if path.resolve() in (output.resolve(), kohya_beside(output).resolve()):
+        raise ValueError(f"--output {output} would replace the --lora itself: name another")
+
+
+def export_for_one_K(path: Path, K: int, unet: UNet, output: Path) -> list[Path]:
+    """A told student's file as `num_steps.for_one_K` makes it, in both namings."""
+    header = files.read_tensors(path)[1]
+    lora, *_ = read_lora(path, unet, nn.Module(), nn.Module())
+    entries = {k: v for k, v in header.items() if k.startswith("tdd_") and k != "tdd_told_ks"}
+    entries["tdd_K"] = str(K)
+    return write_both(output, num_steps.for_one_K(lora, unet, K), **entries)

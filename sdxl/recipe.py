@@ -53,7 +53,8 @@ def _read_entry(name: str, text: str, method: str | None) -> dict:
             Ks = [_within(1, int(k)) for k in re.findall(r"\d+", text)]
             # Older files of PCM have TDD's range.
             Ks = Ks[:1] if method == "pcm" else Ks
-            steps = max(Ks) if method == "tdm" else Ks[0]
+            # TDM's most; of TDD's the fewest that it is meant for, K_min = 4, or its most.
+            steps = max(Ks) if method == "tdm" else min([K for K in Ks if K >= 4], default=max(Ks))
             return {"steps": steps, "kmin": min(Ks), "kmax": max(Ks)}
     return {}
 

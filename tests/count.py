@@ -162,7 +162,8 @@ def encoding():
     with torch.device("meta"):
         encoders = [TextEncoder(each).half() for each in TEXT_ENCODERS]
         ids = torch.empty(1, 77, dtype=torch.int64)
-    return torch.no_grad()(lambda: [encoder(ids) for encoder in encoders])
+    end = 49407  # in CLIP's vocabulary
+    return torch.no_grad()(lambda: [encoder(ids, end) for encoder in encoders])
 
 
 def decoding(side: int):

@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig
 from benchmarks import models
 from benchmarks.models import randomise
 from common import files
-from sdxl import keys, load, png, told
+from sdxl import keys, load, num_steps, png
 from sdxl.clip import TextEncoder
 from sdxl.lora import LoRA
 from sdxl.lora_files import read_lora, write_diffusers, write_kohya
@@ -62,7 +62,7 @@ def build(root: Path) -> Base:
     base = Base(root, model, weights_of(model), controlnet, {}, {}, {}, [])
     generator = torch.Generator().manual_seed(0)
     lora = LoRA.init(model.unet, 4, 2.0, generator)
-    lora = told.add_told(lora, model.unet, TOLD_KS, 4, 2.0, generator)
+    lora = num_steps.add_k_adapter(lora, model.unet, TOLD_KS, 4, 2.0, generator)
     for adapter in lora.adapters.values():
         torch.nn.init.normal_(adapter.up, std=0.1)
     header = {"tdd_method": "tdd", "tdd_K": "4-8", "tdd_w": "3.5", "tdd_tcf": "1",

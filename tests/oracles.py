@@ -8,7 +8,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.embeddings import get_timestep_embedding
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
@@ -17,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import sample
 from sdxl import keys, load
 from sdxl.lora import LoRA
-from sdxl.told import KAdapter, add_told
+from sdxl.num_steps import KAdapter, add_k_adapter
 from tcd import TCF
 from tdd import targets_of
 from tests import helpers
@@ -142,6 +147,20 @@ def single(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("file") / "model.safetensors"
     save_file(tensors, path)
     return path
+
+
+def euler_pipeline(folder):
+    """Diffusers' pipeline of a tiny SDXL's UNet alone, with the Euler scheduler of docs/sdxl.md."""
+    pipeline = StableDiffusionXLPipeline(
+        vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
+        unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
+        scheduler=EulerDiscreteScheduler(
+            1000, 0.00085, 0.012, "scaled_linear", timestep_spacing="leading"
+        ),
+    )  # fmt: skip
+    pipeline.vae_scale_factor = 8
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 class Reference:
@@ -375,7 +394,7 @@ def busy(unet, rank=4, alpha=2.0, seed=1, scalar="", told_ks=()):
     start = torch.Generator().manual_seed(seed)
     lora = LoRA.init(unet, rank, alpha, start, scalar)
     if told_ks:
-        lora = add_told(lora, unet, told_ks, rank, alpha, start)
+        lora = add_k_adapter(lora, unet, told_ks, rank, alpha, start)
     generator = torch.Generator().manual_seed(seed + 1)
     for adapter in lora.adapters.values():
         adapter.up.data += 0.3 * torch.randn(adapter.up.shape, generator=generator)

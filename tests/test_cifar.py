@@ -23,7 +23,7 @@ from cifar import data as cifar_data
 from cifar import evaluate as cifar_eval
 from cifar import sample as cifar_sample
 from cifar import train as cifar_train
-from cifar.config import STUDENTS
+from cifar.config import METHODS
 from cifar.stage import weights_digest
 from common import files, plots
 from solvers import sdxl_schedule
@@ -254,8 +254,7 @@ def test_bf16_follows_float32(name, loss, runs, data, tmp_path):
             shutil.copytree(runs[0] / "teacher", tmp_path / dtype / "teacher")
         more = {"dtype": dtype, "teacher-steps": 4, "steps": 4}
         log, weights = trained(tmp_path / dtype, data, name, **more)
-        kept = torch.float16 if name == "teacher" else torch.float32
-        assert {w.dtype for w in weights.values()} == {kept}
+        assert {w.dtype for w in weights.values()} == {torch.float16}
         logs.append([line[loss] for line in log])
     assert logs[1] == pytest.approx(logs[0], rel=0.1) and logs[0] != logs[1]
 
@@ -275,7 +274,7 @@ def test_second_run_uses_what_is_there(runs, data, monkeypatch, capsys):
     # The pictures in the sheets are the samples themselves: the first of TDD, non-equidistant.
     first = samples_of(output, "tdd", k=5, schedule="nonequidistant")[0].permute(1, 2, 0).numpy()
     assert any(np.array_equal(x, first) for x in pasted)
-    assert out.count("finished before, used again") == 2 + len(STUDENTS)
+    assert out.count("finished before, used again") == 2 + len(METHODS)
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
     for name in ("samples", "curves", "guidance", "clipping", "schedules"):
         assert Image.open(output / f"{name}.png").size[0] > 300
@@ -393,7 +392,7 @@ def test_a_stage_of_another_version_is_refused(runs, data, tmp_path, monkeypatch
     shutil.copytree(runs[0] / "teacher", tmp_path / "teacher")
     path = tmp_path / "teacher/stage.json"
     stage = json.loads(path.read_text())
-    assert stage["settings"].pop("version") == "4"
+    assert stage["settings"].pop("version") == "5"
     path.write_text(json.dumps(stage))
     for script, words in (
         (cifar_train, flags(tmp_path, data)),
@@ -401,7 +400,7 @@ def test_a_stage_of_another_version_is_refused(runs, data, tmp_path, monkeypatch
     ):
         code, _, err = run(script, monkeypatch, capsys, *words)
         assert code == 2 and err.count("\n") == 1
-        assert "teacher was made with version 1, not 4" in err
+        assert "teacher was made with version 1, not 5" in err
 
 
 def test_students_of_another_teacher_are_refused(runs, data, tmp_path):
@@ -527,7 +526,7 @@ def test_rows_are_what_the_samples_give(runs, data):
 def test_every_case_of_the_issue_is_there(runs):
     rows = json.loads((runs[0] / "metrics.json").read_text())["rows"]
     seen = {(r["method"], r["k"], r["gamma"], r["schedule"], r["w"], r["tune"]) for r in rows}
-    plain = [m for m in STUDENTS if m not in ("tdd_rho0", "tdd_high")]
+    plain = [m for m in METHODS if m not in ("tdd_rho0", "tdd_high")]
     for method in plain:
         assert {(method, k, 0.0, "equidistant", 0.0, None) for k in (1, 2, 4, 5, 6)} <= seen
         assert {(method, k, 0.2, "equidistant", 0.0, None) for k in (4, 5, 6)} <= seen

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -16,9 +17,10 @@ from safetensors.torch import load_file
 
 from cifar import sample as cifar_sample
 from cifar import train as cifar_train
-from cifar.config import REPEATED, STUDENTS
+from cifar.config import METHODS, PATHS, REPEATED
+from cifar.evaluate import Evaluation, make_case, method_cases, told_steps, told_wrong
 from common.compare import path_steps
-from sdxl import told
+from sdxl import num_steps
 from tests.helpers import randn, run
 from tests.test_cifar import build_config, ddim_by_hand, flags, rewrite, slice_of_cifar, trained
 
@@ -42,15 +44,20 @@ def runs(tmp_path_factory, data):
 
 def test_names_are_what_is_trained(data, tmp_path):
     config = build_config(tmp_path, data, kmax=8, rank=8)
-    student = {name: cifar_train.student_config(config, name) for name in STUDENTS}
-    four_to_eight, path = (4, 5, 6, 7, 8), ("tdd_k4", "tdd_k4_blind", "tdd_k", "pcm4_path")
+    student = {name: cifar_train.student_config(config, name) for name in (*METHODS, *PATHS)}
+    four_to_eight, path = (4, 5, 6, 7, 8), ("tdd_k4", "tdd_k4_blind", "tdd_k", *PATHS)
     for name in ("tdd_k4", "tdd_k4_data", "tdd_k4_blind", "tdd_k4_blind_data"):
         assert student[name].Ks == four_to_eight and student[name].eta == 0
         assert student[name].told_ks == (() if "blind" in name else four_to_eight)
     assert student["tdd_k"].told_ks == tuple(range(1, 9))
     assert student["tdm_unify"].told_ks == (1, 2, 4) and student["tdm4"].told_ks == ()
     for name, each in student.items():
-        assert each.pairs == ("teacher" if name in (*path, "tdd_eta0_path") else "data")
+        assert each.pairs == ("teacher" if name in path else "data")
+    # Nothing else of a method is another with pairs from the path.
+    for name in PATHS:
+        plain = cifar_train.student_config(config, name.removesuffix("_path"))
+        assert replace(student[name], pairs="data") == plain
+    assert {"cm_path", "tcd_path", "tdd_path", "tdd_adv_path", "tcds_path"} <= set(PATHS)
     names = cifar_train.with_repeats(["tdd", "pcm4", "tdd"], 3)
     assert names == ("tdd", "pcm4", "pcm4-seed1", "pcm4-seed2") and "pcm4" in REPEATED
     assert cifar_train.student_config(config, "pcm4-seed2").seed == config.seed + 2
@@ -95,7 +102,7 @@ def test_told_students_are_sampled_as_diffusers_with_a_crop(
     """The file in diffusers, crop_top = 8 K, the vectors of K made large."""
     for folder in ("teacher", name):
         shutil.copytree(runs / folder, tmp_path / folder)
-    path, up = tmp_path / name / "lora.safetensors", f"unet.{told.LINEAR_1}.lora.up.weight"
+    path, up = tmp_path / name / "lora.safetensors", f"unet.{num_steps.LINEAR_1}.lora.up.weight"
     rewrite(path, lambda w: w | {up: w[up] + 0.5 * randn(*w[up].shape, seed=3).float()})
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "teacher")
     unet.load_lora_adapter(load_file(path), prefix="unet")
@@ -103,7 +110,8 @@ def test_told_students_are_sampled_as_diffusers_with_a_crop(
     words += ["--sample", name, "--runs", tmp_path, "--labels", "cat", "ship", "--num-images", 1]
     words += ["--gamma", 0, "--solver-steps", 10, "--seed", 5, "--steps", 3]
     code, _, err = run(cifar_sample, monkeypatch, capsys, *words, "--output", tmp_path / "x.png")
-    assert (code, err) == (0, "")
+    nearest = "3 steps: told K = 4, the nearest of [4, 5, 6]\n" if name == "tdd_k4" else ""
+    assert (code, err) == (0, nearest)
     grid = np.asarray(Image.open(tmp_path / "x.png")).astype(float)
     unet = unet.double()
     for crop_top, near in ((8 * K, True), (0, False), (8 * K + 8, False)):
@@ -127,9 +135,104 @@ def test_what_a_file_says_of_k(runs):
 
 @pytest.mark.parametrize(
     ("name", "K", "message"),
-    [("tdd_k4", 7, "tdd_k4 is told [4, 5, 6]"), ("tdd_k4_blind_data", 4, "is told no K")],
+    [("tdd_k4", 7, "--tell-k 7: tdd_k4 knows [4, 5, 6]"), ("tdd_k4_blind_data", 4, "knows no K")],
 )
 def test_an_unknown_k_is_refused(runs, tmp_path, monkeypatch, capsys, name, K, message):
     words = ["--sample", name, "--runs", runs, "--tell-k", K, "--output", tmp_path / "x.png"]
     code, _, err = run(cifar_sample, monkeypatch, capsys, *words)
     assert code == 2 and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [({"rank": 4}, "a rank of 4 is too low to tell 6 K: give --rank 6"),
+     ({"kmax": 12, "solver-steps": 20, "rank": 16}, "32 sinusoids of the crop do not tell K of")],
+)  # fmt: skip
+def test_k_that_cannot_be_told_are_refused_before_the_first_training(
+    data, tmp_path, monkeypatch, capsys, more, message
+):
+    words = flags(tmp_path / "x", data, methods="cm tdd_k", **more)
+    code, _, err = run(cifar_train, monkeypatch, capsys, *words)
+    assert code == 2 and err.count("\n") == 1 and message in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_missing_student_is_looked_for_where_the_user_trained(runs, monkeypatch, capsys):
+    """Not among the weights that come with the code, unless it is there."""
+    monkeypatch.chdir(runs.parent.parent)
+    (runs.parent / "runs").symlink_to(runs.parent)
+    monkeypatch.chdir(runs.parent)
+    code, out, err = run(cifar_sample, monkeypatch, capsys, "--sample", "nonsense")
+    assert code == 2 and out == ""
+    assert "runs/cifar10 holds no finished student 'nonsense'; there: tdd_k tdd_k4" in err
+
+
+# ------------------------------------------------------------------------- tables and pictures
+
+
+def test_a_student_is_told_only_what_it_knows(data, tmp_path):
+    """k and K, each with each; of a repeat the two ends."""
+    config = build_config(tmp_path, data, kmax=8, rank=8)
+    assert told_steps(config, "tdd_k") == [1, 2, 4, 6, 8] and told_steps(config, "tdd") == []
+    assert told_wrong(config, "tdd_k4-seed1") == [(4, 8), (8, 4)]
+    pairs = [(4, 6), (4, 8), (6, 4), (6, 8), (8, 4), (8, 6)]
+    assert told_wrong(config, "tdd_k4") == pairs
+    cases = method_cases(config, "tdd_k4")
+    assert [(case.k, case.tell_k) for case in cases if case.tell_k is not None] == pairs
+    config = build_config(tmp_path, data, kmin=5, kmax=8, rank=8)
+    assert told_steps(config, "tdd_k4") == [6, 8] and told_steps(config, "tdm_unify") == [1, 2]
+    for method in ("tdd_k4", "tdd_k", "tdm_unify"):
+        known = cifar_train.student_config(config, method).told_ks
+        for case in method_cases(config, method):
+            assert case.tell_k is None or case.tell_k in known
+
+
+def stub_evaluation(config, values):
+    """An Evaluation with rows of these figures, by name and case; all metrics are alike."""
+    evaluation = object.__new__(Evaluation)
+    evaluation.config, evaluation.ks, evaluation.rows = config, [1, 2, 4, 5, 6], {}
+    metrics = ("rmse", "frechet_teacher", "frechet_unpaired")
+    for (method, case), value in values.items():
+        figure = {"value": value, "error": 0.01}
+        evaluation.rows[method, case] = dict.fromkeys(metrics, figure)
+    return evaluation
+
+
+def test_several_trainings_are_their_mean_and_deviation(data, tmp_path):
+    config, names = build_config(tmp_path, data), ("tdd_k4", "tdd_k4-seed1", "tdd_k4-seed2")
+    values = {}
+    for i, name in enumerate(names):
+        for k in (1, 2, 4, 5, 6):
+            values[name, make_case(k)] = k + i**2
+        values[name, make_case(6, tell_k=4)] = 10 + i**2
+        values[name, make_case(4, tell_k=6)] = 20 + i**2
+    values |= {("pcm4", make_case(k)): 0.5 * k for k in (1, 2, 4, 5, 6)}
+    evaluation = stub_evaluation(config, values)
+    mean, deviation = np.mean([0, 1, 4]), np.std([0, 1, 4], ddof=1)
+    found = evaluation.figure("tdd_k4", "rmse", make_case(5))
+    assert found == pytest.approx((5 + mean, deviation))
+    assert evaluation.figure("pcm4", "rmse", make_case(4)) == (2.0, 0.01)
+    assert evaluation.figure("pcm4", "rmse", make_case(4, gamma=0.2)) == (0.0, 0.0)
+    _, plain, *wrong = evaluation.repeats_table("rmse").splitlines()
+    assert plain.split()[3:] == [
+        word for k in (1, 2, 4, 5, 6) for word in (f"{k + mean:.4f}", f"({deviation:.4f})")
+    ]
+    assert [line.split() for line in wrong] == [
+        ["tdd_k4,", "told", "6", f"{20 + mean:.4f}", f"({deviation:.4f})"],
+        ["tdd_k4,", "told", "4", f"{10 + mean:.4f}", f"({deviation:.4f})"],
+    ]
+    # Under the k that they are of.
+    assert wrong[0].index("21.6667") == plain.index(f"{4 + mean:.4f}") - 1
+    assert evaluation.methods == ["tdd_k4", "pcm4"] and "pcm4" not in "".join(wrong)
+
+
+def test_no_student_that_is_told_is_no_picture_of_it(data, tmp_path, monkeypatch, capsys):
+    """And one that an earlier run left is taken away."""
+    output = tmp_path / "cifar10"
+    output.mkdir()
+    (output / "told.png").write_text("old")
+    words = flags(output, data, methods="pcm4_path")
+    code, _, err = run(cifar_train, monkeypatch, capsys, *words)
+    assert code == 0, err
+    names = {path.stem for path in output.glob("*.png")}
+    assert names == {"curves", "beyond_curves", "samples"}

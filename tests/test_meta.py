@@ -224,7 +224,7 @@ def test_training_waits_once_a_step(config, side, method, tmp_path, monkeypatch)
             part = {name: tensor[: len(conds)] for name, tensor in cond.items()}
             return part, null_condition(part)
 
-        loader = Loader(PathLoader(step, (4, side, side), 2, generator, "meta", draw_conds))
+        loader = Loader(PathLoader(step, (4, side, side), 2, generator, "meta", draw_conds, bool))
         without_waits(lambda: loader.paths.start(encode))
 
     def losses(batch):
@@ -297,7 +297,7 @@ def test_memory_and_flops_of_a_layer_by_hand():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["TDD; batch 1", "decoder"])
+@pytest.mark.parametrize("name", ["TDD; batch 1", "text encoders", "decoder"])
 def test_count_is_what_the_docs_have(name):
     cost = count.measure(count.builds()[name])
     assert asdict(cost) == pytest.approx(files.read_json(DOCS / "count.json")["costs"][name], 1e-3)

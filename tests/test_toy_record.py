@@ -11,7 +11,8 @@ from tests.helpers import load_rows, read_table
 DOCS = Path(__file__).parent.parent / "docs"
 KS = (1, 2, 4, 5, 6, 7, 8)
 NAMES = {"teacher, guided DDIM": "teacher", "CM / LCM": "cm", "PCM-4": "pcm4", "PCM-8": "pcm8",
-         "TCD / CTM": "tcd", "TDD": "tdd", "TDD, eta = 0": "tdd_eta0"}  # fmt: skip
+         "TCD / CTM": "tcd", "TDD": "tdd", "TDD, eta = 0": "tdd_eta0",
+         "K told, teacher's pairs": "tdd_k4"}  # fmt: skip
 
 
 def test_measured_default_run_meets_its_claims():

@@ -252,6 +252,19 @@ def test_staggering_takes_as_many_passes_as_it_says(W, N):
     assert steps == sum(N - 1 - n for n in walkers.n.tolist())
 
 
+def test_without_guidance_a_step_is_one_pass():
+    """w' = 0 for all, as with data: the condition's alone, staggered and in the loss."""
+    walkers, _ = make_walkers(8, 10, 0.0, (0.0, 0.0))
+    teacher = Counted(TEACHER)
+    steps = walkers.stagger(teacher, encode, SCHEDULE, batch=4)
+    assert teacher.examples == steps
+    rows = walkers.draw(4)
+    assert walkers.guidance(rows) == 0.0 and isinstance(walkers.guidance(rows), float)
+    ranged, _ = make_walkers(8, 10, 0.0, (1.0, 5.0))
+    ranged._begin(torch.arange(8))
+    assert torch.equal(ranged.guidance(rows), ranged.w[rows])
+
+
 @pytest.mark.parametrize("steps, b, N", [(60, 4, 10), (45, 2, 20), (100, 1, 8), (3, 4, 50)])
 def test_both_kinds_of_pairs_have_equal_budgets(steps, b, N):
     """Passes counted in all networks, a backward pass as two: equal to half a training step."""

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from common import compare
-from common.compare import NAMES, Case, format_table
+from common.compare import BEYOND, NAMES, Case, format_table
 from tdd import targets_of
 from toy.data import Data, rmse
 from toy.evaluate import Evaluation, seed_statistics
 from toy.model import BatchedMLP
-from toy.students import BEYOND, Group, Student, train_groups, train_students
+from toy.students import Group, Student, train_groups, train_students
 from toy.tdm import TDM_STUDENTS, TDMStudent, train_tdm
 
 # ------------------------------------------------------------------------------------ ablations

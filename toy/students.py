@@ -9,7 +9,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from common.compare import W_HIGH, W_RANGE, equal_budget_steps, path_steps
+from common.compare import PATH, W_HIGH, W_RANGE, equal_budget_steps, path_steps, variant_of
 from common.walkers import BATCHES, Walkers
 from solvers import SOLVERS, Schedule, ddim
 from tcd import TCF
@@ -26,12 +26,9 @@ from toy.tdm import TDM_STUDENTS, TDMStudent, train_tdm
 # TCF(S+) change the function f that a network stands for (tcd.py), for TCD's and for TDD's targets.
 
 SEGMENTS = {"pcm4": 4, "pcm8": 8}
-STUDENTS = ["cm", *SEGMENTS, "tcd", "tdd", "tdd_eta0", "tdd_rho0", *TDM_STUDENTS, "tdd_k4"]
-
-# Beyond the papers: K drawn for each example and told ("tdd_k4"; "tdd_k" draws it from 1 up) or not
-# ("blind"), its targets that K's next stops; and pairs from the teacher's path, but for "_data".
-BEYOND = ["tdd_k4_blind_data", "tdd_k4_data", "tdd_k4_blind", "tdd_k4", "tdd_k",
-          "pcm4_path", "tdd_eta0_path"]  # fmt: skip
+CONSISTENCY = ["cm", *SEGMENTS, "tcd", "tdd", "tdd_eta0"]
+STUDENTS = [*CONSISTENCY, "tdd_rho0", *TDM_STUDENTS, "tdd_k4"]
+PATHS = [name + PATH for name in CONSISTENCY]  # from the teacher's pairs
 
 
 @dataclass(frozen=True)
@@ -95,52 +92,44 @@ def make_students(config: ToyConfig) -> list[Student]:
     """The students of tdd_loss; tdd_rho0 stands for the three that the guidance study compares."""
     students = []
     for name in config.methods:
-        if name in TDM_STUDENTS:
-            continue
-        if name in BEYOND:
-            students.append(beyond_student(config, name))
-            continue
-        # The names "tdd_eta0" and "tdd_rho0" begin with their targets' method.
-        method = "pcm" if name in SEGMENTS else name.partition("_")[0]
-        kmin = SEGMENTS.get(name, config.kmin)
-        targets = targets_of(method, config.N, kmin, config.kmax, config.reach)
         if name == "tdd_rho0":
-            students += guidance_students(config, targets)
-            continue
-        eta = config.eta if name == "tdd" else 0.0
-        for tcf in config.tcf if name in ("tcd", "tdd") else ("1",):
-            label = name if tcf == "1" else name + tcf
-            students.append(Student(label, targets, eta, config.rho, config.w, tcf=tcf))
+            students += guidance_students(config)
+        elif name not in TDM_STUDENTS:
+            functions = config.tcf if name in ("tcd", "tdd") else ("1",)
+            students += [make_student(config, name, tcf) for tcf in functions]
     return students
 
 
-def guidance_students(config: ToyConfig, tdd_targets: TargetSet) -> list[Student]:
+def make_student(config: ToyConfig, name: str, tcf: str = "1") -> Student:
+    """A student by its name; one whose K is drawn has eta = 0, as all but TDD's have."""
+    variant = variant_of(name, config.kmin, config.kmax)
+    segments = SEGMENTS.get(variant.method)
+    # The name "tdd_eta0" begins with its targets' method.
+    method = "pcm" if segments else variant.method.partition("_")[0]
+    kmin = segments or config.kmin
+    targets = targets_of(method, config.N, kmin, config.kmax, config.reach, variant.Ks)
+    eta = config.eta if variant.method == "tdd" and not variant.Ks else 0.0
+    label = name if tcf == "1" else name + tcf
+    told = variant.Ks if variant.tell_k else ()
+    return Student(label, targets, eta, config.rho, config.w, tcf=tcf, Ks=told, pairs=variant.pairs)
+
+
+def guidance_students(config: ToyConfig) -> list[Student]:
     """The students of Fig. 6: guidance left to add (w' = 1), and guidance to take back.
 
     The paper takes it back from TCD, whose w' is drawn from a range (Eq. 14 has its middle), and
     from PCM; TDD stands beside them.
     """
     tcd, pcm = (targets_of(name, config.N, config.kmin) for name in ("tcd", "pcm"))
+    tdd = targets_of("tdd", config.N, config.kmin, config.kmax, config.reach)
     rho, high, wide = config.rho, f"w'={W_HIGH:g}", f"w'={W_RANGE[0]:g}..{W_RANGE[1]:g}"
     return [
-        Student("tdd", tdd_targets, config.eta, rho, w=1.0, variant="w'=1"),
-        Student("tdd_rho0", tdd_targets, config.eta, rho=0.0, w=1.0, variant="w'=1"),
-        Student("tdd", tdd_targets, config.eta, rho, W_HIGH, high),
+        Student("tdd", tdd, config.eta, rho, w=1.0, variant="w'=1"),
+        Student("tdd_rho0", tdd, config.eta, rho=0.0, w=1.0, variant="w'=1"),
+        Student("tdd", tdd, config.eta, rho, W_HIGH, high),
         Student("pcm4", pcm, 0.0, rho, W_HIGH, high),
         Student("tcd", tcd, 0.0, rho, W_HIGH, wide, spread=(W_RANGE[1] - W_RANGE[0]) / 2),
     ]
-
-
-def beyond_student(config: ToyConfig, name: str) -> Student:
-    """One of BEYOND, with eta = 0."""
-    pairs = "data" if name.endswith("_data") else "teacher"
-    first, Ks = 1 if name == "tdd_k" else config.kmin, ()
-    if name.startswith("tdd_k"):
-        Ks = tuple(range(first, config.kmax + 1))
-    method, kmin = ("pcm", SEGMENTS["pcm4"]) if name == "pcm4_path" else ("tdd", config.kmin)
-    targets = targets_of(method, config.N, kmin, config.kmax, config.reach, Ks)
-    told = () if "blind" in name else Ks
-    return Student(name, targets, 0.0, config.rho, config.w, Ks=told, pairs=pairs)
 
 
 # -------------------------------------------------------------------------------------- training
@@ -207,7 +196,7 @@ def train_students(
     update_target_net = partial(ema_update, target_theta, theta, config.ema)  # line 18
     steps, start = equal_budget_steps(config.steps, tcf), time.time()
     if pairs == "teacher":
-        steps = path_steps(steps, config.batch_size, config.N)
+        steps = path_steps(steps, config.batch_size, config.N, tcf)
     name, snapshots = "students" if tcf == "1" else f"TCF({tcf})", {}
     name = "K told" if tell_k else name
     train(student, loss, steps, config.lr, name, update_target_net, snapshots=snapshots)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from sdxl import told
+from sdxl import num_steps
 from sdxl.lora import LoRA, init_scalar_embedding
 from sdxl.pipeline import compile_blocks
 from solvers import SOLVERS, sdxl_schedule
@@ -78,6 +78,15 @@ class DistillConfig:
         return self.Ks if self.tell_k and len(self.Ks) > 1 else ()
 
 
+def describe_guidance(config: DistillConfig) -> str:
+    """g and the paper's w', for whoever starts a run."""
+    low, high = config.w
+    g, w = f"{1 + low:g}", f"{low:g}"
+    if low < high:
+        g, w = f"{g} to {1 + high:g}", f"{w} to {high:g}"
+    return f"guidance to distil: g = {g}, the paper's w' = g - 1 = {w}"
+
+
 def build_tdd_config(config: DistillConfig, device) -> TDDConfig:
     """Algorithm 1's settings; ValueError if kmin, kmax and N do not go together."""
     return TDDConfig(
@@ -138,7 +147,7 @@ def build_lora(config: DistillConfig, unet: UNet, generator, init_lora: LoRA | N
     """The student's LoRA, new or from init_lora; ValueError if that takes another scalar or K."""
     lora = LoRA.init(unet, config.rank, config.alpha, generator, config.scalar)
     if Ks := config.told_ks:
-        lora = told.add_told(lora, unet, Ks, config.rank, config.alpha, generator)
+        lora = num_steps.add_k_adapter(lora, unet, Ks, config.rank, config.alpha, generator)
     if init_lora is None:
         return lora
     embedding = init_lora.scalar_embedding
@@ -147,14 +156,15 @@ def build_lora(config: DistillConfig, unet: UNet, generator, init_lora: LoRA | N
     # A file's adapters are at full strength, and stay so under this run's alpha.
     scale = config.alpha / config.rank
     adapters = {name: adapter.scaled(scale) for name, adapter in init_lora.adapters.items()}
-    if Ks and told.LINEAR_1 in adapters:
-        adapter, reader = init_lora.adapters[told.LINEAR_1], lora.adapters[told.LINEAR_1].down
+    linear_1, linear_2 = num_steps.LINEAR_1, num_steps.LINEAR_2
+    if Ks and linear_1 in adapters:
+        adapter, reader = init_lora.adapters[linear_1], lora.adapters[linear_1].down
         down = adapter.down[: len(Ks)].float()
         if len(down) < len(Ks) or not torch.allclose(down, reader[: len(Ks)], atol=5e-3):
-            raise ValueError(f"--init changes {told.LINEAR_1}, but not to be told these K")
-        adapters[told.LINEAR_1] = told.KAdapter.of(adapter)
+            raise ValueError(f"--init changes {linear_1}, but not to be told these K")
+        adapters[linear_1] = num_steps.KAdapter.from_adapter(adapter)
     if Ks:
-        adapters = {name: lora.adapters[name] for name in (told.LINEAR_1, told.LINEAR_2)} | adapters
+        adapters = {name: lora.adapters[name] for name in (linear_1, linear_2)} | adapters
     return LoRA(adapters, embedding or lora.scalar_embedding).requires_grad_()
 
 
@@ -175,7 +185,9 @@ def build_optimizers(config: DistillConfig, step: TDDStep | TDMStep) -> dict:
     # Each of two networks is what the other trains against: momentum would lead to where that was.
     no_momentum = (0.0, 0.999)
     if config.method == "tdm":
-        fake = _student_groups(replace(config, lr=config.fake_lr), step.fake)
+        # The fake score has to follow the student in all that the student learns.
+        k_lr = config.k_lr * config.fake_lr / config.lr if config.lr else config.k_lr
+        fake = _student_groups(replace(config, lr=config.fake_lr, k_lr=k_lr), step.fake)
         return {
             "adam": loop.adamw(student, config.lr, config.weight_decay, no_momentum),
             "adam_fake": loop.adamw(fake, config.fake_lr, config.weight_decay, no_momentum),
@@ -195,7 +207,7 @@ def _student_groups(config: DistillConfig, student: nn.Module) -> list[dict]:
     At 1e-6 a vector could move by 0.02 in 20,000 steps, which is a rounding error beside the
     base's. Nor should a decay draw them to 0, where they would cancel nothing any more.
     """
-    vectors = [m.up for m in student.modules() if isinstance(m, told.KAdapter)]
+    vectors = [m.up for m in student.modules() if isinstance(m, num_steps.KAdapter)]
     others = [p for p in student.parameters() if all(p is not vector for vector in vectors)]
     groups = [{"params": others, "lr": config.lr, "weight_decay": config.weight_decay}]
     if vectors:

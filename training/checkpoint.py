@@ -26,8 +26,9 @@ from training.log import draw_loss, write_line
 # -------------------------------------------------------------------------------------- checkpoints
 #
 # A folder is written under a hidden name and renamed, so a visible one is complete. Rank 0 writes
-# for all; other machines need to see the folder only to resume. A run resumes with as many
-# processes as it had, because each has its own random generator and its own share of the data.
+# for all; other machines need to see the folder only to resume, or to write their walkers. A run
+# resumes with as many processes as it had, because each has its own random generator and its own
+# share of the data.
 
 # Settings that may differ when a run goes on: learning rates, paths (settings hold the content of
 # what they lead to as well), and what no step depends on.
@@ -138,7 +139,7 @@ class TrainState:
         return self.output / f".checkpoint-{self.step}.part"
 
     def _write_walkers(self) -> None:
-        """Each process's own; ValueError on all unless they share the folder."""
+        """Each process's own, into the folder that all share (`check_shared`)."""
         if not hasattr(self.loader, "tensors"):
             return
         distributed.barrier()
@@ -146,11 +147,6 @@ class TrainState:
         path = walkers_file(self._part, distributed.rank())
         files.write_tensors(path, self.loader.tensors())
         distributed.barrier()
-        world, shared = distributed.world_size(), True
-        if distributed.is_main():
-            shared = all(walkers_file(self._part, i).exists() for i in range(world))
-        if not distributed.gather(shared)[0]:
-            raise ValueError(f"{self.output} is another folder on other machines: share one")
 
     def _write(self, folder: Path, tensors: dict[str, Tensor], positions: list) -> None:
         part = self._part
@@ -247,6 +243,21 @@ def _delete_old(output: Path, step: int, keep: int) -> None:
 def walkers_file(folder: Path, rank: int) -> Path:
     """Where a process's walkers are in a checkpoint."""
     return folder / f"walkers-{rank}.safetensors"
+
+
+def check_shared(output: Path) -> None:
+    """ValueError on all processes unless they share the output, where each writes its walkers."""
+    marks = [output / f".walkers-{rank}" for rank in range(distributed.world_size())]
+    for mark in marks:  # of a run that was killed
+        mark.unlink(missing_ok=True)
+    distributed.barrier()
+    marks[distributed.rank()].touch()
+    distributed.barrier()
+    are_seen = all(mark.exists() for mark in marks)
+    everywhere = all(distributed.gather(are_seen))
+    marks[distributed.rank()].unlink(missing_ok=True)
+    if not everywhere:
+        raise ValueError(f"{output} is another folder on other machines: share one")
 
 
 def checkpoint_step(folder: Path) -> int:

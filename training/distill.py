@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tdm
 from common.walkers import Walkers
-from sdxl import told
+from sdxl import num_steps
 from sdxl.lora import LoRA, active_adapters, add_adapter
 from sdxl.pipeline import scalar_network
 from solvers import SOLVERS, Schedule, ddim, to_device
@@ -27,7 +27,6 @@ from tdd import (
     squared_l2,
     tdd_loss,
 )
-from tdm import nearest
 from training import distributed
 from training.adversarial import Discriminator
 from unet import Block, UNet
@@ -81,7 +80,7 @@ class FullNetwork(nn.Module):
 class TDDConfig:
     """Algorithm 1's settings, in the paper's symbols; w is the range that w' is drawn from.
 
-    told_ks: the K that the student is told apart (sdxl/told.py); such targets have a K each.
+    told_ks: the K that the student is told apart (sdxl/num_steps.py): its targets have a K each.
     """
 
     targets: TargetSet
@@ -156,8 +155,8 @@ class TDDStep:
 
     def sampler(self, k: int):
         """The student's network eps(x_t, t, cond), and the jump to sample it with in k steps."""
-        network, Ks = self.output_network, self.config.told_ks
-        return told.tell(network, nearest(k, Ks)) if Ks else network, self.config.jump
+        network = num_steps.with_nearest_k(self.output_network, k, self.config.told_ks)
+        return network, self.config.jump
 
     def distribute(self, wrap_ddp) -> None:
         """Average the gradients of everything trained over the processes."""
@@ -184,7 +183,7 @@ class TDDStep:
                 w = to_device(low + (high - low) * torch.rand(b, generator=generator), device)
         else:
             step = self.walkers.sample(walkers, config.targets, config.eta)
-            w = to_device(self.walkers.w[walkers], device)
+            w = self.walkers.guidance(walkers)
         sample = TDDStepSample(step.to(device), w, walkers)
         if self.discriminator is None:
             return sample
@@ -199,8 +198,10 @@ class TDDStep:
         """
         config, student, target_net = self.config, self.student_ddp, self.target_net
         if config.told_ks:
-            cond, null = told.with_crop_top(cond, 0), told.with_crop_top(null, 0)
-            student, target_net = (told.tell(f, sample.step.K) for f in (student, target_net))
+            cond, null = num_steps.with_crop_top(cond, 0), num_steps.with_crop_top(null, 0)
+            student, target_net = (
+                num_steps.with_k(f, sample.step.K) for f in (student, target_net)
+            )
         loss, prediction, target, cond, x_n = tdd_loss(
             student, target_net, self.teacher, x_0, cond, null, sample.step,
             sample.w, config.schedule, config.solver, config.jump, config.distance,
@@ -234,7 +235,7 @@ class TDDStep:
 class TDMConfig:
     """TDM's settings. Ks: the numbers of steps that K is drawn from. N: the grid of those steps.
 
-    told_ks: those that student and fake score are told apart (sdxl/told.py).
+    told_ks: those that student and fake score are told apart (sdxl/num_steps.py).
     w: guidance of the real score. fake_weight, loss: of tdm.fake_loss and tdm.student_loss.
     """
 
@@ -289,7 +290,7 @@ class TDMStep:
         """
         config, schedule = self.config, self.schedule
         if config.told_ks:
-            cond, null = told.with_crop_top(cond, 0), told.with_crop_top(null, 0)
+            cond, null = num_steps.with_crop_top(cond, 0), num_steps.with_crop_top(null, 0)
         # Lines 4-7: the student's sample at t_m, and the same diffused to tau.
         student = conditioned(self._tell(self.student_ddp, sample.K), cond)
         p = tdm.generate(student, sample, schedule, config.make_solver)
@@ -306,5 +307,4 @@ class TDMStep:
         """TDM has no moving average."""
 
     def _tell(self, network, k: int):
-        Ks = self.config.told_ks
-        return told.tell(network, nearest(k, Ks)) if Ks else network
+        return num_steps.with_nearest_k(network, k, self.config.told_ks)

@@ -5,8 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from common import files
-from sdxl.lora import LoRA
-from sdxl.lora_files import write_diffusers, write_kohya
+from sdxl.lora_files import write_both
 from sdxl.recipe import RECOMMENDED
 from training.build import DistillConfig
 from training.distill import TDDStep, TDMStep
@@ -44,15 +43,7 @@ def export(
         unet_json = files.read_json(model / "unet" / "config.json")
         export_unet(folder, step, weights, unet_json, metadata)
     else:
-        export_lora(folder, step.output_network.lora, metadata)
-
-
-def export_lora(folder: Path, lora: LoRA, metadata: dict[str, str]) -> None:
-    """lora.safetensors and lora_kohya.safetensors, with the settings in their headers."""
-    write_diffusers(folder / "lora.safetensors", lora, **metadata)
-    # Kohya's naming has no place for a scalar embedding, without which it is another model.
-    if lora.scalar_embedding is None:
-        write_kohya(folder / "lora_kohya.safetensors", lora, **metadata)
+        write_both(folder / "lora.safetensors", step.output_network.lora, **metadata)
 
 
 def export_unet(

@@ -17,7 +17,8 @@ class PathLoader(Iterator):
     """Endless batches of walkers, each on its way to a condition of its own.
 
     shape: of an example. draw_conds(count) lists new conditions: pairs [condition, name], of words
-    and numbers. prompts: the loader that they come from, if any. generator: the run's.
+    and numbers; is_cond tells a condition from anything else. prompts: the loader that they come
+    from, if any. grad_accum: batches an optimizer step. generator: the run's.
 
     A batch has "walkers" (b,), "conds" and "names". position and tensors() are all that a resumed
     run needs. Nobody walks before `start` or `restore`.
@@ -25,11 +26,12 @@ class PathLoader(Iterator):
 
     def __init__(
         self, step: TDDStep, shape, batch_size: int, generator: torch.Generator, device,
-        draw_conds: Callable[[int], list], prompts=None,
+        draw_conds: Callable[[int], list], is_cond: Callable[[object], bool], prompts=None,
+        grad_accum: int = 1,
     ):  # fmt: skip
         config = step.config
-        self.step, self.batch_size, self.prompts = step, batch_size, prompts
-        shape = (BATCHES * batch_size, *shape)
+        self.step, self.batch_size, self.prompts, self.is_cond = step, batch_size, prompts, is_cond
+        shape = (BATCHES * batch_size * grad_accum, *shape)
         self.walkers = step.walkers = Walkers(
             shape, config.targets.grid, config.rho, config.w, draw_conds, generator, device
         )
@@ -68,7 +70,7 @@ class PathLoader(Iterator):
             conds = [(cond, name) for cond, name in position["conds"]]
         except (KeyError, TypeError, ValueError, RuntimeError):
             raise ValueError(DAMAGED) from None
-        fits = len(conds) == len(walkers.n)
+        fits = len(conds) == len(walkers.n) and all(self.is_cond(cond) for cond, _ in conds)
         for name, value in values.items():
             like = getattr(walkers, name)
             fits = fits and value.shape == like.shape and value.dtype == like.dtype

@@ -8,12 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    ControlNetModel,
-    EulerDiscreteScheduler,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -21,14 +16,24 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train_sdxl
-from sdxl import load, told
+from sdxl import load, num_steps
 from sdxl.controlnet import ControlNet
 from sdxl.lora import active_adapters, add_adapter
-from sdxl.lora_files import read_lora, write_diffusers
+from sdxl.lora_files import export_for_one_K, read_lora, write_diffusers
 from sdxl.pipeline import null_condition
 from sdxl.recipe import read_recipe
 from tests.helpers import run
-from tests.oracles import UNET, Reference, busy, close, example, ours, randomise, run_sample
+from tests.oracles import (
+    UNET,
+    Reference,
+    busy,
+    close,
+    euler_pipeline,
+    example,
+    ours,
+    randomise,
+    run_sample,
+)
 from tests.test_lora_files import comfyui_layer, comfyui_loads
 from training import build
 from training.build import DistillConfig
@@ -93,7 +98,7 @@ def test_the_reader_makes_a_one_hot_code_of_k(Ks, width):
     """Of diffusers' own sinusoids, in float32 and bf16; crop_top = 0 is all zeros."""
     crops = torch.tensor([8 * K for K in (0, *Ks)])
     s = get_timestep_embedding(crops, width, flip_sin_to_cos=True, downscale_freq_shift=0)
-    rows = told.reader(Ks, width)
+    rows = num_steps.reader(Ks, width)
     expected = torch.cat([torch.zeros(1, len(Ks)), torch.eye(len(Ks))])
     assert (s @ rows.T - expected).abs().max() <= 1e-5
     half = torch.nn.functional.linear(s.bfloat16(), rows.bfloat16()).float()
@@ -102,9 +107,14 @@ def test_the_reader_makes_a_one_hot_code_of_k(Ks, width):
 
 def test_too_few_sinusoids_are_refused(folder):
     with pytest.raises(ValueError, match=r"^8 sinusoids of the crop do not tell K of \[1, 2, 3, "):
-        told.reader(tuple(range(1, 9)), 8)
+        num_steps.reader(tuple(range(1, 9)), 8)
     with pytest.raises(ValueError, match="4 sinusoids"):
-        told.reader(KS, 4)
+        num_steps.reader(KS, 4)
+    # In float64 they could be told apart, in half precision by rows of great and opposite numbers.
+    num_steps.reader(tuple(range(1, 11)), 32)
+    for Ks in (range(1, 13), range(4, 17), range(1, 21)):
+        with pytest.raises(ValueError, match=r"^32 sinusoids"):
+            num_steps.reader(tuple(Ks), 32)
     unet = load.load_sdxl(folder).unet
     with pytest.raises(ValueError, match="8 sinusoids"):
         build.build_step(settings(Ks=tuple(range(1, 9))), unet, "cpu")
@@ -127,10 +137,10 @@ def test_a_fresh_student_is_its_teacher_for_every_k(method, wide):
     for K in KS:
         # cond itself has other crops, which the student must not see.
         for network in told_networks:
-            assert close(told.tell(network, K)(x_t, t, cond), teacher, 1e-5), K
+            assert close(num_steps.with_k(network, K)(x_t, t, cond), teacher, 1e-5), K
         assert not close(step.teacher(x_t, t, crop(cond, 8 * K)), teacher, 5e-3), K
     assert torch.equal(
-        told.tell(step.student, 0)(x_t, t, cond), step.student(x_t, t, crop(cond, 0))
+        num_steps.with_k(step.student, 0)(x_t, t, cond), step.student(x_t, t, crop(cond, 0))
     )
 
 
@@ -153,11 +163,11 @@ def test_only_the_vector_of_the_k_in_use_learns(method, wide):
         drawn = dataclasses.replace(drawn, step=dataclasses.replace(drawn.step, K=K))
     else:
         K = torch.tensor([drawn.K] * 3)
-    layer = unet.get_submodule(told.LINEAR_1)
+    layer = unet.get_submodule(num_steps.LINEAR_1)
     handle = layer.register_forward_hook(keep)
     step.losses(x_0, cond, null_condition(cond), drawn)["loss"].backward()
     handle.remove()
-    adapter = step.lora.adapters[told.LINEAR_1]
+    adapter = step.lora.adapters[num_steps.LINEAR_1]
     expected = torch.zeros_like(adapter.up)
     for output in outputs:
         if output.grad is not None:
@@ -167,21 +177,24 @@ def test_only_the_vector_of_the_k_in_use_learns(method, wide):
     assert close(adapter.up.grad, expected, 1e-4)
     assert adapter.down.grad is None and not adapter.down.requires_grad
     # Beside it: the layer behind it learns as any other does.
-    assert step.lora.adapters[told.LINEAR_2].up.grad.abs().max() > 0
+    assert step.lora.adapters[num_steps.LINEAR_2].up.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("method", ["tdd", "tdm"])
 def test_vectors_have_a_rate_of_their_own_and_no_decay(method, wide):
-    """AdamW's first step moves a number by its rate, and decays it before by rate times decay."""
+    """AdamW's first step moves a number by its rate, and decays it before by rate times decay.
+
+    The fake score's rate for a vector is to the student's as its other rates are.
+    """
     rates = {"lr": 1e-3, "fake_lr": 3e-3, "k_lr": 0.05}
     config = settings(method, weight_decay=0.5, **rates)
     step = build.build_step(config, load.load_sdxl(wide).unet, "cpu")
     optimizers = build.build_optimizers(config, step)
-    loras = {"adam": (step.lora, rates["lr"])}
+    loras = {"adam": (step.lora, rates["lr"], rates["k_lr"])}
     if method == "tdm":
-        loras["adam_fake"] = step.fake_lora, rates["fake_lr"]
+        loras["adam_fake"] = step.fake_lora, rates["fake_lr"], 3 * rates["k_lr"]
     assert optimizers.keys() == loras.keys()
-    for name, (lora, lr) in loras.items():
+    for name, (lora, lr, k_lr) in loras.items():
         optimizer = optimizers[name]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         assert {id(p) for p in parameters} == {id(p) for p in lora.parameters()}
@@ -193,7 +206,7 @@ def test_vectors_have_a_rate_of_their_own_and_no_decay(method, wide):
         for key, tensor in lora.state_dict().items():
             expected = (1 - 0.5 * lr) * before[key] - lr
             if key == "add_embedding/linear_1.up":
-                expected = before[key] - rates["k_lr"]
+                expected = before[key] - k_lr
             elif key == "add_embedding/linear_1.down":
                 expected = before[key]
             assert torch.allclose(tensor, expected, atol=1e-6), key
@@ -204,15 +217,7 @@ def test_vectors_have_a_rate_of_their_own_and_no_decay(method, wide):
 
 def in_diffusers(wide, path, caplog):
     """Diffusers' pipeline with a LoRA, which it must load in silence and whole."""
-    pipeline = StableDiffusionXLPipeline(
-        vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
-        unet=UNet2DConditionModel.from_pretrained(wide / "unet"),
-        scheduler=EulerDiscreteScheduler(
-            1000, 0.00085, 0.012, "scaled_linear", timestep_spacing="leading"
-        ),
-    )  # fmt: skip
-    pipeline.vae_scale_factor = 8
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = euler_pipeline(wide)
     caplog.clear()
     pipeline.load_lora_weights(path)
     lines = [record.getMessage() for record in caplog.records]
@@ -300,8 +305,8 @@ def test_merged_as_comfyui_does_it_is_the_same_model(student, wide):
     added = {"text_embeds": cond["pooled"], "time_ids": sizes}
     expected = unet(x_t, t, cond["prompt_embeds"], added_cond_kwargs=added).sample
     with active_adapters(model.unet, student=1.0):
-        assert close(told.tell(model.unet, K)(x_t, t, cond), expected, 1e-5)
-        assert not close(told.tell(model.unet, 4)(x_t, t, cond)[1:], expected[1:], 1e-3)
+        assert close(num_steps.with_k(model.unet, K)(x_t, t, cond), expected, 1e-5)
+        assert not close(num_steps.with_k(model.unet, 4)(x_t, t, cond)[1:], expected[1:], 1e-3)
 
 
 def test_a_controlnet_is_not_told(student, wide, here, tmp_path):
@@ -358,7 +363,7 @@ def test_export_of_a_jump_that_is_told_its_end(wide, tmp_path):
     lora = busy(unet, 8, 4.0, scalar="target_time", told_ks=KS)
     path = tmp_path / "told.safetensors"
     write_diffusers(path, lora, tdd_told_ks="[4, 5, 6, 7, 8]")
-    (output,) = told.export_for_one_K(path, 6, unet, tmp_path / "x.safetensors")
+    (output,) = export_for_one_K(path, 6, unet, tmp_path / "x.safetensors")
     assert [file.name for file in tmp_path.iterdir()] == ["told.safetensors", "x.safetensors"]
     again, *_ = read_lora(output, unet, *NO_ENCODERS)
     for name, p in lora.scalar_embedding.state_dict().items():
@@ -372,7 +377,7 @@ def test_export_of_a_file_that_was_rounded_to_half_precision(student, wide, tmp_
     tensors = {k: v.half() for k, v in load_file(student / "lora.safetensors").items()}
     save_file(tensors, half, header_of(student / "lora.safetensors"))
     unet = load.load_sdxl(wide).unet
-    (one, _) = told.export_for_one_K(half, 6, unet, tmp_path / "x.safetensors")
+    (one, _) = export_for_one_K(half, 6, unet, tmp_path / "x.safetensors")
     x_t, cond = example(2, torch.float32)
     t = torch.tensor([999, 250])
     for name, path in (("half", half), ("one", one)):
@@ -400,9 +405,16 @@ EXPORTS = [
     (["--export-k", 4, "--lora", "KOHYA", "--output", "TOLD"], "would replace the --lora itself"),
     (["--export-k", 4, "--lora", "nowhere.safetensors", "--output", "x.safetensors"], "is missing"),
     (["--export-k", 4, "--lora", "TOLD", "--output", "FILE/x.safetensors"], "cannot write"),
+    *((["--export-k", 4, "--lora", "TOLD", "--output", "x.safetensors", *more],
+       "--export-k samples nothing: leave prompts, --tell-k and --controlnet away")
+      for more in (["--prompt", "a"], ["--prompts", "FILE"], ["--tell-k", 4],
+                   ["--controlnet", "x"])),
+    (["--lora", "TOLD:0.5"], "that are told K have scales of 0.5 together, and need 1: write"),
+    (["--lora", "TOLD:2"], "have scales of 2 together"),
+    (["--lora", "TOLD", "--lora", "KOHYA"], "have scales of 2 together"),
     (["--tell-k", 3, "--lora", "TOLD"], "--tell-k 3: the --lora knows [4, 5, 6, 7, 8]"),
-    (["--tell-k", 4, "--lora", "PLAIN"], "--tell-k: no --lora is told K"),
-    (["--tell-k", 4], "--tell-k: no --lora is told K"),
+    (["--tell-k", 4, "--lora", "PLAIN"], "--tell-k 4: the --lora knows no K"),
+    (["--tell-k", 4], "--tell-k 4: the --lora knows no K"),
     (["--tell-k", "four", "--lora", "TOLD"], "a whole number"),
     (["--lora", "TOLD", "--lora", "OTHER"], "(4, 5, 6, 7, 8) and (4, 8): give one of them"),
     (["--tell-k", 4, "--lora", "TOLD", "--lora", "OTHER"], "give one of them"),
@@ -493,6 +505,27 @@ def test_a_told_lora_beside_one_that_is_not(files, wide, here, monkeypatch, caps
         )
 
 
+@pytest.mark.parametrize("name", ["TOLD", "KOHYA"])
+def test_a_told_lora_without_its_header_is_refused(
+    name, files, wide, here, monkeypatch, capsys, tmp_path
+):
+    """Programs that write a LoRA anew often drop what they do not know; it would be sampled untold.
+
+    A file of --export-k needs no header.
+    """
+    path = tmp_path / "x.safetensors"
+    save_file(load_file(files[name]), path)
+    words = ["--model", wide, "--device", "cpu", "--lora", path, "--prompt", "a"]
+    code, _, err = run_sample(monkeypatch, capsys, *words)
+    message = f"{path} is told K, but has lost the header that says which (tdd_told_ks): use"
+    assert code == 2 and message in err.splitlines()[-1]
+    unet = load.load_sdxl(wide).unet
+    one, _ = export_for_one_K(files[name], 6, unet, tmp_path / "one.safetensors")
+    with_header = here(one, 6, 1)
+    save_file(load_file(one), path)
+    assert torch.equal(here(path, 6, 1), with_header)
+
+
 def test_the_nearest_k_is_told_with_a_line(files, wide, monkeypatch, capsys, tmp_path):
     """And pictures hold which K it was: made again by their command, they are the same."""
     flags = ["--model", wide, "--device", "cpu", "--height", 64, "--width", 64, "--prompt", "a"]
@@ -549,12 +582,12 @@ def test_init_goes_on_with_the_same_ks(name, student, wide):
     t, K = torch.tensor([999, 250]), torch.tensor([4, 7])
     with active_adapters(base, file=1.0):
         expected = base(x_t, t, crop(cond, 8 * K))
-    assert close(told.tell(step.student, K)(x_t, t, cond), expected, 1e-5)
-    adapter, old = step.lora.adapters[told.LINEAR_1], init.adapters[told.LINEAR_1]
+    assert close(num_steps.with_k(step.student, K)(x_t, t, cond), expected, 1e-5)
+    adapter, old = step.lora.adapters[num_steps.LINEAR_1], init.adapters[num_steps.LINEAR_1]
     assert torch.equal(adapter.down, old.down) and torch.allclose(adapter.up, old.up)
     learned = {id(p) for p in step.student.parameters()}
     assert id(adapter.down) not in learned and id(adapter.up) in learned
-    adapter, old = step.lora.adapters[told.LINEAR_2], init.adapters[told.LINEAR_2]
+    adapter, old = step.lora.adapters[num_steps.LINEAR_2], init.adapters[num_steps.LINEAR_2]
     assert adapter.scale == 2.0 and torch.allclose(2 * adapter.up, old.up)
 
 
@@ -569,7 +602,7 @@ def test_init_of_a_lora_that_is_not_told_begins_to_be(files, wide):
     with torch.no_grad(), active_adapters(base, file=1.0):
         for K in KS:
             expected = base(x_t, t, crop(cond, 0))
-            assert close(told.tell(step.student, K)(x_t, t, cond), expected, 1e-5), K
+            assert close(num_steps.with_k(step.student, K)(x_t, t, cond), expected, 1e-5), K
 
 
 @pytest.mark.parametrize(

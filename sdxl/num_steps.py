@@ -6,16 +6,13 @@ second. Any program that lets a user set the crop can sample such a student. Eve
 told the crop (0, 0): the teacher, the adversary, a ControlNet. Not in the papers.
 """
 
+import math
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from common import files
 from sdxl.lora import Adapter, LoRA
-from sdxl.lora_files import read_lora, write_diffusers, write_kohya
-from sdxl.recipe import read_recipe, single_value
 from tdm import nearest
 from unet import UNet, timestep_embedding
 
@@ -35,27 +32,41 @@ def with_crop_top(cond: dict, crop_top) -> dict:
     return {**cond, "time_ids": time_ids}
 
 
-def tell(network, K):
+def with_k(network, K):
     """network(x_t, t, cond) that is told K, a number or (b,); K = 0 tells nothing."""
     return lambda x_t, t, cond, *more: network(x_t, t, with_crop_top(cond, CROP_PER_K * K), *more)
 
 
-def told_k(asked: int | None, steps: int, recipes: list[dict]) -> int | None:
-    """The K to tell a student for so many steps, None if it knows none.
+def with_nearest_k(network, k: int, Ks: tuple[int, ...]):
+    """The same, told the nearest of Ks to k; the network itself if there are none."""
+    return with_k(network, nearest(k, Ks)) if Ks else network
+
+
+def choose_k(asked: int | None, steps: int, Ks: tuple[int, ...], student: str) -> int | None:
+    """The K to tell a student that knows these Ks for so many steps, None if it knows none.
 
     Raises ValueError if it does not know the K that is asked for.
     """
-    Ks = single_value("told_ks", sorted({r["told_ks"] for r in recipes if "told_ks" in r}), ())
-    if not Ks:
-        if asked is not None:
-            raise ValueError("--tell-k: no --lora is told K")
-        return None
-    if asked is None:
-        if (asked := nearest(steps, Ks)) != steps:
-            print(f"{steps} steps: told K = {asked}, the nearest of {[*Ks]}", file=sys.stderr)
-    elif asked not in Ks:
-        raise ValueError(f"--tell-k {asked}: the --lora knows {[*Ks]}")
-    return asked
+    if asked is not None and asked not in Ks:
+        raise ValueError(f"--tell-k {asked}: {student} knows {[*Ks] or 'no K'}")
+    if not Ks or asked is not None:
+        return asked
+    if (K := nearest(steps, Ks)) != steps:
+        print(f"{steps} steps: told K = {K}, the nearest of {[*Ks]}", file=sys.stderr)
+    return K
+
+
+def check_strength(recipes: list[dict], scales: list[float]) -> None:
+    """ValueError unless the LoRAs that are told K have full strength together.
+
+    Theirs is to cancel what the base makes of the crop, of which there is one.
+    """
+    told = [scale for recipe, scale in zip(recipes, scales, strict=True) if "told_ks" in recipe]
+    if told and not math.isclose(sum(told), 1):
+        raise ValueError(
+            f"--lora: those that are told K have scales of {sum(told):g} together, and need 1: "
+            "write them for one K by --export-k first"
+        )
 
 
 # ---------------------------------------------------------------------------------------- adapters
@@ -70,7 +81,7 @@ class KAdapter(Adapter):
         self.up, self.scale = nn.Parameter(up), 1.0
 
     @classmethod
-    def of(cls, adapter: Adapter) -> "KAdapter":
+    def from_adapter(cls, adapter: Adapter) -> "KAdapter":
         """An adapter from a file, to train on."""
         return cls(adapter.down.detach().float(), adapter.scale * adapter.up.detach().float())
 
@@ -80,14 +91,23 @@ def sinusoids(Ks, width: int) -> Tensor:
     return timestep_embedding(torch.tensor([CROP_PER_K * K for K in Ks]), width)
 
 
+def check_rank(Ks: tuple[int, ...], rank: int) -> None:
+    """ValueError if a LoRA of this rank has no room for a vector of each K."""
+    # One rank for all layers: programs that know no ranks by layer then get the scale right.
+    if len(Ks) > rank:
+        raise ValueError(f"a rank of {rank} is too low to tell {len(Ks)} K: give --rank {len(Ks)}")
+
+
 def reader(Ks: tuple[int, ...], width: int) -> Tensor:
     """Rows that make a one-hot code of K's sinusoids, and zeros of those of crop_top = 0.
 
-    (|Ks|, width). Raises ValueError if so few sinusoids do not tell the Ks apart.
+    (|Ks|, width). Raises ValueError if so few sinusoids do not tell the Ks apart, in bf16 too.
     """
     s_0, s = sinusoids([0], width).double(), sinusoids(Ks, width).double()
     rows = torch.linalg.pinv(torch.cat([s - s_0, s_0]).T)[: len(Ks)]
-    if not torch.allclose(rows @ s.T, torch.eye(len(Ks), dtype=rows.dtype), atol=1e-3):
+    # Large rows, which only just cancel, would read noise.
+    code = rows.bfloat16().double() @ s.bfloat16().double().T
+    if not torch.allclose(code, torch.eye(len(Ks), dtype=code.dtype), atol=0.02):
         raise ValueError(f"{width} sinusoids of the crop do not tell K of {[*Ks]} apart")
     return rows.float()
 
@@ -107,14 +127,12 @@ def crop_effect(unet: UNet, Ks) -> Tensor:
     return weight @ change.T.to(weight.device)
 
 
-def add_told(lora: LoRA, unet: UNet, Ks: tuple[int, ...], rank: int, alpha: float, generator):
+def add_k_adapter(lora: LoRA, unet: UNet, Ks: tuple[int, ...], rank: int, alpha: float, generator):
     """The LoRA with adapters that take K and have no effect yet: they cancel the base's answer.
 
     Raises ValueError if K are more than the rank, or too many to tell apart.
     """
-    # One rank for all layers: programs that know no ranks by layer then get the scale right.
-    if len(Ks) > rank:
-        raise ValueError(f"a rank of {rank} is too low to tell {len(Ks)} K: give --rank {len(Ks)}")
+    check_rank(Ks, rank)
     layer = unet.get_submodule(LINEAR_1)
     down = torch.zeros(rank, layer.in_features)
     down[: len(Ks), crop_columns(unet)] = reader(Ks, unet.config.time_ids_width)
@@ -123,6 +141,14 @@ def add_told(lora: LoRA, unet: UNet, Ks: tuple[int, ...], rank: int, alpha: floa
     linear_2 = Adapter.init(unet.get_submodule(LINEAR_2), rank, alpha, generator)
     adapters = {**lora.adapters, LINEAR_1: KAdapter(down, up), LINEAR_2: linear_2}
     return LoRA(adapters, lora.scalar_embedding)
+
+
+def reads_k(adapter: Adapter, unet: UNet) -> bool:
+    """Whether a file's adapter of linear_1 is a KAdapter: it reads the crop alone, and 0 as 0."""
+    down, columns = adapter.down.float(), crop_columns(unet)
+    code = down[:, columns] @ sinusoids([0], unet.config.time_ids_width)[0].to(down.device)
+    is_elsewhere = down.square().sum() - down[:, columns].square().sum() > 0
+    return bool(down.any() and not is_elsewhere and code.abs().max() < 0.02)
 
 
 def for_one_K(lora: LoRA, unet: UNet, K: int) -> LoRA:
@@ -138,32 +164,3 @@ def for_one_K(lora: LoRA, unet: UNet, K: int) -> LoRA:
     down[0, columns] = sinusoids([0], width)[0].to(down) / (width / 2)
     up[:, 0] = vector + crop_effect(unet, [K])[:, 0].to(vector)
     return LoRA({**lora.adapters, LINEAR_1: KAdapter(down, up)}, lora.scalar_embedding)
-
-
-def check_export(path: Path, K: int, output: Path) -> None:
-    """ValueError in one line if this file is not told K, or would be written over."""
-    Ks = read_recipe(path, files.read_tensors(path)[1]).get("told_ks", ())
-    if K not in Ks:
-        raise ValueError(f"--export-k {K}: {path} is told {[*Ks] if Ks else 'no K'}")
-    if path.resolve() in (output.resolve(), kohya_beside(output).resolve()):
-        raise ValueError(f"--output {output} would replace the --lora itself: name another")
-
-
-def kohya_beside(output: Path) -> Path:
-    """Where the same LoRA in kohya's naming is written."""
-    return output.with_name(f"{output.stem}_kohya.safetensors")
-
-
-def export_for_one_K(path: Path, K: int, unet: UNet, output: Path) -> list[Path]:
-    """A told student's file as `for_one_K`, in diffusers' naming and beside it in kohya's."""
-    header = files.read_tensors(path)[1]
-    lora, *_ = read_lora(path, unet, nn.Module(), nn.Module())
-    lora = for_one_K(lora, unet, K)
-    entries = {k: v for k, v in header.items() if k.startswith("tdd_") and k != "tdd_told_ks"}
-    entries |= {"tdd_K": str(K)}
-    write_diffusers(output, lora, **entries)
-    # Kohya's naming has no place for a scalar embedding, without which it is another model.
-    if lora.scalar_embedding is not None:
-        return [output]
-    write_kohya(kohya_beside(output), lora, **entries)
-    return [output, kohya_beside(output)]
