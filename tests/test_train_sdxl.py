@@ -165,7 +165,7 @@ nets = tiny_tdm(Path({folder!r}), Ks=(2, 4), told_ks=(2, 4))
 nets.distribute(distributed.wrap_ddp)
 nets.losses(None, c, null_condition(c), drawn(nets, x_0[half], rank))["total"].backward()
 torch.save([p.grad for m in nets.modules.values() for p in m.parameters()], f"{out}/tdm-{{rank}}")
-distributed.close()
+distributed.close(nets.ddp_modules)
 """
 
 
@@ -217,6 +217,31 @@ def test_two_processes_are_one_on_the_joined_batch(folder, tmp_path):
     for one, other, p in zip(*loaded, params, strict=True):
         assert torch.equal(one, other)
         assert (one - p.grad / 2).abs().max() <= 1e-6 * p.grad.abs().max()
+
+
+CLOSED = f"""
+import sys, torch
+sys.path.insert(0, {str(HERE)!r})
+from pathlib import Path
+from training import distributed
+torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+modules = [distributed.wrap_ddp(torch.nn.Linear(2, 3)) for _ in range(2)]
+modules[1](modules[0](torch.ones(4, 2)).mean(1, keepdim=True).expand(4, 2)).sum().backward()
+def gloo_threads():
+    return [x for x in Path("/proc/self/task").glob("*/comm") if "gloo" in x.read_text()]
+before = len(gloo_threads())
+distributed.close(modules)
+print(before, len(gloo_threads()))
+"""
+
+
+def test_threads_of_the_group_end_with_close_though_ddp_modules_live_on():
+    """Freed by a DDP module instead, the group now and then waits for ever at the run's end."""
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSED], capture_output=True, text=True, timeout=60
+    )
+    before, after = map(int, done.stdout.split())
+    assert before > 0 and after == 0, done.stderr
 
 
 # ------------------------------------------------------------------------------------ one process
