@@ -207,7 +207,7 @@ class Loader:
         return {"names": ["a", "b"]} if self.paths is None else next(self.paths)
 
 
-FULL_SIZE = ("tdd", "tdm-unify", "pairs, told K, adv, ema")
+FULL_SIZE = ("told K",)
 
 
 @pytest.mark.parametrize("method, config, side", sized(METHODS, FULL_SIZE))
