@@ -306,7 +306,7 @@ def main(args) -> None:
         export(config, args.model, step, output, state.step, weights)
         written = "unet" if args.full else "lora.safetensors"
         print(f"{state.step} steps; {written} is in {output}/")
-    distributed.close()
+    distributed.close(step.ddp_modules)
 
 
 def method_flags(add) -> None:

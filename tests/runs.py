@@ -14,7 +14,8 @@ import torch
 from common import files
 
 HERE = Path(__file__).parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+               "PYTHONFAULTHANDLER": "1"}  # fmt: skip
 
 
 def command(folder, shards, output, *words, processes=1):
@@ -37,8 +38,27 @@ def stderr_of(done):
     return own or done.stderr[-2000:]
 
 
-def run(call):
-    return subprocess.run(call, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+def run(call, timeout=300):
+    """The ended process; one that does not end fails with the stacks of all its threads."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    child = subprocess.Popen(call, env=ENVIRONMENT, **pipes)
+    try:
+        said, errors = child.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        signal_all(call, signal.SIGABRT)
+        said, errors = child.communicate()
+        raise AssertionError(f"not ended after {timeout} s\n{said}\n{errors}") from None
+    return subprocess.CompletedProcess(call, child.returncode, said, errors)
+
+
+def signal_all(call, number):
+    """Send a signal to a run and its processes, which torchrun makes sessions of their own."""
+    script = next(i for i, word in enumerate(call) if str(word).endswith(".py"))
+    words = "\0".join(map(str, call[script:])).encode()
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if words in entry.read_bytes():
+                os.kill(int(entry.parent.name), number)
 
 
 def steps_of(log):
@@ -59,25 +79,22 @@ def killed(call, log, lines):
             assert child.poll() is None
             time.sleep(0.05)
     finally:
-        # torchrun's workers are sessions of their own: all are found by what they were called with.
-        for entry in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                if f"\0{log.parent}\0".encode() in entry.read_bytes():
-                    os.kill(int(entry.parent.name), signal.SIGKILL)
+        signal_all(call, signal.SIGKILL)
         child.wait()
-    assert len(steps_of(log)) < 8
+    assert len(steps_of(log)) < int(call[len(call) - 1 - call[::-1].index("--steps") + 1])
 
 
-def same_end(a, b, names=("lora.safetensors", "lora_kohya.safetensors")):
+def same_end(a, b, names=("lora.safetensors", "lora_kohya.safetensors"), steps=8):
     """Bit by bit the same weights, moments, generators, positions, walkers and exported files."""
-    walkers, others = (sorted(x.glob("checkpoint-8/walkers-*")) for x in (a, b))
+    last = f"checkpoint-{steps}"
+    walkers, others = (sorted(x.glob(f"{last}/walkers-*")) for x in (a, b))
     walkers = [str(path.relative_to(a)) for path in walkers]
     assert walkers == [str(path.relative_to(b)) for path in others]
-    for name in (*names, "checkpoint-8/state.safetensors", *walkers):
+    for name in (*names, f"{last}/state.safetensors", *walkers):
         (one, about), (other, too) = (files.read_tensors(x / name) for x in (a, b))
         assert one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
         assert about == too
-    one, other = (json.loads((x / "checkpoint-8" / "config.json").read_text()) for x in (a, b))
+    one, other = (json.loads((x / last / "config.json").read_text()) for x in (a, b))
     assert one["positions"] == other["positions"]
     one, other = (steps_of(x / "log.jsonl") for x in (a, b))
     assert [x["loss"] for x in one] == [x["loss"] for x in other]

@@ -226,10 +226,11 @@ def test_several_trainings_are_their_mean_and_deviation(data, tmp_path):
     assert evaluation.methods == ["tdd_k4", "pcm4"] and "pcm4" not in "".join(wrong)
 
 
-def test_no_student_that_is_told_is_no_picture_of_it(data, tmp_path, monkeypatch, capsys):
+def test_no_student_that_is_told_is_no_picture_of_it(runs, data, tmp_path, monkeypatch, capsys):
     """And one that an earlier run left is taken away."""
     output = tmp_path / "cifar10"
-    output.mkdir()
+    for name in ("classifier", "teacher"):
+        shutil.copytree(runs / name, output / name)
     (output / "told.png").write_text("old")
     words = flags(output, data, methods="pcm4_path")
     code, _, err = run(cifar_train, monkeypatch, capsys, *words)

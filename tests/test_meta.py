@@ -33,10 +33,18 @@ TINY = UNetConfig(
     channels=(64, 128), transformer_depth=(0, 1), heads=(1, 2), mid_transformer_depth=1,
     layers_per_block=1,
 )  # fmt: skip
-SIZES = [
-    pytest.param(TINY, 16, id="tiny"),
-    pytest.param(UNetConfig(), 128, id="full", marks=pytest.mark.slow),
-]
+
+
+def sized(names, full):
+    """Each name with the tiny network and 16 latent pixels, and with SDXL's and 128 where in full.
+
+    Full size has more blocks and no other code, so a few of it are enough.
+    """
+    sdxl = UNetConfig(), 128
+    return [
+        *(pytest.param(name, TINY, 16, id=f"{name}-tiny") for name in names),
+        *(pytest.param(name, *sdxl, id=f"{name}-full", marks=pytest.mark.slow) for name in full),
+    ]
 
 
 class Waits(Exception):
@@ -114,13 +122,15 @@ def test_what_needs_no_wait_passes():
 # ---------------------------------------------------------------------------------------- sampling
 
 
-@pytest.mark.parametrize("config, side", SIZES)
-@pytest.mark.parametrize("settings", [
+SETTINGS = [
     {}, {"gamma": 0.0}, {"w": 0.0}, {"clip_steps": 4}, {"clip_steps": 1, "gamma": 0.0},
     {"schedule": "nonequidistant", "steps": 6}, {"tcf": "2"}, {"w_distilled": 3.5, "w": 7.0},
     *({"sampler": name} for name in SOLVERS),
-], ids=str)  # fmt: skip
-def test_sampling(config, side, settings):
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings, config, side", sized(SETTINGS, SETTINGS[:1]))
+def test_sampling(settings, config, side):
     network = meta_unet(config)
     _, cond = random_batch(config, 2, side, "meta", torch.float16)
     sampler = SamplerConfig(**settings)
@@ -129,8 +139,8 @@ def test_sampling(config, side, settings):
     assert x_0.shape == (2, 4, side, side) and x_0.dtype == torch.float32 and x_0.is_meta
 
 
-@pytest.mark.parametrize("config, side", SIZES)
-def test_controlnet_and_solvers_with_clipping(config, side):
+def test_controlnet_and_solvers_with_clipping():
+    config, side = TINY, 16
     unet = meta_unet(config)
     x_T, cond = random_batch(config, 2, side, "meta", torch.float16)
     sizes = {name: getattr(config, name) for name in config.__dataclass_fields__}
@@ -197,9 +207,11 @@ class Loader:
         return {"names": ["a", "b"]} if self.paths is None else next(self.paths)
 
 
-@pytest.mark.parametrize("config, side", SIZES)
-@pytest.mark.parametrize("method", METHODS)
-def test_training_waits_once_a_step(config, side, method, tmp_path, monkeypatch):
+FULL_SIZE = ("told K",)
+
+
+@pytest.mark.parametrize("method, config, side", sized(METHODS, FULL_SIZE))
+def test_training_waits_once_a_step(method, config, side, tmp_path, monkeypatch):
     """Steps of the real loop, two of the tiny networks: one look at the numbers in each.
 
     Pairs from the teacher's path are staggered before, and begin anew when they arrive.

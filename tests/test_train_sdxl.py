@@ -80,8 +80,7 @@ def shards(tmp_path_factory):
 def two(folder, shards, tmp_path_factory):
     """A run of two processes on the tars, never stopped; its folder and what it said."""
     output = tmp_path_factory.mktemp("two")
-    words = ["--sample-every", 8, "--ema", 0.5, "--adv"]
-    done = run(command(folder, shards, output, *words, processes=2))
+    done = run(command(folder, shards, output, "--ema", 0.5, "--adv", processes=2))
     assert done.returncode == 0, stderr_of(done)
     return output, done.stderr
 
@@ -101,7 +100,6 @@ def test_torchrun_passes_over_bad_data(two):
         ".tar files that are broken or hold no image": 1,
         "images without a caption": 1,  # which the cut tar does not reach any more
     }  # fmt: skip
-    assert (output / "samples" / "step-000008.png").stat().st_size > 10_000
     assert Image.open(output / "loss.png").size == (900, 500)
 
 
@@ -121,9 +119,10 @@ def test_two_processes_killed_and_resumed_end_the_same(two, folder, shards, tmp_
     words = ["--ema", 0.5, "--adv"]
     call = command(folder, shards, tmp_path, *words, processes=2)
     killed(call, tmp_path / "log.jsonl", 3)
-    # The grid of samples must not have moved the random numbers either.
-    done = run([*call, "--resume", "--sample-every", "8"])
+    # A grid of samples in between must not move the random numbers either.
+    done = run([*call, "--resume", "--sample-every", "7"])
     assert done.returncode == 0, stderr_of(done)
+    assert (tmp_path / "samples" / "step-000007.png").stat().st_size > 10_000
     same_end(two[0], tmp_path)
 
 
@@ -165,7 +164,7 @@ nets = tiny_tdm(Path({folder!r}), Ks=(2, 4), told_ks=(2, 4))
 nets.distribute(distributed.wrap_ddp)
 nets.losses(None, c, null_condition(c), drawn(nets, x_0[half], rank))["total"].backward()
 torch.save([p.grad for m in nets.modules.values() for p in m.parameters()], f"{out}/tdm-{{rank}}")
-distributed.close()
+distributed.close(nets.ddp_modules)
 """
 
 
@@ -217,6 +216,31 @@ def test_two_processes_are_one_on_the_joined_batch(folder, tmp_path):
     for one, other, p in zip(*loaded, params, strict=True):
         assert torch.equal(one, other)
         assert (one - p.grad / 2).abs().max() <= 1e-6 * p.grad.abs().max()
+
+
+CLOSED = f"""
+import sys, torch
+sys.path.insert(0, {str(HERE)!r})
+from pathlib import Path
+from training import distributed
+torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+modules = [distributed.wrap_ddp(torch.nn.Linear(2, 3)) for _ in range(2)]
+modules[1](modules[0](torch.ones(4, 2)).mean(1, keepdim=True).expand(4, 2)).sum().backward()
+def gloo_threads():
+    return [x for x in Path("/proc/self/task").glob("*/comm") if "gloo" in x.read_text()]
+before = len(gloo_threads())
+distributed.close(modules)
+print(before, len(gloo_threads()))
+"""
+
+
+def test_threads_of_the_group_end_with_close_though_ddp_modules_live_on():
+    """Freed by a DDP module instead, the group now and then waits for ever at the run's end."""
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSED], capture_output=True, text=True, timeout=60
+    )
+    before, after = map(int, done.stdout.split())
+    assert before > 0 and after == 0, done.stderr
 
 
 # ------------------------------------------------------------------------------------ one process
@@ -380,19 +404,19 @@ def test_tcd_trains_and_samples_with_each_function(
 
 
 @pytest.mark.slow
-def test_the_whole_unet_is_trained_in_parts_killed_resumed_and_sampled(
+def test_the_whole_unet_is_trained_in_parts_resumed_and_sampled(
     folder, shards, tmp_path, monkeypatch, capsys
 ):
     """TCF(S+) as TCD had it: two processes with a half of all weights each; sample.py --unet."""
-    words = ["--full", "--method", "tcd", "--tcf", "s", "--ema", 0.5]
+    words = ["--full", "--method", "tcd", "--tcf", "s", "--ema", 0.5, "--steps", 4]
     whole, cut, file = tmp_path / "whole", tmp_path / "cut", "diffusion_pytorch_model.safetensors"
     done = run(command(folder, shards, whole, *words, processes=2))
     assert done.returncode == 0, stderr_of(done)
-    call = command(folder, shards, cut, *words, processes=2)
-    killed(call, cut / "log.jsonl", 3)
-    done = run([*call, "--resume"])
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoint-4")
+    done = run([*command(folder, shards, cut, *words, processes=2), "--resume"])
     assert done.returncode == 0, stderr_of(done)
-    same_end(whole, cut, [f"unet/{file}"])
+    same_end(whole, cut, [f"unet/{file}"], steps=4)
     weights, _ = files.read_tensors(whole / "unet" / file)
     before, _ = files.read_tensors(folder / "unet" / file)
     assert {k for k in weights if not k.startswith("scalar_embedding.")} == before.keys()

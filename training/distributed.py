@@ -61,9 +61,15 @@ def barrier() -> None:
         dist.barrier()
 
 
-def close() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def close(ddp_modules=()) -> None:
+    """Leave the other processes; what `wrap_ddp` returned is of no use from here on."""
+    if not dist.is_initialized():
+        return
+    for module in ddp_modules:
+        # In C++ these hold the group. The last to let go of it joins its threads, and these do so
+        # under the interpreter's lock: where a thread still wants that lock, both wait for ever.
+        module.reducer = module.logger = module.process_group = None
+    dist.destroy_process_group()
 
 
 def all_reduce_mean(values: list[float]) -> list[float]:

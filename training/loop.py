@@ -111,7 +111,7 @@ def fit(
                 if is_main:
                     stopped = f"stopped after step {state.step}"
                     print(f"{stopped}; {config.resume_hint} goes on from there", file=sys.stderr)
-                distributed.close()
+                distributed.close(ddp_modules)
                 raise SystemExit(128 + (stop.signal or signal.SIGTERM))
             if is_main and config.sample_every and state.step % config.sample_every == 0:
                 draw_samples(state.step)
