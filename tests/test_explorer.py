@@ -143,6 +143,19 @@ def test_a_page_is_one_small_file_that_asks_for_nothing(run, gathered, tmp_path)
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_the_page_in_docs_is_this_template_with_a_runs_content():
+    page = (ROOT / "docs/explore.html").read_text(encoding="utf-8")
+    content = re.search(r'id="run">(.*?)</script>', page, re.DOTALL)[1]
+    template = (ROOT / "toy/explorer.html").read_text(encoding="utf-8")
+    maths = (ROOT / "toy/explorer.js").read_text(encoding="utf-8")
+    assert page == template.replace("{{maths}}", maths).replace("{{run}}", content)
+    keys = [method["key"] for method in json.loads(content)["methods"]]
+    assert {"teacher", "cm", "pcm4", "pcm8", "tcd", "tdd", "tdd_eta0", "tdds", "tdd_k4"} <= set(
+        keys
+    )
+    assert len(page.encode()) < 2_000_000
+
+
 def test_the_template_is_short_enough_to_read():
     for name in ("explorer.html", "explorer.js"):
         lines = (ROOT / "toy" / name).read_text(encoding="utf-8").splitlines()
