@@ -1,5 +1,6 @@
 """explore.html: what toy/explorer.py hands over, and the page's own maths in a real browser."""
 
+import itertools
 import json
 import re
 import shutil
@@ -125,7 +126,7 @@ def test_noise_labels_and_solutions_are_the_evaluations(run, gathered):
     assert gathered["label"] == ev.label.tolist()
     endpoints = ev.reference(Case(1), 0.0, 2.0)[0]
     assert torch.equal(unpack(gathered["endpoints"], 64, 2), endpoints)
-    assert gathered["shown"] and set(gathered["shown"]) <= set(range(gathered["followed"]))
+    assert gathered["shown"] and set(gathered["shown"]) <= set(range(gathered["preview_samples"]))
     for row, path in zip(gathered["shown"], gathered["paths"], strict=True):
         path = unpack(path, -1, 2)
         assert torch.equal(path[0], noise[0, row])
@@ -176,6 +177,28 @@ def test_views_name_methods_and_controls_that_there_are(gathered):
         assert {values["m0"], values["m1"], values["m2"]} <= {*KEYS, ""}
 
 
+@pytest.mark.parametrize("settings", [{"kmin": 2, "kmax": 4}, {"kmin": 6}, {"reach": 125.0},
+                                      {"data": "gaussians"}], ids=str)  # fmt: skip
+def test_runs_of_which_the_answers_are_not_true_have_no_questions(settings):
+    config = replace(CONFIG, methods=("tdd", "pcm4", "pcm8"), tcf=("1",), seeds=1)
+    assert len(explorer.gather(evaluation(config), random_groups(config))["questions"]) == 2
+    config = replace(config, **settings)
+    assert explorer.gather(evaluation(config), random_groups(config))["questions"] == []
+
+
+def test_of_the_jumps_that_tdd_learns_more_are_longer_than_those_of_8_steps():
+    """As a question says, of the starts of these steps; T/8 is 125, and the axis ends at 0."""
+    targets = next(s for s in make_students(CONFIG) if s.method == "tdd").targets
+    longer = shorter = 0
+    stops = [*tdd.equidistant(8, 50), 0]
+    for t, stop in itertools.pairwise(stops[:-1]):
+        taus = admitted(targets, targets.grid.tolist().index(t) - 1)
+        assert stop in taus and len(taus) >= 5
+        longer += sum(tau < stop for tau in taus)
+        shorter += sum(tau > stop for tau in taus)
+    assert longer > shorter > 0
+
+
 @pytest.mark.parametrize("methods", [(), ("tdm4",), ("cm",), ("tdd_rho0",), ("tdd", "pcm4")])
 def test_runs_with_fewer_methods_have_a_page(methods):
     config = replace(CONFIG, methods=methods, tcf=("1",), seeds=1)
@@ -205,7 +228,8 @@ def in_browser(test):
 
 RECORD = """<script>const problems = [];
 addEventListener("error", ({ message, lineno }) => problems.push(`${lineno}: ${message}`));
-addEventListener("unhandledrejection", ({ reason }) => problems.push(String(reason.stack)));</script>"""
+addEventListener("unhandledrejection", ({ reason }) => problems.push(String(reason.stack)));
+</script>"""
 REPORT = """<script>(async () => { "use strict"; const results = {};
 try { %s } catch (error) { problems.push(error.stack); }
 document.body.append(Object.assign(document.createElement("pre"),
@@ -338,7 +362,7 @@ def test_samples_and_errors_of_every_method_and_case_are_pythons(run, page, tmp_
 
 
 # Controls change, as by a user, and the page is asked what it shows at once and at rest.
-VISIT = """
+VISIT = r"""
 const pause = (milliseconds) => new Promise((resume) => setTimeout(resume, milliseconds));
 const pathsOf = (id) => [...document.querySelectorAll(`#${id} path`)];
 const shows = () => ({
@@ -347,9 +371,12 @@ const shows = () => ({
   points: panels.map(({ stops }) => (stops ? stops.at(-1).length / 2 : 0)),
   start: el.start.labels[0].querySelector("b").textContent,
   rings: document.querySelectorAll(".panels circle[r='0.07']").length,
-  marks: pathsOf("chart").map((path) => path.getAttribute("d").split("h").length - 1).filter(Number),
+  marks: pathsOf("chart").map((path) => path.getAttribute("d").split("h").length - 1)
+    .filter(Number),
   disabled: [el.K, el.uneven].map((control) => control.disabled),
-  broken: [...document.querySelectorAll("svg")].some((svg) => svg.innerHTML.includes("NaN")),
+  broken: [...document.querySelectorAll("svg")].some((svg) =>
+    /NaN|undefined|rgb\(\)/.test(svg.innerHTML)),
+  methods: panels.map(({ method }) => (method ? method.key : "")), boxes: el.tune.checked,
 });
 const frame = () => new Promise((resume) => requestAnimationFrame(() => setTimeout(resume, 20)));
 async function rest() {
@@ -393,7 +420,8 @@ def test_controls_lead_to_pythons_errors(run, page, tmp_path):
     # A change ends the work for what was asked for before it.
     script += """const before = job;
     set("gamma", 0.35);
-    results.ended = await finish(sample(teacher, state(), 64), () => before === job) === undefined;"""
+    const found = await finish(sample(teacher, state(), 64), () => before === job);
+    results.ended = found === undefined;"""
     results = browse(page, script, tmp_path)
     assert results.pop("ended")
     shown = ["pcm4", "tdd", "tdd_k4"]
@@ -441,7 +469,8 @@ def test_an_address_opens_its_view_and_a_wrong_one_opens_some(run, page, tmp_pat
     script = (
         VISIT
         + """for (const address of ["k=99&gamma=x&w=-1&start=77", "m0=nobody&m1=&shown=9",
-      "shown=2&m2=", "length=2&item=1&__proto__=3&k", "%", "k=2&uneven=on&K=3"]) {
+      "shown=2&m2=", "length=2&item=1&__proto__=3&k", "%", "", "tune=off&play=2",
+      "k=2&uneven=on&K=3"]) {
       location.hash = address;
       await pause(300);
       await rest();
@@ -449,9 +478,12 @@ def test_an_address_opens_its_view_and_a_wrong_one_opens_some(run, page, tmp_pat
     }"""
     )
     results = browse(page, script, tmp_path, "#what=&k=4&k=3")
-    assert len(results) == 6 and results["k=2&uneven=on&K=3"]["k"] == 2
+    assert len(results) == 8 and results["k=2&uneven=on&K=3"]["k"] == 2
+    first = ["pcm4", "tdd", "tdd_k4"]
+    methods = {"m0=nobody&m1=&shown=9": ["teacher", "", first[2]], "shown=2&m2=": [*first[:2], ""]}
     for address, found in results.items():
-        assert not found["broken"], address
+        assert not found["broken"] and not found["boxes"], address
+        assert found["methods"] == methods.get(address, first), address
         assert found["disabled"][1] == (found["k"] < 4)
         assert 1 <= found["k"] <= 8 and 0 <= found["gamma"] <= 1 and 0 <= found["w"] <= 4
 
@@ -464,7 +496,8 @@ def test_questions_the_strip_and_playing(run, gathered, page, tmp_path):
     for (const button of document.querySelectorAll("#questions button")) {
       button.click();
       await rest();
-      results[button.textContent] = { look: document.querySelector("#look").textContent, ...shows() };
+      const look = document.querySelector("#look").textContent;
+      results[button.textContent] = { look, ...shows() };
     }
     const strip = document.querySelector("#strip"), { left, width } = strip.getBoundingClientRect();
     for (const share of [0, 0.5, 1]) {
@@ -473,6 +506,8 @@ def test_questions_the_strip_and_playing(run, gathered, page, tmp_path):
       const place = pathsOf("strip").at(-1).getAttribute("d").slice(1).split(",")[0] / width;
       results[share] = { place, ...shows() };
     }
+    await rest();
+    results.pointed = location.hash;
     el.play.click();
     results.playing = { button: el.play.textContent, ...shows() };
     for (let i = 0; i < 1000 && el.play.textContent === "Stop"; i++) await frame();
@@ -492,6 +527,7 @@ def test_questions_the_strip_and_playing(run, gathered, page, tmp_path):
     assert [results[share]["start"].split(",")[0] for share in ("0", "0.5", "1")] == [
         "999", "499", "19",
     ]  # fmt: skip
+    assert "start=49" in results["pointed"].split("&")
     # The dot of the start follows the pointer, from noise at the left to data.
     assert all(results[share]["place"] == pytest.approx(float(share), abs=0.04)
                for share in ("0", "0.5", "1"))  # fmt: skip

@@ -184,6 +184,13 @@ function numSteps({ Ks }, c) {
   return Ks.reduce((best, other) => (Math.abs(other - K) < Math.abs(best - K) ? other : best));
 }
 
+// What a case costs, and what its network is told, in words
+function describe(method, c) {
+  return `passes: ${c.k * (guidance(method, c) === 0 ? 1 : 2)}` +
+    (method === teacher ? `, guided by the students' w' = ${run.w_distilled}` : "") +
+    (method.Ks.length ? `, told K = ${numSteps(method, c)}` : "");
+}
+
 // The path of the first rows samples, as from gammaSample
 function* sample(method, c, rows) {
   const eps = guided(method, run.label, guidance(method, c));

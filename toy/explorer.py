@@ -1,4 +1,4 @@
-"""explore.html: a page to play with the samplers of a run, in any browser and without a network.
+"""explore.html: a page to play with the samplers of a run, in a current browser, without a network.
 
 explorer.js holds the maths once more, explorer.html the page. This module hands them what only a
 run knows: networks, noise, exact solutions and settings. TCF(2) and TDM are left out: the one jumps
@@ -24,31 +24,34 @@ from toy.students import Group, Student
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MATHS = Path(__file__).with_suffix(".js")
-SAMPLES = 384  # samples of a method; a multiple of 8, as there are in an evaluation
-FOLLOWED = 48  # of them that follow while a control moves
+SAMPLES = 384  # samples of a method; a multiple of 8, like those of an evaluation
+PREVIEW_SAMPLES = 48  # of them that follow while a control moves
 PATHS = 12  # of these with their paths
 BACKGROUND = 700  # points of data behind the samples
 MAX_STEPS = 8  # the end of the slider, unless students are trained for more steps
 
-# Questions, each with a view: the methods in the panels, the controls, what there is to see.
+# Questions, each with a view: the methods in the panels, the controls, what there is to see. What
+# they say is true of the spirals and of 4 to 8 steps: other runs have a page without them.
 QUESTIONS = (
     (
         "What does gamma do?", ("tdd", "tcd", "tdds"), "k=8&gamma=0.5",
-        "In 8 steps without noise the jumps of TDD and TCD fall short, and that adds up. At gamma "
-        "= 0.5 they go on to half of the next stop's time, and fresh noise (dotted) leads back up "
-        "to the stop. Move gamma to 0, and to 1, where every jump goes to time 0 and all are far "
-        "off. TCF(S+) takes its target as an input and needs no noise.",
+        "In 8 steps without noise all jumps of TDD and TCD but the last fall short, and that adds "
+        "up. At gamma = 0.5 they go on to half of the next stop's time, and fresh noise (dotted) "
+        "leads back up to the stop. Move gamma to 0, and to 1, where every jump goes to time 0 and "
+        "all are far off. TCF(S+) takes its target as an input and needs no noise.",
     ), (
         "Why is TDD worse in 8 steps than in 4?", ("tdd", "pcm4", "pcm8"), "k=8",
         "Compare the lower two axes. From a start TDD learns to reach each stop of 4 to 8 steps "
-        "that lies up to a quarter of the time below; 8 steps make only the shortest of these "
-        "jumps. One network that does not know its target settles in between, so its short jumps "
-        "fall short, and that adds up: move k. PCM-8 learns one jump a start, that of 8 steps.",
+        "that lies up to a quarter of the time below, and lower ones by eta (the bars). 8 steps "
+        "make one of these jumps; of the others more are longer than shorter. One network that "
+        "does not know its target settles in between, so all jumps but the last fall short, and "
+        "that adds up: move k. PCM-8 learns one jump a start, that of 8 steps.",
     ), (
         "What does telling K change?", ("tdd_eta0", "tdd_k4", "pcm4"), "k=8&shown=1",
-        "The second network draws K from 4 to 8, learns to reach the next stop of K steps, and "
-        "takes K as an input: its error hardly grows with k. Tell it another K than k. In 8 steps "
-        "told 4 its jumps fall short, as TDD's do; in 4 steps told 8 they go too far.",
+        "The second network draws K from 4 to 8, learns to reach the next stop of K steps, on the "
+        "teacher's own path, and takes K as an input: its error falls with k. To see what K alone "
+        "does, tell it another K than k. In 8 steps told 4 its jumps fall short, as TDD's do; in "
+        "4 steps told 8 they go too far.",
     ), (
         "Where does guidance go?", ("teacher", "tdd", "pcm4"), "k=4&w=2&shown=1",
         "w comes on top of the w' that students distil, and 1 + w multiplies 1 + w'. A ring is "
@@ -74,12 +77,13 @@ def gather(ev: Evaluation, groups: list[Group]) -> dict:
     config, n = ev.config, min(SAMPLES, len(ev.label))
     max_steps = min(max(MAX_STEPS, config.kmax), config.N)
     background, _ = ev.data.sample(BACKGROUND, torch.Generator().manual_seed(0))
-    paths = teacher_paths(ev)[:FOLLOWED]
+    paths = teacher_paths(ev)[:PREVIEW_SAMPLES]
     shown = rows_inside(paths, PATHS)
     methods = make_methods(ev, groups)
     keys = [method["key"] for method in methods]
     first = [key for key in dict.fromkeys((*FIRST, *keys[1:], keys[0])) if key in keys]
-    about = f"{config.data}, guidance g = {1 + config.w:g}, {config.steps} steps of training"
+    is_asked = config.data == "spirals" and (config.kmin, config.kmax, config.reach) == (4, 8, None)
+    caption = f"{config.data}, guidance g = {1 + config.w:g}, {config.steps} steps of training"
     return {
         "methods": methods,
         "T": ev.schedule.T, "N": config.N, "log_alpha": pack(ev.schedule.log_alpha, "<f8"),
@@ -89,14 +93,14 @@ def gather(ev: Evaluation, groups: list[Group]) -> dict:
         "label": ev.label[:n].tolist(),
         "noise": pack(first_noise(ev, n, max_steps)),
         "endpoints": pack(ev.reference(Case(1), 0.0, config.w)[0, :n]),
-        "followed": FOLLOWED, "shown": shown, "paths": [pack(path) for path in paths[shown]],
+        "preview_samples": PREVIEW_SAMPLES, "shown": shown, "paths": [pack(path) for path in paths[shown]],
         "background": pack(background), "bound": ev.data.bound, "class_colours": CLASS_COLOURS,
-        "about": about,
+        "caption": caption,
         "view": view(first, f"k={config.kmin}"),
         "questions": [
             {"title": title, "view": view(shown_methods, controls), "look": look}
             for title, shown_methods, controls, look in QUESTIONS
-            if set(shown_methods) <= set(keys)
+            if is_asked and set(shown_methods) <= set(keys)
         ],
     }  # fmt: skip
 
