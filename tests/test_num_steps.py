@@ -355,6 +355,12 @@ def test_exported_for_one_k_it_needs_no_crop(
             assert close(here(path, K, cfg), expected, 1e-5), (path, cfg)
             pipeline = in_diffusers(wide, path, caplog)
             assert close(their_latents(pipeline, wide, K, cfg), expected, 1e-5), (path, cfg)
+    # And at another strength, which a file that is told K cannot have, it is any LoRA.
+    pipeline = in_diffusers(wide, output, caplog)
+    pipeline.set_adapters("default_0", 0.5)
+    half = here(f"{output}:0.5", K, 2)
+    assert close(their_latents(pipeline, wide, K, 2), half, 1e-5)
+    assert not close(half, expected, 1e-2)
 
 
 def test_export_of_a_jump_that_is_told_its_end(wide, tmp_path):
