@@ -180,6 +180,7 @@ def test_a_section_that_fails_or_hangs_leaves_its_figures_and_ends_no_other(
     assert "Traceback" in (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_cpu_agrees_with_itself_and_half_precision_nearly(tmp_path):
     config = BenchConfig("gpu", "cpu", out=tmp_path, tiny=True)
     assert not gpu.run_sections(config, {"correct": gpu.SECTIONS["correct"]})

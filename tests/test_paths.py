@@ -219,6 +219,7 @@ def test_one_process_killed_and_resumed_ends_the_same(folder, prompts, train, tm
     }.items()  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_with_an_adversary_killed_and_resumed_end_the_same(folder, prompts, tmp_path):
     whole, cut, words = tmp_path / "whole", tmp_path / "cut", [*PATHS, "--adv"]
     done = run(command(folder, prompts, whole, *words, processes=2))

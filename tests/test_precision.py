@@ -228,6 +228,7 @@ def test_an_overflow_halves_the_factor_and_changes_nothing_else(folder, tmp_path
     assert 0 < state.log[0]["loss"] < 10 and 0 < state.log[0]["grad_norm"] < 100
 
 
+@pytest.mark.slow
 def test_looking_for_the_factor_is_not_giving_up(folder, tmp_path):
     """A gradient that wants a factor below 2^6 takes more than ten halvings; losses are finite."""
     state, losses, step = fp16_state(folder, tmp_path)

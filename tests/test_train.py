@@ -264,6 +264,7 @@ def test_compiled_blocks_are_the_same_and_stay_compiled(folder):
     assert guided[0] != guided[1] and graphs[0] == graphs[1] > 10
 
 
+@pytest.mark.slow
 def test_it_learns(folder):
     """One batch, fixed draws, the target network held (mu = 1): the loss falls by 100 and more."""
     nets = tiny_tdd(folder, torch.float32, rank=16, alpha=16.0, mu=1.0, w=(1.0, 1.0))
