@@ -38,16 +38,19 @@ def stderr_of(done):
     return own or done.stderr[-2000:]
 
 
-def run(call, timeout=300):
+SECONDS = 300  # that a run may take
+
+
+def run(call):
     """The ended process; one that does not end fails with the stacks of all its threads."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     child = subprocess.Popen(call, env=ENVIRONMENT, **pipes)
     try:
-        said, errors = child.communicate(timeout=timeout)
+        said, errors = child.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
         signal_all(call, signal.SIGABRT)
         said, errors = child.communicate()
-        raise AssertionError(f"not ended after {timeout} s\n{said}\n{errors}") from None
+        raise AssertionError(f"not ended after {SECONDS} s\n{said}\n{errors}") from None
     return subprocess.CompletedProcess(call, child.returncode, said, errors)
 
 
@@ -81,7 +84,7 @@ def killed(call, log, lines):
     finally:
         signal_all(call, signal.SIGKILL)
         child.wait()
-    assert len(steps_of(log)) < int(call[len(call) - 1 - call[::-1].index("--steps") + 1])
+    assert len(steps_of(log)) < 8
 
 
 def same_end(a, b, names=("lora.safetensors", "lora_kohya.safetensors"), steps=8):

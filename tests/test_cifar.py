@@ -31,16 +31,16 @@ from tests.helpers import ALPHA, SIGMA, randn, run
 from training.checkpoint import checkpoints
 
 HERE = Path(__file__).parent.parent
+# Of each kind of student one; tests/test_cifar_told.py trains others.
+REST = ("tdd_k4_data", "tdd_k4_blind", "tdd_k4_blind_data", "tdd_eta0_path")
+TRAINED = [name for name in METHODS if name not in REST]
 # 32 channels alone would be groups of one each, from which GroupNorm takes all that temb has added.
 TINY = {
     "channels": "64 32", "classifier-steps": 12, "teacher-steps": 30, "teacher-batch": 8,
     "steps": 3, "batch-size": 4, "samples": 20, "solver-steps": 10, "kmax": 6, "rank": 8,
+    "methods": " ".join(TRAINED),
 }  # fmt: skip
 W = 2.0
-# Of each kind of student one; tests/test_cifar_told.py trains others.
-REST = ("tdd_k4_data", "tdd_k4_blind", "tdd_k4_blind_data", "tdd_eta0_path")
-TRAINED = [name for name in METHODS if name not in REST]
-TINY["methods"] = " ".join(TRAINED)
 
 
 def flags(output, data, **more):

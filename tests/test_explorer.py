@@ -187,7 +187,7 @@ def test_runs_of_which_the_answers_are_not_true_have_no_questions(settings):
 
 
 def test_of_the_jumps_that_tdd_learns_more_are_longer_than_those_of_8_steps():
-    """As a question says, of the starts of these steps; T/8 is 125, and the axis ends at 0."""
+    """As a question says: counted over the targets of all starts of those 8 jumps but the last."""
     targets = next(s for s in make_students(CONFIG) if s.method == "tdd").targets
     longer = shorter = 0
     stops = [*tdd.equidistant(8, 50), 0]

@@ -239,8 +239,9 @@ def test_threads_of_the_group_end_with_close_though_ddp_modules_live_on():
     done = subprocess.run(
         [sys.executable, "-c", CLOSED], capture_output=True, text=True, timeout=60
     )
+    assert done.returncode == 0, done.stderr
     before, after = map(int, done.stdout.split())
-    assert before > 0 and after == 0, done.stderr
+    assert before > 0 and after == 0
 
 
 # ------------------------------------------------------------------------------------ one process
