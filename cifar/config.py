@@ -43,6 +43,7 @@ class CifarConfig:
     drop: float
     steps: int
     batch_size: int
+    walkers: int
     lr: float
     ema: float
     rank: int

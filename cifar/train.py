@@ -33,7 +33,7 @@ from solvers import sdxl_schedule
 from tdd import ema_update, equidistant, targets_of
 from training import distributed, loop
 from training.build import build_optimizers, build_step
-from training.paths import PathLoader
+from training.paths import PathLoader, count_walkers, start_steps
 from unet import UNet, UNetConfig
 
 PRESETS = {
@@ -84,7 +84,9 @@ def build_stage(config: CifarConfig, name: str, data: tuple[Tensor, Tensor]) -> 
     # Every student has as many UNet passes as TDD; the discriminator's are not counted.
     steps = equal_budget_steps(config.steps, name if name in PASSES else student.tcf)
     if student.pairs == "teacher":
-        steps = path_steps(steps, config.batch_size, config.solver_steps, student.tcf)
+        values["walkers"] = W = count_walkers(config.batch_size, config.walkers)
+        staggering = start_steps(W, config.solver_steps)
+        steps = path_steps(steps, config.batch_size, staggering, student.tcf)
     return Stage(folder, data, steps, config.batch_size, student.seed, values)
 
 
@@ -201,8 +203,9 @@ def train_student(config: CifarConfig, stage: Stage) -> None:
 
         shape = step.teacher.base.config.in_channels, 16, 16
         loader = PathLoader(
-            step, shape, stage.batch_size, generator, device, draw_conds, range(len(CLASSES)).count
-        )
+            step, shape, stage.batch_size, generator, device, draw_conds,
+            range(len(CLASSES)).count, fewest=config.walkers,
+        )  # fmt: skip
         if is_new:
             loader.start(encode)
         return loader
@@ -308,6 +311,8 @@ def parser(preset: str | None = None) -> cli.Parser:
     flag("--drop", type=share, default=0.12, help="share of null conditions for the teacher")
     flag("--steps", type=count, help="training steps of a student")
     flag("--batch-size", type=count, help="pictures a step of a student")
+    flag("--walkers", type=count, default=512,
+         help="walkers on the teacher's path, four batches or more")  # fmt: skip
     flag("--lr", type=cli.non_negative, default=4e-4, help="delta, the students' learning rate")
     flag("--ema", type=share, default=0.99, help="mu of the target network theta-")
     flag("--rank", type=count, default=32, help="rank r of the LoRA, also its alpha")

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.plots import INK, Axes, Figure
-from common.walkers import BATCHES, stagger_steps
 from tdd import equidistant, nonequidistant, tuned
 
 # ---------------------------------------------------------------------------- methods and budgets
@@ -79,11 +78,10 @@ def equal_budget_steps(steps: int, kind: str) -> int:
     return round(steps * PASSES["1"] / PASSES[kind])
 
 
-def path_steps(steps: int, batch: int, N: int, kind: str = "1") -> int:
-    """What is left of `steps` when walkers have been spread over the teacher's path first."""
-    passes = 2 * stagger_steps(BATCHES * batch, N)
+def path_steps(steps: int, batch: int, staggering: int, kind: str = "1") -> int:
+    """What is left of `steps` when walkers have been spread by so many of the teacher's steps."""
     # A run of a few steps, to try things out, keeps one.
-    return max(1, steps - round(passes / (PASSES[kind] * batch)))
+    return max(1, steps - round(2 * staggering / (PASSES[kind] * batch)))
 
 
 # ------------------------------------------------------------------------------------------ cases

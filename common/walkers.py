@@ -6,7 +6,7 @@ no more passes than with it. Not in the papers; TBCM (arXiv 2511.20410) has it f
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,9 +23,12 @@ def stagger_goal(W: int, N: int) -> Tensor:
     return N - 1 - torch.arange(W) * N // W
 
 
-def stagger_steps(W: int, N: int) -> int:
-    """How many steps of the teacher it takes to spread them, all from n = N - 1 down."""
-    return int((N - 1 - stagger_goal(W, N)).sum())
+def stagger_steps(W: int, N: int, stride: int = 1) -> int:
+    """How many steps of the teacher it takes to spread them, all from n = N - 1 down.
+
+    stride: points of the grid that a step goes down by at most.
+    """
+    return int(((N - 1 - stagger_goal(W, N) + stride - 1) // stride).sum())
 
 
 @dataclass
@@ -101,29 +104,33 @@ class Walkers:
 
     @torch.no_grad()
     def stagger(
-        self, teacher, encode, schedule: Schedule, solver=ddim, batch: int = 16, quiet: bool = True
-    ) -> int:
+        self, teacher, encode, schedule: Schedule, solver=ddim, batch: int = 16, stride: int = 1,
+        quiet: bool = True,
+    ) -> int:  # fmt: skip
         """Begin, and spread the walkers evenly over their paths; returns the steps that took.
 
-        encode(conds) gives the condition and null condition of a list of conditions. Otherwise all
-        would begin their paths together, time after time.
+        encode(conds) gives the condition and null condition of a list of conditions. stride: points
+        of the grid that a step goes down by at most. Otherwise all would begin their paths
+        together, time after time.
         """
         N, W = len(self.grid) - 1, len(self.n)
         self._begin(torch.arange(W))
-        goal, steps = stagger_goal(W, N), stagger_steps(W, N)
+        goal, steps = stagger_goal(W, N), stagger_steps(W, N, stride)
         with tqdm(total=steps, desc="teacher's paths", disable=quiet, dynamic_ncols=True) as bar:
             while len(behind := (self.n > goal).nonzero()[:, 0]):
                 for rows in behind.split(batch):
                     cond, null = encode([self.conds[row] for row in rows.tolist()])
-                    self.advance(
-                        rows, self._teacher_step(rows, teacher, cond, null, schedule, solver)
-                    )
+                    # From t_{n+1} down to t_n, a stride below or that of the goal's pair.
+                    n = torch.maximum(self.n[rows] + 1 - stride, goal[rows] + 1)
+                    x_n = self._teacher_step(rows, n, teacher, cond, null, schedule, solver)
+                    self.n[rows] = n
+                    self.advance(rows, x_n)
                     bar.update(len(rows))
         return steps
 
-    def _teacher_step(self, rows: Tensor, teacher, cond, null, schedule, solver) -> Tensor:
-        """Algorithm 1, lines 11-15, as in tdd.tdd_loss."""
-        sample = self._step_sample(rows, self.n[rows]).to(self.device)
+    def _teacher_step(self, rows: Tensor, n: Tensor, teacher, cond, null, schedule, solver):
+        """Algorithm 1, lines 11-15, as in tdd.tdd_loss, down to t_n: x_n (b, ..)."""
+        sample = replace(self._step_sample(rows, n), t_n=self.grid[n]).to(self.device)
         cond = where_cond(sample.keep_prompt, cond, null)
         eps_hat = guided(teacher, cond, null, self.guidance(rows), sample.guided_rows)
         return solver(eps_hat, sample.x_next, sample.t_next, sample.t_n, schedule)

@@ -23,6 +23,7 @@ from common.compare import path_steps
 from sdxl import num_steps
 from tests.helpers import randn, run
 from tests.test_cifar import build_config, ddim_by_hand, flags, rewrite, slice_of_cifar, trained
+from training.paths import start_steps
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +67,12 @@ def test_names_are_what_is_trained(data, tmp_path):
 def test_walkers_count_to_the_budget(runs, data):
     """As many passes as with data: guided teacher 2, target 1, student 3 for each example."""
     b, N, steps = 4, 10, 40
-    by_hand = sum(9 - (9 - Fraction(i * N, 4 * b) // 1) for i in range(4 * b))
-    assert path_steps(steps, b, N) == steps - round(2 * by_hand / (6 * b)) == 34
+    by_hand = sum(Fraction(i * N, 16) // 1 for i in range(16))
+    assert start_steps(16, N) == by_hand
+    assert path_steps(steps, b, by_hand) == steps - round(2 * by_hand / (6 * b)) == 34
     for name in ("tdd_k4", "tdd_k"):
-        assert len((runs / name / "log.jsonl").read_text().splitlines()) == path_steps(3, b, N)
+        log = (runs / name / "log.jsonl").read_text().splitlines()
+        assert len(log) == path_steps(3, b, by_hand)
     assert len((runs / "tdd_k4_blind_data/log.jsonl").read_text().splitlines()) == 3
 
 

@@ -94,9 +94,14 @@ def eps_by_hand(x, t, cond):
 
 
 def path_by_hand(path, N):
-    """x_{t_{N-1}}, .., x_{t_0} of the teacher's DDIM from a path's noise, guided by Eq. 12."""
+    """x_{t_{N-1}}, .., x_{t_0} of the teacher's path."""
+    return states_by_hand(path, [*(n * 1000 // N - 1 for n in range(N, 0, -1)), 0])
+
+
+def states_by_hand(path, timesteps):
+    """x at all timesteps but the first, of DDIM from a path's noise, guided by Eq. 12."""
     x, w, states = path["noise"].double().numpy(), path["w"], []
-    for t, s in pairwise([*(n * 1000 // N - 1 for n in range(N, 0, -1)), 0]):
+    for t, s in pairwise(timesteps):
         eps = eps_by_hand(x, t, NULL[0])
         if path["keep_prompt"]:
             eps = (1 + w) * eps_by_hand(x, t, label(path["cond"])) - w * eps
@@ -241,15 +246,34 @@ class Counted:
         return self.network(x_t, t, cond)
 
 
-@pytest.mark.parametrize("W, N", [(40, 10), (7, 20), (8, 50)])
-def test_staggering_takes_as_many_passes_as_it_says(W, N):
+@pytest.mark.parametrize(
+    "W, N, stride", [(40, 10, 1), (7, 20, 1), (8, 50, 1), (30, 50, 5), (9, 20, 3)]
+)
+def test_staggering_takes_as_many_passes_as_it_says(W, N, stride):
     """Two for each step with a prompt, one for each without."""
     for rho, passes in ((0.0, 2), (1.0, 1)):
         walkers, _ = make_walkers(W, N, rho)
         teacher = Counted(TEACHER)
-        steps = walkers.stagger(teacher, encode, SCHEDULE, batch=4)
-        assert steps == stagger_steps(W, N) and teacher.examples == passes * steps
-    assert steps == sum(N - 1 - n for n in walkers.n.tolist())
+        steps = walkers.stagger(teacher, encode, SCHEDULE, batch=4, stride=stride)
+        assert steps == stagger_steps(W, N, stride) and teacher.examples == passes * steps
+    assert steps == sum(math.ceil((N - 1 - n) / stride) for n in walkers.n.tolist())
+
+
+def test_walkers_are_spread_in_strides_of_the_teachers_steps():
+    """Guided DDIM by hand down a coarse grid, to the n that fine steps come to."""
+    W, N, stride = 12, 20, 5
+    walkers, _ = make_walkers(W, N)
+    walkers.stagger(TEACHER, encode, SCHEDULE, batch=5, stride=stride)
+    assert torch.equal(walkers.n, stagger_goal(W, N))
+    grid, lengths = solver_grid(N), set()
+    for row, (path,) in enumerate(walkers.paths):
+        last = walkers.n[row].item() + 1
+        stops = [*range(N, last, -stride), last]
+        states = states_by_hand(path, [grid[n] for n in stops])
+        lengths.add(len(states))
+        for found, expected in zip(path["x"], states, strict=True):
+            assert np.abs(found.numpy() - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert lengths == {0, 1, 2, 3, 4}
 
 
 def test_without_guidance_a_step_is_one_pass():
@@ -265,8 +289,11 @@ def test_without_guidance_a_step_is_one_pass():
     assert torch.equal(ranged.guidance(rows), ranged.w[rows])
 
 
-@pytest.mark.parametrize("steps, b, N", [(60, 4, 10), (45, 2, 20), (100, 1, 8), (3, 4, 50)])
-def test_both_kinds_of_pairs_have_equal_budgets(steps, b, N):
+@pytest.mark.parametrize(
+    ("steps", "b", "N", "stride"),
+    [(60, 4, 10, 1), (45, 2, 20, 2), (100, 1, 8, 1), (60, 4, 50, 5), (3, 4, 50, 1)],
+)
+def test_both_kinds_of_pairs_have_equal_budgets(steps, b, N, stride):
     """Passes counted in all networks, a backward pass as two: equal to half a training step."""
     targets, totals = targets_of("tdd", N, Ks=(2, 4)), []
     for pairs in ("data", "teacher"):
@@ -275,8 +302,8 @@ def test_both_kinds_of_pairs_have_equal_budgets(steps, b, N):
         walkers, _ = make_walkers(BATCHES * b, N, rho=0.0)
         number = steps
         if pairs == "teacher":
-            walkers.stagger(teacher, encode, SCHEDULE, batch=b)
-            number = path_steps(steps, b, N)
+            staggering = walkers.stagger(teacher, encode, SCHEDULE, batch=b, stride=stride)
+            number = path_steps(steps, b, staggering)
         for _ in range(number):
             if pairs == "teacher":
                 move(walkers, b, targets, student, teacher, target_net)
@@ -288,10 +315,10 @@ def test_both_kinds_of_pairs_have_equal_budgets(steps, b, N):
                 tdd_loss(student, target_net, teacher, x_0, cond, null, sample, 3.5, SCHEDULE)
         totals.append(teacher.examples + target_net.examples + 3 * student.examples)
     assert totals[0] == PASSES["1"] * b * steps
-    if path_steps(steps, b, N) > 1:
+    if path_steps(steps, b, staggering) > 1:
         assert abs(totals[1] - totals[0]) <= PASSES["1"] * b / 2
     else:  # less than what staggering alone takes: one step is left to try things out
-        assert 2 * stagger_steps(BATCHES * b, N) >= PASSES["1"] * b * (steps - 1.5)
+        assert 2 * staggering >= PASSES["1"] * b * (steps - 1.5)
 
 
 # ---------------------------------------------------------------------------------------- the laws

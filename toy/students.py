@@ -10,7 +10,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from common.compare import PATH, W_HIGH, W_RANGE, equal_budget_steps, path_steps, variant_of
-from common.walkers import BATCHES, Walkers
+from common.walkers import BATCHES, Walkers, stagger_steps
 from solvers import SOLVERS, Schedule, ddim
 from tcd import TCF
 from tdd import StepSample, TargetSet, ema_update, sample_step, targets_of, tdd_loss, with_scalar
@@ -196,7 +196,8 @@ def train_students(
     update_target_net = partial(ema_update, target_theta, theta, config.ema)  # line 18
     steps, start = equal_budget_steps(config.steps, tcf), time.time()
     if pairs == "teacher":
-        steps = path_steps(steps, config.batch_size, config.N, tcf)
+        staggering = stagger_steps(BATCHES * config.batch_size, config.N)
+        steps = path_steps(steps, config.batch_size, staggering, tcf)
     name, snapshots = "students" if tcf == "1" else f"TCF({tcf})", {}
     name = "K told" if tell_k else name
     train(student, loss, steps, config.lr, name, update_target_net, snapshots=snapshots)

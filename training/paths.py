@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from common.walkers import BATCHES, Walkers
+from common.walkers import BATCHES, Walkers, stagger_steps
 from training import distributed
 from training.distill import TDDStep
 
@@ -13,12 +13,31 @@ FIELDS = ("n", "keep_prompt", "w")  # of Walkers, beside x and conds
 DAMAGED = "the checkpoint's walkers are damaged: begin with another --output"
 
 
+def count_walkers(batch_size: int, fewest: int = 0) -> int:
+    """How many walkers batches of that size are drawn from."""
+    return max(BATCHES * batch_size, fewest)
+
+
+def stride(N: int) -> int:
+    """Points of the grid that walkers go down by at once while they are spread.
+
+    A tenth of the path: where they begin is then a little off it, once, and cheap for many of them.
+    """
+    return max(1, N // 10)
+
+
+def start_steps(W: int, N: int) -> int:
+    """How many steps of the teacher PathLoader.start takes."""
+    return stagger_steps(W, N, stride(N))
+
+
 class PathLoader(Iterator):
     """Endless batches of walkers, each on its way to a condition of its own.
 
     shape: of an example. draw_conds(count) lists new conditions: pairs [condition, name], of words
     and numbers; is_cond tells a condition from anything else. prompts: the loader that they come
-    from, if any. grad_accum: batches an optimizer step. generator: the run's.
+    from, if any. grad_accum: batches an optimizer step. generator: the run's. fewest: number of
+    walkers if four batches are less.
 
     A batch has "walkers" (b,), "conds" and "names". position and tensors() are all that a resumed
     run needs. Nobody walks before `start` or `restore`.
@@ -27,11 +46,11 @@ class PathLoader(Iterator):
     def __init__(
         self, step: TDDStep, shape, batch_size: int, generator: torch.Generator, device,
         draw_conds: Callable[[int], list], is_cond: Callable[[object], bool], prompts=None,
-        grad_accum: int = 1,
+        grad_accum: int = 1, fewest: int = 0,
     ):  # fmt: skip
         config = step.config
         self.step, self.batch_size, self.prompts, self.is_cond = step, batch_size, prompts, is_cond
-        shape = (BATCHES * batch_size * grad_accum, *shape)
+        shape = (count_walkers(batch_size * grad_accum, fewest), *shape)
         self.walkers = step.walkers = Walkers(
             shape, config.targets.grid, config.rho, config.w, draw_conds, generator, device
         )
@@ -41,7 +60,8 @@ class PathLoader(Iterator):
         config = self.step.config
         return self.walkers.stagger(
             self.step.teacher, lambda pairs: encode([cond for cond, _ in pairs]), config.schedule,
-            config.solver, self.batch_size, quiet=not distributed.is_main(),
+            config.solver, self.batch_size, stride(len(config.targets.grid) - 1),
+            quiet=not distributed.is_main(),
         )  # fmt: skip
 
     def __next__(self) -> dict:
