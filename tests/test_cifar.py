@@ -317,7 +317,7 @@ CHANGED = {
     "channels": "64 64", "classifier-steps": 13, "teacher-steps": 31, "teacher-batch": 9,
     "teacher-lr": 2e-3, "teacher-ema": 0.5, "drop": 0.3, "steps": 4, "batch-size": 5, "lr": 1e-3,
     "ema": 0.5, "rank": 9, "kmin": 3, "kmax": 7, "rho": 0.5, "guidance": 4, "solver-steps": 20,
-    "seed": 1, "dtype": "bf16",
+    "seed": 1, "dtype": "bf16", "walkers": 17,
 }  # fmt: skip
 # What the evaluation alone depends on, or no result at all.
 MAY_CHANGE = {"repeats": 2, "methods": "tdd", "samples": 16, "compile": ""}
@@ -328,7 +328,7 @@ def test_every_flag_is_among_the_settings_or_makes_no_difference(runs, data):
     # Where things lie and are done, and what is but other defaults.
     rest = {"help", "data", "data-dir", "output", "device", "preset"}
     assert names == {*CHANGED, *MAY_CHANGE, *rest}
-    stages = ("classifier", "teacher", "cm", "pcm4", "tdd", "tdd_adv", "tdm4")
+    stages = ("classifier", "teacher", "cm", "pcm4", "tdd", "tdd_adv", "tdm4", "pcm4_path")
 
     def settings(**more):
         config = build_config(runs[0], data, **more)
@@ -339,6 +339,9 @@ def test_every_flag_is_among_the_settings_or_makes_no_difference(runs, data):
         assert settings(**{name: value}) != plain, name
     for name, value in MAY_CHANGE.items():
         assert settings(**{name: value}) == plain, name
+    # Four batches of 4 there are in any case, and without pairs from the path no walkers.
+    assert settings(walkers=1) == plain
+    assert settings(walkers=17)[:-1] == plain[:-1]
 
 
 def rewrite(path, change, retrained=True):

@@ -32,7 +32,9 @@ def figure():
     result = json.loads((HERE / "docs" / "cifar.json").read_text())
     settings = vars(cifar_train.parser().parse_args([])) | {"dtype": "bf16"}
     # The record is of before the students beyond the papers, and their repeats.
-    settings = {k: str(v) for k, v in settings.items() if k not in ("methods", "repeats")}
+    settings = {
+        k: str(v) for k, v in settings.items() if k not in ("methods", "repeats", "walkers")
+    }
     assert {
         k: v for k, v in result["settings"].items() if k not in ("torch", "methods")
     } == settings

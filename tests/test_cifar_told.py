@@ -79,21 +79,22 @@ def test_walkers_count_to_the_budget(runs, data):
 def test_an_interrupted_path_goes_on_bit_by_bit(runs, data, tmp_path, monkeypatch, capsys):
     for output in ("straight", "cut"):
         shutil.copytree(runs / "teacher", tmp_path / output / "teacher")
-    _, straight = trained(tmp_path / "straight", data, "tdd_k", steps=12)
+    more = {"steps": 14, "walkers": 20}
+    _, straight = trained(tmp_path / "straight", data, "tdd_k", **more)
     calls, condition = [], cifar_train.condition
 
     def interrupted(*inputs):
         calls.append(len(inputs[0]))
-        if sum(calls) == 68 + 3 * 4:  # all walkers are spread, and the third step is under way
+        if sum(calls) == 90 + 3 * 4:  # all walkers are spread, and the third step is under way
             os.kill(os.getpid(), signal.SIGTERM)
         return condition(*inputs)
 
     monkeypatch.setattr(cifar_train, "condition", interrupted)
     with pytest.raises(SystemExit):
-        trained(tmp_path / "cut", data, "tdd_k", steps=12)
+        trained(tmp_path / "cut", data, "tdd_k", **more)
     assert "stopped after step 3" in capsys.readouterr().err
-    log, resumed = trained(tmp_path / "cut", data, "tdd_k", steps=12)
-    assert len(log) == 6 and sum(calls) == 68 + 6 * 4  # nobody was spread again
+    log, resumed = trained(tmp_path / "cut", data, "tdd_k", **more)
+    assert len(log) == 6 and sum(calls) == 90 + 6 * 4  # nobody was spread again
     assert all(torch.equal(straight[key], resumed[key]) for key in straight)
 
 
