@@ -31,6 +31,8 @@ from training import distributed
 
 LOW_MEMORY_TURN = 16  # pictures; so many are lost at most if the program is stopped
 FROM_LORA = -1.0  # a bare --tune-guidance
+EXPORT_FLAGS = {"model", "tokenizer", "unet", "vae", "lora", "output", "device", "dtype",
+                "export_k"}  # fmt: skip
 
 # -------------------------------------------------------------------------------------------- setup
 #
@@ -153,10 +155,8 @@ def build_network(args) -> tuple[SDXL, object, list[nn.Module]]:
 def export_k(args) -> None:
     """--export-k: a told student for one K, as LoRA files that need no crop."""
     output = Path(args.output)
-    if args.prompt or args.prompts or args.tell_k or args.controlnet:
-        raise ValueError(
-            "--export-k samples nothing: leave prompts, --tell-k and --controlnet away"
-        )
+    unused = vars(args).keys() - EXPORT_FLAGS
+    cli.check_uses(args, parser(), dict.fromkeys(unused, ("pictures, not --export-k", False)))
     if len(args.lora) != 1 or output.suffix != ".safetensors":
         raise ValueError("--export-k needs one --lora, and --output NAME.safetensors")
     path, scale = split_scale(args.lora[0])
@@ -231,7 +231,7 @@ class Job:
 def main(args) -> None:
     rank, world, args.device = distributed.get_dist_info(args.device)
     if args.export_k is not None:
-        return export_k(args)
+        return export_k(args) if rank == 0 else None
     check(args)
     prompts = expand_prompts(args.prompt, args.prompts, args.num_images)
     if world > 1 and (args.save_latents or args.prompts is None):

@@ -57,6 +57,13 @@ def check(args) -> None:
     """Fill in defaults, and raise ValueError in one line for flags that do not go together."""
     if args.guidance and args.guidance_range:
         raise ValueError("--guidance and --guidance-range exclude each other: give one of them")
+    several = len({*(args.Ks or ())}) > 1
+    cli.check_uses(args, parser(), {
+        "tell_k": ("several --ks", several), "min_size": ("images", not needs_prompts(args)),
+        "k_lr": ("a student that is told which of several --ks is meant", several and args.tell_k),
+        "adv_weight": ("--adv", args.adv), "adv_lr": ("--adv", args.adv),
+        "rank": ("a LoRA", not args.full), "alpha": ("a LoRA", not args.full),
+    })  # fmt: skip
     check_method(args)
     if args.full and (args.init or args.compile or not args.model.is_dir()):
         raise ValueError("--full is for a model's folder, without --init and --compile")
@@ -98,11 +105,6 @@ def check_method(args) -> None:
     """Fill in the method's defaults; ValueError for flags that it has no use for."""
     config = DistillConfig.of_method(args.method)
     args.Ks = config.Ks if args.Ks is None else tuple(dict.fromkeys(args.Ks))
-    several = len(args.Ks) > 1
-    if not several and not args.tell_k:
-        raise ValueError("--no-tell-k is for several --ks")
-    if args.k_lr is not None and not (several and args.tell_k):
-        raise ValueError("--k-lr is for a student that is told which of several --ks is meant")
     if args.method == "tdm":
         defaults, names, others = TDM_DEFAULTS, TDM_FIELDS, (*TDD_FIELDS, "cache", "guidance_range")
         useless = {"adv": args.adv, "ema": args.mu, "full": args.full, "tcf": args.tcf != "1"}
@@ -111,7 +113,6 @@ def check_method(args) -> None:
         if args.adv:
             defaults = ADV_DEFAULTS
         useless = {"loss": args.loss not in (None, *DISTANCES),
-                   "solver": args.solver not in ("ddim", "dpm++2s"),
                    "ks": args.Ks and args.method != "tdd",
                    "reach": args.reach is not None and args.method != "tdd"}  # fmt: skip
     useless |= {name.replace("_", "-"): getattr(args, name) is not None for name in others}
@@ -122,7 +123,7 @@ def check_method(args) -> None:
         for name in ("kmin", "kmax", "reach"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--ks says what the targets are: leave --{name} away")
-        # Samplers of these K land on their stops, and nowhere else.
+        # At gamma = 0 samplers of these K land on their stops, and nowhere else.
         config = replace(config, kmin=min(args.Ks), kmax=max(args.Ks), eta=0.0)
     defaults = {"lr": config.lr, "k_lr": config.k_lr, **defaults, "guidance": 1 + config.w[0]}
     defaults |= {name: getattr(config, name) for name in (*names, "loss")}
@@ -335,7 +336,7 @@ def method_flags(add) -> None:
         "fisher (huber)")  # fmt: skip
     add("--ks", type=positive_int, nargs="+", dest="Ks", metavar="K",
         help="K of tdm (4; several make TDM-unify); for tdd, the K whose next stops are the "
-        "targets, instead of Eqs. 5 to 8")  # fmt: skip
+        "targets, instead of Eqs. 5 and 7, with eta 0 unless given")  # fmt: skip
     add("--no-tell-k", action="store_false", dest="tell_k",
         help="do not tell the student which of several K is meant")  # fmt: skip
     add("--k-lr", type=non_negative, help="learning rate of what is told of each K: 1e-4")
@@ -390,9 +391,7 @@ def parser() -> cli.Parser:
     add("--keep", type=positive_int, default=2, help="number of checkpoints to keep")
     add("--resume", action="store_true", help="continue from the newest complete checkpoint")
     add("--sample-every", type=count, default=1000, help="steps between picture grids; 0: none")
-    add(
-        "--sample-prompts", type=Path, metavar="FILE", help="file of the grids' prompts, one a line"
-    )
+    add("--sample-prompts", type=Path, metavar="FILE", help="file of the grids' prompts, by lines")
     return p
 
 

@@ -18,12 +18,15 @@ STUDENTS = {
     "tdm4": ("tdm", {"Ks": (4,)}), "tdm_unify": ("tdm", {"Ks": (1, 2, 4)}),
 }  # fmt: skip
 METHODS = [*STUDENTS, *BEYOND]  # unless others are asked for
-PATHS = [name + PATH for name, (method, _) in STUDENTS.items() if method != "tdm"]
+GUIDANCE_STUDY = ("tdd_rho0", "tdd_high")
+NO_PATH = ("tdm4", "tdm_unify", *GUIDANCE_STUDY)
+PATHS = [name + PATH for name in STUDENTS if name not in NO_PATH]
 # Of these --repeats trains more than one, each from other random numbers.
 REPEATED = ("pcm4", "tdd_eta0", "tdd_k4_data", "tdd_k4")
 SEED = "-seed"  # ends the name of a repeat: pcm4-seed1
 
 
+WALKERS = 512  # at least; batches are small here, and few walkers too much alike
 K_LR = 1e-3  # of what is told of each K, like a new embedding's
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cifar.classifier import Classifier, classify
-from cifar.config import SEED, CifarConfig, student_config
+from cifar.config import GUIDANCE_STUDY, SEED, CifarConfig, student_config
 from cifar.data import CLASSES
 from cifar.sample import LoadedModel, load_student, load_teacher, sample_pictures
 from cifar.stage import weights_digest
@@ -27,7 +27,7 @@ from tdd import equidistant
 GROUPS = 10  # of pictures, for the errors
 METRICS = ("frechet_teacher", "frechet_unpaired", "rmse", "frechet_data", "accuracy", "png_bits")
 # Rows beside the main comparison; "other_seeds" is the teacher's samples from other noise.
-NOT_COMPARED = ("real", "other_seeds", "tdd_rho0", "tdd_high")
+NOT_COMPARED = ("real", "other_seeds", *GUIDANCE_STUDY)
 TOLD_WRONG = ("tdm_unify", "tdd_k4", "tdd_k")  # students that are told other K than k too
 
 
@@ -252,6 +252,8 @@ class Evaluation:
             "seed": seeds.start, "timesteps": timesteps, "device": config.device, "exact": exact,
             **asdict(case),
         }  # fmt: skip
+        if exact:
+            settings["solver_steps"] = config.solver_steps
         key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
         path = files.output_folder(config.output / "samples") / f"{method}-{key}.safetensors"
         if path.exists():
@@ -323,7 +325,9 @@ class Evaluation:
         """Every table that is worth printing."""
         tables = [self.table(metric) for metric in METRICS]
         noisy = [self.table(metric, GAMMAS[1]) for metric in ("frechet_teacher", "rmse")]
-        repeats = [self.repeats_table(metric) for metric in ("rmse", "frechet_unpaired")]
+        repeats = []
+        if any(len(self.trainings(method)) > 1 for method in self.methods):
+            repeats = [self.repeats_table(metric) for metric in ("rmse", "frechet_unpaired")]
         return [*tables, *noisy, *repeats, self.study_table()]
 
     def table(self, metric: str, gamma: float = 0.0) -> str:

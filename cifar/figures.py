@@ -9,7 +9,7 @@ import numpy as np
 from cifar.data import CLASSES
 from cifar.evaluate import TOLD_WRONG, Evaluation, make_case, told_steps
 from common import compare
-from common.compare import BEYOND, GAMMAS, NAMES, W_ADDED, W_HIGH
+from common.compare import BEYOND, GAMMAS, PATH, W_ADDED, W_HIGH, colour_of, title_of
 from common.plots import GREY, INK, Figure
 
 # What stands beside those of BEYOND in their picture.
@@ -19,12 +19,13 @@ SIDE = 46  # of a picture that is 32 pixels wide, and of the gap after it
 
 def draw_all(output: Path, evaluation: Evaluation) -> None:
     """Every picture that this run has the methods for; none of an earlier run stays without."""
-    main = [name for name in evaluation.methods if name not in BEYOND]
+    is_beyond = {name: name in BEYOND or name.endswith(PATH) for name in evaluation.methods}
+    main = [name for name in evaluation.methods if not is_beyond[name]]
     curves(output / "curves.png", evaluation, main, "the methods of the papers")
-    beyond = [name for name in evaluation.methods if name in (*BEYOND, *BESIDE)]
+    beyond = [name for name in evaluation.methods if is_beyond[name] or name in BESIDE]
     path = output / "beyond_curves.png"
     path.unlink(missing_ok=True)
-    if any(name in BEYOND for name in beyond):
+    if any(is_beyond.values()):
         curves(path, evaluation, beyond, "beyond the papers")
     path = output / "told.png"
     path.unlink(missing_ok=True)
@@ -74,7 +75,7 @@ def draw_sheet(path: Path, title: str, panels: list[Panel], evaluation: Evaluati
     for i, (name, columns) in enumerate(available):
         row, place = divmod(i, panels_a_row)
         left, top = 24 + place * panel_width, 90 + row * panel_height
-        figure.text(left, top, name, 17, compare.COLOURS.get(columns[0].method, INK))
+        figure.text(left, top, name, 17, colour_of(columns[0].method))
         for j, column in enumerate(columns):
             _draw_column(figure, left + j * SIDE, top, column, evaluation)
     figure.save(path)
@@ -102,17 +103,17 @@ def sheets(evaluation: Evaluation) -> list[tuple[str, str, list[Panel]]]:
     teacher = ("teacher", _over_k("teacher", many[1:], w_distilled))
     # After Fig. 4: every method over k, between the teacher in as few steps and in many.
     samples = [("teacher, guided DDIM", _over_k("teacher", ks, w_distilled))]
-    samples += [(NAMES[method], _over_k(method, ks)) for method in evaluation.methods[1:]]
+    samples += [(title_of(method), _over_k(method, ks)) for method in evaluation.methods[1:]]
     samples.append(("teacher, many steps", _over_k("teacher", many, w_distilled)))
     # After Fig. 6: guidance on top of what was distilled, and Eq. 13's way back.
     guidance = []
     for method in ("tdd_rho0", "tdd"):
         columns = [Column(f"g={1 + w:g}", method, make_case(k, w=w)) for w in (0.0, *W_ADDED)]
-        guidance.append((f"{NAMES[method]}, guided", columns))
+        guidance.append((f"{title_of(method)}, guided", columns))
     tuned = [Column("as it is", "tdd_high", make_case(k))]
     for w in W_ADDED:
         tuned.append(Column(f"as g={1 + w:g}", "tdd_high", make_case(k, w=w, tune=W_HIGH)))
-    guidance += [(f"{NAMES['tdd_high']}, tuned", tuned), teacher]
+    guidance += [(f"{title_of('tdd_high')}, tuned", tuned), teacher]
     # After Fig. 7: C of Eq. 17 in no step, in the first and in all, at rising guidance.
     clipping, clip_steps = [], {"no C": 0, "first": 1, "all": k}
     for w in (0.0, *W_ADDED[:2]):
@@ -148,7 +149,7 @@ def curves(path: Path, evaluation: Evaluation, methods: list[str], title: str) -
         _curves(figure, box, panel_title, metric, gamma, evaluation, methods)
     compare.legend(figure, methods, (1425, 1450), 1458, 15)
     note = "pictures from the same noise; logarithmic scales; bands are standard errors"
-    if several := [NAMES[name] for name in methods if len(evaluation.trainings(name)) > 1]:
+    if several := [title_of(name) for name in methods if len(evaluation.trainings(name)) > 1]:
         note += f", of {', '.join(several)} deviations over trainings at gamma = 0"
     figure.text(30, 615, f"{config.samples} {note}", 15, GREY)
     figure.save(path)
@@ -177,24 +178,28 @@ def _curves(
 
 
 def told_k(path: Path, evaluation: Evaluation, told: dict[str, list[int]]) -> None:
-    """rmse of students in k steps (down) that are told K (across); told: their K by name."""
+    """rmse of students in k steps (down) that are told K (across); told: their K by name.
+
+    Of several trainings the first: the others have not all of these cases.
+    """
     cell, left = 84, 40
     width = sum(100 + cell * len(Ks) for Ks in told.values())
     figure = Figure(max(width + 40, 900), 190 + cell * max(map(len, told.values())))
     many = evaluation.config.solver_steps
     figure.text(30, 30, f"rmse to the teacher's {many}-step samples: k steps, told K", 24)
     for name, Ks in told.items():
-        figure.text(left + 40, 76, NAMES[name], 18, compare.COLOURS[name])
+        figure.text(left + 40, 76, title_of(name), 18, colour_of(name))
         for x, K in enumerate(Ks):
             figure.text(left + 40 + cell * (x + 0.5), 106, f"K = {K}", 15, GREY, "mm")
         for y, k in enumerate(Ks):
             top = 124 + cell * y
             figure.text(left - 12, top + cell / 2, f"k = {k}", 15, GREY, "lm")
-            values = [evaluation.figure(name, "rmse", _told_case(k, K))[0] for K in Ks]
+            rows = [evaluation.find(name, _told_case(k, K)) for K in Ks]
+            values = [row["rmse"]["value"] for row in rows]
             for x, value in enumerate(values):
                 # White is this row's best, and the darkest half as much again.
                 share = 0.5 * min(2 * (value / min(values) - 1), 1)
-                shade = tuple(round(255 + share * (c - 255)) for c in compare.COLOURS[name])
+                shade = tuple(round(255 + share * (c - 255)) for c in colour_of(name))
                 x_0, y_0 = left + 40 + cell * x, top
                 x_1, y_1 = x_0 + cell - 4, top + cell - 4
                 figure.polygon([(x_0, y_0), (x_1, y_0), (x_1, y_1), (x_0, y_1)], shade)

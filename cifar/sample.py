@@ -25,6 +25,7 @@ from sdxl.lora import merge
 from sdxl.lora_files import read_lora
 from sdxl.pipeline import DTYPES, SCHEDULES, null_condition, scalar_network
 from sdxl.recipe import RECOMMENDED
+from sdxl.weights import use_exact_float32
 from solvers import ddim, noise_stream, sdxl_schedule
 from tcd import TCF
 from tdd import clip_x0, gamma_sample, guided
@@ -118,6 +119,10 @@ def sample_pictures(
 
 def main(args) -> None:
     cli.check_device(args.device)
+    use_exact_float32(torch.float32)
+    if args.sample == "teacher" and args.tune_guidance is not None:
+        raise ValueError("--tune-guidance is for a student: no guidance is distilled in a teacher")
+    files.output_folder(args.output.parent)
     if args.runs is None:
         args.runs = Path("runs/cifar10")
         stage = Path(args.sample, "stage.json")
@@ -140,7 +145,6 @@ def main(args) -> None:
     label = torch.tensor([CLASSES.index(name) for name in args.labels] * args.num_images)
     seeds = range(args.seed, args.seed + len(label))
     pictures = sample_pictures(model, label, seeds, timesteps, case).permute(0, 2, 3, 1).numpy()
-    files.output_folder(args.output.parent)
     save_grid([Image.fromarray(x) for x in pictures], args.output, columns=len(args.labels))
     print(f"{len(label)} pictures of {args.sample} in {args.steps} steps: {args.output}")
 

@@ -7,6 +7,7 @@ A finished stage is used again, an interrupted one is resumed, and changed setti
 """
 
 import argparse
+import sys
 import time
 from copy import deepcopy
 from dataclasses import fields
@@ -18,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from cifar import figures
 from cifar.classifier import BORDER, Classifier, random_crop
-from cifar.config import METHODS, PATHS, REPEATED, SEED, CifarConfig, student_config
+from cifar.config import METHODS, PATHS, REPEATED, SEED, WALKERS, CifarConfig, student_config
 from cifar.data import CLASSES, condition, read_split, teacher_loss, to_x0, unet_json
 from cifar.evaluate import Evaluation
 from cifar.sample import load_teacher
@@ -28,11 +29,11 @@ from common.compare import PASSES, equal_budget_steps, path_steps
 from sdxl import num_steps
 from sdxl.lora_files import write_diffusers
 from sdxl.pipeline import compile_blocks, null_condition
-from sdxl.weights import load_strict
+from sdxl.weights import load_strict, use_exact_float32
 from solvers import sdxl_schedule
 from tdd import ema_update, equidistant, targets_of
 from training import distributed, loop
-from training.build import build_optimizers, build_step
+from training.build import DistillConfig, build_optimizers, build_step
 from training.paths import PathLoader, count_walkers, start_steps
 from unet import UNet, UNetConfig
 
@@ -207,7 +208,12 @@ def train_student(config: CifarConfig, stage: Stage) -> None:
             range(len(CLASSES)).count, fewest=config.walkers,
         )  # fmt: skip
         if is_new:
-            loader.start(encode)
+            spent = loader.start(encode)
+            print(f"{stage.folder.name}: {len(loader.walkers.n)} walkers spread by {spent} steps of "
+                  "the teacher, which count to its budget")  # fmt: skip
+            if stage.steps == 1:
+                print("one step is left of it: give fewer --walkers, or more --steps",
+                      file=sys.stderr)  # fmt: skip
         return loader
 
     optimizers = build_optimizers(student, step)
@@ -234,16 +240,28 @@ def build_config(args) -> CifarConfig:
         raise ValueError(f"--channels {channels}: up to 4 levels, of a multiple of 32 each")
     # Every student is sampled in kmin to kmax steps, whatever it is trained for.
     targets_of("tdd", config.solver_steps, config.kmin, config.kmax)
-    for name in config.methods:
-        student = student_config(config, name)
-        if student.told_ks:
-            num_steps.check_rank(student.told_ks, student.rank)
-            num_steps.reader(student.told_ks, unet_json(config.channels)["addition_time_embed_dim"])
-        if student.method == "tdm":
-            equidistant(max(student.Ks), config.solver_steps)
-        else:
-            targets_of(student.method, config.solver_steps, student.kmin, student.kmax)
+    students = {name: student_config(config, name) for name in config.methods}
+    for name, student in students.items():
+        try:
+            check_student(config, student)
+        except ValueError as problem:
+            raise ValueError(f"--methods {name}: {problem}") from None
+    if args.repeats > 1 and not students.keys() & {*REPEATED}:
+        raise ValueError(f"--repeats is for {', '.join(REPEATED)}")
     return config
+
+
+def check_student(config: CifarConfig, student: DistillConfig) -> None:
+    """ValueError for a student that cannot be told what it is to be told, or has no targets."""
+    if student.method == "tdd" and len(student.Ks) == 1:
+        raise ValueError(f"K is drawn from several: --kmax must be above {student.Ks[0]}")
+    if student.told_ks:
+        num_steps.check_rank(student.told_ks, student.rank)
+        num_steps.reader(student.told_ks, unet_json(config.channels)["addition_time_embed_dim"])
+    if student.method == "tdm":
+        equidistant(max(student.Ks), config.solver_steps)
+    else:
+        targets_of(student.method, config.solver_steps, student.kmin, student.kmax)
 
 
 def with_repeats(methods: list[str], repeats: int) -> tuple[str, ...]:
@@ -258,6 +276,7 @@ def with_repeats(methods: list[str], repeats: int) -> tuple[str, ...]:
 def main(args) -> None:
     start = time.time()
     cli.check_device(args.device)
+    use_exact_float32(torch.float32)
     if distributed.get_dist_info(args.device)[1] > 1:
         raise ValueError("CIFAR-10 takes one process: start it without torchrun")
     config = build_config(args)
@@ -311,7 +330,7 @@ def parser(preset: str | None = None) -> cli.Parser:
     flag("--drop", type=share, default=0.12, help="share of null conditions for the teacher")
     flag("--steps", type=count, help="training steps of a student")
     flag("--batch-size", type=count, help="pictures a step of a student")
-    flag("--walkers", type=count, default=512,
+    flag("--walkers", type=count, default=WALKERS,
          help="walkers on the teacher's path, four batches or more")  # fmt: skip
     flag("--lr", type=cli.non_negative, default=4e-4, help="delta, the students' learning rate")
     flag("--ema", type=share, default=0.99, help="mu of the target network theta-")

@@ -44,6 +44,19 @@ PATH = "_path"
 BEYOND = (*DRAWN_KS, f"pcm4{PATH}", f"tdd_eta0{PATH}")  # those that the experiments train
 
 
+def title_of(method: str) -> str:
+    """A method's name in tables and pictures."""
+    base = method.removesuffix(PATH)
+    if method in NAMES or base == method:
+        return NAMES.get(method, method)
+    return f"{title_of(base)}, path"
+
+
+def colour_of(method: str) -> tuple[int, int, int]:
+    """A method's colour in pictures."""
+    return COLOURS.get(method, INK)
+
+
 @dataclass(frozen=True)
 class Variant:
     """What a student's name says: a method of the papers, and what is beyond them.
@@ -164,7 +177,7 @@ def curve_panel(
     axes = Axes(figure, box, xlim, ylim, log_y=True, log_x=log_x)
     axes.frame(title, xlabel, ylabel, ks, ticks, size)
     for method, (k, value, error) in curves.items():
-        colour, dash = COLOURS.get(method, INK), 7 if method == "teacher" else None
+        colour, dash = colour_of(method), 7 if method == "teacher" else None
         axes.band(k, np.maximum(value - error, ylim[0]), value + error, colour)
         axes.line(k, value, colour, 2.5, dash, dots=4)
     return axes
@@ -173,7 +186,7 @@ def curve_panel(
 def legend(figure: Figure, methods: list[str], line: tuple[float, float], x: float, size: int):
     """A line from x = line[0] to line[1] and, at x, a name for each method, from y = 130 on."""
     for i, method in enumerate(methods):
-        colour, dash = COLOURS.get(method, INK), 7 if method == "teacher" else None
+        colour, dash = colour_of(method), 7 if method == "teacher" else None
         y = 130 + 34 * i
         figure.line([(line[0], y), (line[1], y)], colour, 3, dash)
-        figure.text(x, y, NAMES.get(method, method), size, colour)
+        figure.text(x, y, title_of(method), size, colour)

@@ -16,8 +16,8 @@ from sdxl.lora import Adapter, LoRA
 from tdm import nearest
 from unet import UNet, timestep_embedding
 
-# The sinusoids of 8, 16, 24 .. lie far enough apart (smallest singular value 5.3 for K of 4 to 8);
-# those of 1, 2, 3 do not (0.0003).
+# The sinusoids of 8, 16, 24 .. lie far enough apart, those of 1, 2, 3 .. do not: for K of 1 to 8 the
+# smallest singular value is 5.3, and would be 0.0003.
 CROP_PER_K = 8
 LINEAR_1, LINEAR_2 = "add_embedding.linear_1", "add_embedding.linear_2"
 
@@ -108,7 +108,9 @@ def reader(Ks: tuple[int, ...], width: int) -> Tensor:
     # Large rows, which only just cancel, would read noise.
     code = rows.bfloat16().double() @ s.bfloat16().double().T
     if not torch.allclose(code, torch.eye(len(Ks), dtype=code.dtype), atol=0.02):
-        raise ValueError(f"{width} sinusoids of the crop do not tell K of {[*Ks]} apart")
+        raise ValueError(
+            f"{width} sinusoids of the crop do not tell K of {[*Ks]} apart: give fewer"
+        )
     return rows.float()
 
 

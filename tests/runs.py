@@ -26,8 +26,9 @@ def command(folder, shards, output, *words, processes=1):
         start += ["--master-port", str(29500 + os.getpid() % 2000)]
     flags = {"model": folder, "data": shards, "output": output, "resolution": 64, "batch-size": 2,
              "grad-accum": 1, "steps": 8, "save-every": 2, "sample-every": 0, "workers": 1,
-             "device": "cpu", "dtype": "float32", "lr": 1e-3, "rank": 4,
-             "lora-alpha": 4}  # fmt: skip
+             "device": "cpu", "dtype": "float32", "lr": 1e-3}  # fmt: skip
+    if "--full" not in words:
+        flags |= {"rank": 4, "lora-alpha": 4}
     listed = [word for k, v in flags.items() for word in (f"--{k}", str(v))]
     return [*start, str(HERE / "train_sdxl.py"), *listed, *map(str, words)]
 

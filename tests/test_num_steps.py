@@ -412,9 +412,9 @@ EXPORTS = [
     (["--export-k", 4, "--lora", "nowhere.safetensors", "--output", "x.safetensors"], "is missing"),
     (["--export-k", 4, "--lora", "TOLD", "--output", "FILE/x.safetensors"], "cannot write"),
     *((["--export-k", 4, "--lora", "TOLD", "--output", "x.safetensors", *more],
-       "--export-k samples nothing: leave prompts, --tell-k and --controlnet away")
-      for more in (["--prompt", "a"], ["--prompts", "FILE"], ["--tell-k", 4],
-                   ["--controlnet", "x"])),
+       f"{more[0]} is for pictures, not --export-k: leave it away")
+      for more in (["--prompt", "a"], ["--prompts", "FILE"], ["--tell-k", 4], ["--steps", 8],
+                   ["--controlnet", "x"], ["--seed", 1], ["--low-memory"], ["--gamma", 0])),
     (["--lora", "TOLD:0.5"], "that are told K have scales of 0.5 together, and need 1: write"),
     (["--lora", "TOLD:2"], "have scales of 2 together"),
     (["--lora", "TOLD", "--lora", "KOHYA"], "have scales of 2 together"),

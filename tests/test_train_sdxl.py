@@ -670,7 +670,14 @@ MISTAKES = [
     (["--method", "tdm", "--pairs", "data"], "--method tdm has no use for --pairs"),
     (["--pairs", "walkers"], "--pairs"),
     (["--loss", "fisher"], "has no use for --loss"),
-    (["--solver", "dpm2m"], "has no use for --solver"),
+    (["--solver", "dpm2m"], "--solver dpm2m remembers the step before"),
+    (["--solver", "dpm++2m", "--method", "pcm"], "--solver dpm++2m remembers the step before"),
+    (["--adv-weight", "0.2"], "--adv-weight is for --adv: leave it away"),
+    (["--adv-lr", "1e-4"], "--adv-lr is for --adv: leave it away"),
+    (["--full", "--rank", "8"], "--rank is for a LoRA: leave it away"),
+    (["--full", "--lora-alpha", "1"], "--lora-alpha is for a LoRA: leave it away"),
+    (["--method", "tdm", "--data", __file__, "--min-size", "9"], "--min-size is for images"),
+    (["--pairs", "teacher", "--data", __file__, "--min-size", "9"], "--min-size is for images"),
     (["--init", "nowhere.safetensors"], "nowhere.safetensors is no file"),
 ]
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from common import files
-from common.compare import COLOURS, NAMES, Case
-from common.plots import CLASS_COLOURS, INK
+from common.compare import Case, colour_of, title_of
+from common.plots import CLASS_COLOURS
 from toy.config import ToyConfig
 from toy.evaluate import Evaluation
 from toy.figures import rows_inside, teacher_paths
@@ -137,7 +137,7 @@ def describe(method: str, network: BatchedMLP) -> dict:
     """A method's name, colour and network, the layers' weights being (out, in)."""
     layers = zip(network.weight, network.bias, strict=True)
     return {
-        "key": method, "name": NAMES.get(method, method), "colour": COLOURS.get(method, INK),
+        "key": method, "name": title_of(method), "colour": colour_of(method),
         "scalar": network.scalar, "Ks": [],
         "layers": [{"weight": pack(w[0].T), "bias": pack(b[0, 0])} for w, b in layers],
     }  # fmt: skip

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from common import compare, files
-from common.compare import COLOURS, GAMMAS, NAMES, W_ADDED, W_HIGH, Case
+from common.compare import COLOURS, GAMMAS, W_ADDED, W_HIGH, Case, colour_of, title_of
 from common.plots import CLASS_COLOURS, FAINT, GREY, INK, Axes, Figure
 from solvers import CLEAN
 from tdd import guided, sample_step
@@ -102,7 +102,7 @@ def samples(path: Path, ev: Evaluation, methods: list[str]) -> None:
     rows = []
     for method in methods:
         cells = [*_cells(ev, method, map(Case, ks)), exact]
-        rows.append((NAMES.get(method, method), notes.get(method, ""), method, cells))
+        rows.append((title_of(method), notes.get(method, ""), method, cells))
     _panels(figure, 60, headers, rows, ev.label)
     figure.save(path)
 
@@ -213,14 +213,14 @@ def targets(path: Path, students: list[Student]) -> None:
     for i, (name, student) in enumerate(main.items()):
         box = 90 + (i % columns) * (side + 100), 100 + (i // columns) * (side + 95), side, side
         axes = Axes(figure, box, (0, 1000), (0, 1000))
-        axes.frame(NAMES.get(name, name), "start t", "target tau", ticks, ticks, 15)
+        axes.frame(title_of(name), "start t", "target tau", ticks, ticks, 15)
         axes.line([0, 1000], [0, 1000], FAINT, 2)
         generator = torch.Generator().manual_seed(0)
         sample = sample_step(student.targets, (20_000, 1), student.eta, 0.0, generator)
         counts = Counter(zip(sample.t_next.tolist(), sample.tau.tolist(), strict=True))
         for (start, tau), count in counts.items():
             shade = 60 + 195 * count / max(counts.values())  # the likelier, the darker
-            figure.dot(*axes.place(start, tau), (*COLOURS.get(name, INK), round(shade)), 2.2)
+            figure.dot(*axes.place(start, tau), (*colour_of(name), round(shade)), 2.2)
     figure.save(path)
 
 
@@ -263,10 +263,10 @@ def trajectories(path: Path, ev: Evaluation, exact: Tensor, students: dict[str, 
     for i, (method, paths) in enumerate(students.items()):
         box = 30 + (i % columns) * (side + 20), 100 + (i // columns) * (side + 60), side, side
         axes = Axes(figure, box, LIMITS, LIMITS)
-        axes.frame(NAMES.get(method, method))
+        axes.frame(title_of(method))
         for j in inside:
             axes.line(*exact[j].T.tolist(), GREY, 1.2)
-            axes.line(*paths[j].T.tolist(), COLOURS.get(method, INK), 2, dots=3)
+            axes.line(*paths[j].T.tolist(), colour_of(method), 2, dots=3)
             figure.dot(*axes.place(*paths[j, 0].tolist()), GREY, 4, hollow=True)
     figure.save(path)
 
@@ -292,8 +292,8 @@ def moving_paths(path: Path, ev: Evaluation, exact: Tensor, students: dict[str, 
     background, panels = Figure(10 + len(paths) * (side + 8), 274), {}
     for i, method in enumerate(paths):
         left = 9 + i * (side + 8)
-        name = "teacher, DDIM" if method == "teacher" else NAMES.get(method, method)
-        background.text(left + side / 2, 22, name, 20, COLOURS.get(method, INK), "mm")
+        name = "teacher, DDIM" if method == "teacher" else title_of(method)
+        background.text(left + side / 2, 22, name, 20, colour_of(method), "mm")
         axes = Axes(background, (left, 42, side, side), (-2.9, 2.9), (-2.9, 2.9))
         for j in rows_inside(exact, 40, axes.xlim[1]):
             axes.line(*exact[j].T.tolist(), PALE, 1)
@@ -367,7 +367,7 @@ def _guidance_parts(ev: Evaluation) -> list[tuple]:
         for method, variant in dict.fromkeys((m, v) for m, v, case, _ in ev.rows if case.tune):
             cells = _cells(ev, method, [Case(k)], variant)
             cells += _cells(ev, method, cases, variant, "rmse_teacher")
-            rows.append((NAMES[method], variant, method, cells))
+            rows.append((title_of(method), variant, method, cells))
         exact = [(ev.reference(Case(1), 0.0, w)[0], "") for w in (W_HIGH, *W_ADDED)]
         rows.append(("teacher's ODE", "at that w", "", exact))
         parts.append((title, ["as distilled", *(f"to w = {w:g}" for w in W_ADDED)], rows))
