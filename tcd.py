@@ -2,7 +2,7 @@
 
 Most of TCD stands in tdd.py already, as a special case:
 
-    Algorithms 1 and 2 (Eq. 29)   tdd_loss, with every grid point below t_n as a target
+    Algorithms 1 and 2 (Eq. 29)   tdd_loss, with every grid point up to t_n as a target
     skipping step k               N = T / k solver steps: TCD's 20 of 1,000 timesteps are N = 50
     Algorithm 3                   gamma_sample at gamma = 1
     Algorithm 4 (SSS, Eq. 33)     gamma_sample

@@ -106,7 +106,7 @@ def targets_of(
     kmin, kmax: TDD's K_min and K_max; PCM's number of segments is kmin; the others ignore both.
     reach: TDD's e of Eq. 7 in timesteps, T/kmin unless given. Ks: instead of all that, for TDD, the
     numbers of steps whose next stops are the targets.
-    TCD/CTM may reach anywhere below t_n: with Eq. 7's e = T/N they would be left two targets.
+    TCD/CTM may reach anywhere up to t_n: with Eq. 7's e = T/N they would be left two targets.
     """
     match method:
         case "cm":
@@ -252,7 +252,7 @@ def guided(model, cond, null, w, rows: Tensor | None = None):
     """Eq. 12 (19): eps(x_t, t) = (1 + w) eps(x_t, t, c) - w eps(x_t, t), both passes in one batch.
 
     w: a number or (b,). rows: indices of the examples to guide, if not all: the others need no
-    second pass. The result is at least float32, whatever the network computes in.
+    second pass. Unless w is the number 0 the result is at least float32, whatever the network's is.
     """
     if not torch.is_tensor(w) and w == 0:
         return conditioned(model, cond)

@@ -1,8 +1,8 @@
 """One frozen base as all networks of a method, and a training step of TDD or TDM on it.
 
 The teacher is the base with no LoRA active, the student the base with its LoRA; the target network
-has that LoRA's moving average, TDM's fake score a LoRA of its own. Whatever the method, memory
-holds the base's weights once.
+has that LoRA's moving average, TDM's fake score a LoRA of its own. With LoRAs, whatever the method,
+memory holds the base's weights once.
 """
 
 import copy
