@@ -209,11 +209,10 @@ def train_student(config: CifarConfig, stage: Stage) -> None:
         )  # fmt: skip
         if is_new:
             spent = loader.start(encode)
-            print(f"{stage.folder.name}: {len(loader.walkers.n)} walkers spread by {spent} steps of "
-                  "the teacher, which count to its budget")  # fmt: skip
+            print(f"{stage.folder.name}: {spent} steps of the teacher to spread the walkers, which "
+                  "count to its budget")  # fmt: skip
             if stage.steps == 1:
-                print("one step is left of it: give fewer --walkers, or more --steps",
-                      file=sys.stderr)  # fmt: skip
+                print("one step is left: give fewer --walkers or more --steps", file=sys.stderr)
         return loader
 
     optimizers = build_optimizers(student, step)

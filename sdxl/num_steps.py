@@ -16,8 +16,8 @@ from sdxl.lora import Adapter, LoRA
 from tdm import nearest
 from unet import UNet, timestep_embedding
 
-# The sinusoids of 8, 16, 24 .. lie far enough apart, those of 1, 2, 3 .. do not: for K of 1 to 8 the
-# smallest singular value is 5.3, and would be 0.0003.
+# The sinusoids of 8, 16, 24 .. lie far enough apart, those of 1, 2, 3 .. do not: for K of 1 to 8
+# the smallest singular value is 5.3, and would be 0.0003.
 CROP_PER_K = 8
 LINEAR_1, LINEAR_2 = "add_embedding.linear_1", "add_embedding.linear_2"
 

@@ -37,8 +37,8 @@ TRAINED = [name for name in METHODS if name not in REST]
 # 32 channels alone would be groups of one each, from which GroupNorm takes all that temb has added.
 TINY = {
     "channels": "64 32", "classifier-steps": 12, "teacher-steps": 30, "teacher-batch": 8,
-    "steps": 3, "batch-size": 4, "walkers": 16, "samples": 20, "solver-steps": 10, "kmax": 6, "rank": 8,
-    "methods": " ".join(TRAINED),
+    "steps": 3, "batch-size": 4, "walkers": 16, "samples": 20, "solver-steps": 10, "kmax": 6,
+    "rank": 8, "methods": " ".join(TRAINED),
 }  # fmt: skip
 W = 2.0
 
