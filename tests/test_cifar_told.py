@@ -15,11 +15,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from cifar import evaluate, figures
 from cifar import sample as cifar_sample
 from cifar import train as cifar_train
 from cifar.config import METHODS, PATHS, REPEATED
 from cifar.evaluate import Evaluation, make_case, method_cases, told_steps, told_wrong
-from common.compare import path_steps
+from cifar.sample import LoadedModel
+from common.compare import path_steps, title_of
+from common.plots import Figure
 from sdxl import num_steps
 from tests.helpers import randn, run
 from tests.test_cifar import build_config, ddim_by_hand, flags, rewrite, slice_of_cifar, trained
@@ -150,15 +153,35 @@ def test_an_unknown_k_is_refused(runs, tmp_path, monkeypatch, capsys, name, K, m
 @pytest.mark.parametrize(
     ("more", "message"),
     [({"rank": 4}, "a rank of 4 is too low to tell 6 K: give --rank 6"),
-     ({"kmax": 12, "solver-steps": 20, "rank": 16}, "32 sinusoids of the crop do not tell K of")],
+     ({"kmax": 12, "solver-steps": 20, "rank": 16},
+      "--methods tdd_k: 32 sinusoids of the crop do not tell K of"),
+     ({"methods": "tdd_k4_blind", "kmin": 6}, "tdd_k4_blind: K is drawn from several: --kmax must"),
+     ({"methods": "cm tdd", "repeats": 2}, "--repeats is for pcm4, tdd_eta0, tdd_k4_data")],
 )  # fmt: skip
 def test_k_that_cannot_be_told_are_refused_before_the_first_training(
     data, tmp_path, monkeypatch, capsys, more, message
 ):
-    words = flags(tmp_path / "x", data, methods="cm tdd_k", **more)
+    words = flags(tmp_path / "x", data, **{"methods": "cm tdd_k"} | more)
     code, _, err = run(cifar_train, monkeypatch, capsys, *words)
     assert code == 2 and err.count("\n") == 1 and message in err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("program", [cifar_sample, cifar_train])
+def test_float32_is_exact_on_a_gpu(program, monkeypatch, tmp_path):
+    """Convolutions too, which torch would compute in TF32; the parser's values, a missing folder."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    more = ["--sample", "teacher", "--runs"] if program is cifar_sample else ["--data-dir"]
+    args = program.parser().parse_args([*more, str(tmp_path / "nowhere"), "--device", "cpu"])
+    with pytest.raises((ValueError, OSError)):
+        program.main(args)
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_guidance_of_a_teacher_cannot_be_tuned(runs, tmp_path, monkeypatch, capsys):
+    words = ["--sample", "teacher", "--runs", runs, "--cfg", 2, "--tune-guidance", 3]
+    code, _, err = run(cifar_sample, monkeypatch, capsys, *words, "--output", tmp_path / "x.png")
+    assert code == 2 and err.count("\n") == 1 and "--tune-guidance is for a student" in err
 
 
 def test_a_missing_student_is_looked_for_where_the_user_trained(runs, monkeypatch, capsys):
@@ -230,14 +253,57 @@ def test_several_trainings_are_their_mean_and_deviation(data, tmp_path):
     assert evaluation.methods == ["tdd_k4", "pcm4"] and "pcm4" not in "".join(wrong)
 
 
+def test_the_picture_of_what_is_told_is_of_one_training(data, tmp_path, monkeypatch):
+    """The first: repeats have only some of its cases."""
+    config, values = build_config(tmp_path, data), {}
+    for k, K in ((4, 4), (4, 6), (6, 4), (6, 6)):
+        case = make_case(k, tell_k=None if k == K else K)
+        values["tdd_k4", case], values["tdd_k4-seed1", case] = 0.1 * k + 0.01 * K, 9.0
+    drawn = []
+    monkeypatch.setattr(Figure, "text", lambda self, x, y, text, *_: drawn.append(text))
+    figures.told_k(tmp_path / "told.png", stub_evaluation(config, values), {"tdd_k4": [4, 6]})
+    assert [text for text in drawn if text[:2] == "0."] == ["0.440", "0.460", "0.640", "0.660"]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_every_student_that_may_be_trained_has_a_name_in_the_pictures(data, tmp_path, name):
+    evaluation = stub_evaluation(build_config(tmp_path, data), {("tdd", make_case(4)): 1.0})
+    evaluation.rows["teacher", make_case(4)] = evaluation.rows["tdd", make_case(4)]
+    evaluation.rows[name, make_case(4)] = evaluation.rows["tdd", make_case(4)]
+    (title,) = [title for title, columns in figures.sheets(evaluation)[0][2]
+                if columns[0].method == name]  # fmt: skip
+    assert title == f"{title_of(name.removesuffix('_path'))}, path"
+
+
+def test_samples_in_many_small_steps_are_of_their_grid(data, tmp_path, monkeypatch):
+    """Of N = 10 and 20, whose 5 steps are at the same times: not one file for both."""
+    monkeypatch.setattr(evaluate, "weights_digest", lambda folder: "weights")
+    monkeypatch.setattr(evaluate, "sample_pictures", lambda *_: torch.zeros(2, 3, 32, 32).byte())
+    for N in (10, 20):
+        evaluation = object.__new__(Evaluation)
+        evaluation.config = build_config(tmp_path, data, **{"solver-steps": N})
+        evaluation.label, evaluation.seeds, evaluation.exact = torch.zeros(2), range(2), {}
+        evaluation.sample("teacher", None, make_case(5))
+        evaluation._add_exact(LoadedModel(None), make_case(5, gamma=0.2))
+    settings = []
+    for path in (tmp_path / "samples").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            settings.append(json.loads(file.metadata()["settings"]))
+    grids = sorted((each["exact"], each.get("solver_steps", 0)) for each in settings)
+    assert grids == [(False, 0), (True, 10), (True, 20)]
+
+
 def test_no_student_that_is_told_is_no_picture_of_it(runs, data, tmp_path, monkeypatch, capsys):
     """And one that an earlier run left is taken away."""
     output = tmp_path / "cifar10"
     for name in ("classifier", "teacher"):
         shutil.copytree(runs / name, output / name)
     (output / "told.png").write_text("old")
-    words = flags(output, data, methods="pcm4_path")
-    code, _, err = run(cifar_train, monkeypatch, capsys, *words)
+    words = flags(output, data, methods="pcm4_path cm_path")
+    code, out, err = run(cifar_train, monkeypatch, capsys, *words)
     assert code == 0, err
     names = {path.stem for path in output.glob("*.png")}
     assert names == {"curves", "beyond_curves", "samples"}
+    assert "68 steps of the teacher to spread the walkers" in out
+    assert "one step is left: give fewer --walkers or more --steps" in err
+    assert "several trainings" not in out
