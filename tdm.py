@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from solvers import CLEAN, SOLVERS, Schedule, eps_theta, renoise, to_device, x0_of_step, x_theta
-from tdd import conditioned, equidistant, squared_l2, with_scalar
+from tdd import equidistant, squared_l2
 
 # -------------------------------------------------------------------------- 3.1 the trajectory
 #
@@ -111,16 +111,6 @@ def generate(
 def nearest(K: int, Ks: tuple[int, ...]) -> int:
     """What a student that knows Ks is told for K steps: K, or the nearest that it knows."""
     return min(Ks, key=lambda known: (abs(known - K), known))
-
-
-def with_num_steps(network, K: int | None):
-    """network(x_t, t, cond) of one that also takes the number of steps K, unless K is None."""
-    return network if K is None else with_scalar(network, K)
-
-
-def conditioned_on_steps(network, cond, K: int | None):
-    """eps(x_t, t) of a network with its condition and, unless K is None, the number of steps."""
-    return conditioned(with_num_steps(network, K), cond)
 
 
 # -------------------------------------------------------------------------- 3.1 the fake score

@@ -66,18 +66,12 @@ LESS_MEMORY = {
 }  # fmt: skip
 
 
-def changed(args, parser: Parser) -> dict[str, str]:
-    """The flags with another value than their default, by the name of that value."""
-    flags = {action.dest: action.option_strings[0] for action in parser._actions}
-    return {x: flags[x] for x, value in vars(args).items() if value != parser.get_default(x)}
-
-
 def check_uses(args, parser: Parser, uses: dict[str, tuple[str, bool]]) -> None:
     """ValueError for a flag without use; uses: what each is for, and whether there is that."""
-    for name, flag in changed(args, parser).items():
-        what, is_there = uses.get(name, ("", True))
-        if not is_there:
-            raise ValueError(f"{flag} is for {what}: leave it away")
+    flags = {action.dest: action.option_strings[0] for action in parser._actions}
+    for name, (what, is_there) in uses.items():
+        if not is_there and getattr(args, name) != parser.get_default(name):
+            raise ValueError(f"{flags[name]} is for {what}: leave it away")
 
 
 def memory_advice(parser: Parser) -> str:

@@ -7,7 +7,7 @@ import torch
 import tdm
 from common.compare import equal_budget_steps
 from solvers import SOLVERS
-from tdd import guided
+from tdd import conditioned, guided, with_scalar
 from toy.config import ToyConfig
 from toy.data import CLASSES, one_hot
 from toy.model import BatchedMLP, train
@@ -61,8 +61,10 @@ def train_tdm(
         # Lines 3-7. No data is used, only labels.
         cond = one_hot(torch.randint(CLASSES, (rows,), generator=generator))
         sample = tdm.sample_step(m.Ks, (rows, 2), config.N, generator)
-        K = sample.K if m.with_num_steps else None
-        student_eps, fake_eps = (tdm.conditioned_on_steps(net, cond, K) for net in (student, fake))
+        networks = student, fake
+        if m.with_num_steps:
+            networks = [with_scalar(network, sample.K) for network in networks]
+        student_eps, fake_eps = (conditioned(network, cond) for network in networks)
         p = tdm.generate(student_eps, sample, schedule, SOLVERS[m.solver], m.clean)
         # Lines 9 and 10: the fake score first ..
         fake.requires_grad_()
