@@ -169,7 +169,7 @@ def test_k_that_cannot_be_told_are_refused_before_the_first_training(
 
 @pytest.mark.parametrize("program", [cifar_sample, cifar_train])
 def test_float32_is_exact_on_a_gpu(program, monkeypatch, tmp_path):
-    """Convolutions too, which torch would compute in TF32 otherwise; no weights or data are read."""
+    """Convolutions too, which torch would compute in TF32; no weights or data are read."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     more = ["--sample", "teacher", "--runs"] if program is cifar_sample else ["--data-dir"]
     args = program.parser().parse_args([*more, str(tmp_path / "nowhere"), "--device", "cpu"])
