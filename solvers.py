@@ -203,7 +203,7 @@ SOLVERS = {
     "ddim": lambda: ddim, "dpm2s": lambda: dpm_2s, "dpm2m": dpm_2m,
     "dpm++2s": lambda: dpmpp_2s, "dpm++2m": dpmpp_2m,
 }  # fmt: skip
-MULTISTEP = ("dpm2m", "dpm++2m")  # these remember the step before, and so cannot be Phi of Eq. 9
+ONE_STEP = ("ddim", "dpm2s", "dpm++2s")  # Phi of Eq. 9: the others remember the step before
 
 
 def eps_theta(model, x_t: Tensor, t, schedule: Schedule) -> Tensor:

@@ -391,7 +391,7 @@ def parser() -> cli.Parser:
     add("--keep", type=positive_int, default=2, help="number of checkpoints to keep")
     add("--resume", action="store_true", help="continue from the newest complete checkpoint")
     add("--sample-every", type=count, default=1000, help="steps between picture grids; 0: none")
-    add("--sample-prompts", type=Path, metavar="FILE", help="file of the grids' prompts, by lines")
+    add("--sample-prompts", type=Path, metavar="FILE", help="prompts of the grids, one a line")
     return p
 
 

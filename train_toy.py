@@ -17,7 +17,7 @@ import torch
 
 from common import cli, files
 from common.compare import BEYOND, GAMMAS
-from solvers import sdxl_schedule
+from solvers import ONE_STEP, sdxl_schedule
 from tcd import TCF
 from tdd import targets_of
 from toy import ablations, explorer, figures
@@ -113,7 +113,7 @@ def parser() -> cli.Parser:
     flag("--rho", type=cli.share, default=0.2, help="share rho of null conditions")
     flag("--guidance", type=number(float, 1, 100), default=3.0,
          help="guidance g to distil; g = 1 + w, so the paper's w' is g - 1")  # fmt: skip
-    flag("--solver", choices=["ddim", "dpm2s", "dpm++2s"], default="ddim", help="solver Phi")
+    flag("--solver", choices=ONE_STEP, default="ddim", help="solver Phi")
     flag("--solver-steps", type=cli.positive_int, default=50, help="steps N of the solver Phi")
     flag("--samples", type=number(int, 64), default=2048,
          help="samples a seed in evaluation, rounded down to a multiple of 8")  # fmt: skip

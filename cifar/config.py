@@ -19,8 +19,10 @@ STUDENTS = {
 }  # fmt: skip
 METHODS = [*STUDENTS, *BEYOND]  # unless others are asked for
 GUIDANCE_STUDY = ("tdd_rho0", "tdd_high")
-NO_PATH = ("tdm4", "tdm_unify", *GUIDANCE_STUDY)
-PATHS = [name + PATH for name in STUDENTS if name not in NO_PATH]
+PATHS = [
+    name + PATH for name, (method, _) in STUDENTS.items()
+    if method != "tdm" and name not in GUIDANCE_STUDY
+]  # fmt: skip
 # Of these --repeats trains more than one, each from other random numbers.
 REPEATED = ("pcm4", "tdd_eta0", "tdd_k4_data", "tdd_k4")
 SEED = "-seed"  # ends the name of a repeat: pcm4-seed1

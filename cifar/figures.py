@@ -194,8 +194,7 @@ def told_k(path: Path, evaluation: Evaluation, told: dict[str, list[int]]) -> No
         for y, k in enumerate(Ks):
             top = 124 + cell * y
             figure.text(left - 12, top + cell / 2, f"k = {k}", 15, GREY, "lm")
-            rows = [evaluation.find(name, _told_case(k, K)) for K in Ks]
-            values = [row["rmse"]["value"] for row in rows]
+            values = [evaluation.find(name, _told_case(k, K))["rmse"]["value"] for K in Ks]
             for x, value in enumerate(values):
                 # White is this row's best, and the darkest half as much again.
                 share = 0.5 * min(2 * (value / min(values) - 1), 1)

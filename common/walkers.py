@@ -109,9 +109,8 @@ class Walkers:
     ) -> int:  # fmt: skip
         """Begin, and spread the walkers evenly over their paths; returns the steps that took.
 
-        encode(conds) gives the condition and null condition of a list of conditions. stride: points
-        of the grid that a step goes down by at most. Otherwise all would begin their paths
-        together, time after time.
+        Otherwise all would begin their paths together, time after time. encode(conds) gives the
+        condition and null condition of a list of conditions. stride: as for `stagger_steps`.
         """
         N, W = len(self.grid) - 1, len(self.n)
         self._begin(torch.arange(W))
@@ -120,7 +119,7 @@ class Walkers:
             while len(behind := (self.n > goal).nonzero()[:, 0]):
                 for rows in behind.split(batch):
                     cond, null = encode([self.conds[row] for row in rows.tolist()])
-                    # From t_{n+1} down to t_n, a stride below or that of the goal's pair.
+                    # Down by a stride, or to where the goal's pair begins.
                     n = torch.maximum(self.n[rows] + 1 - stride, goal[rows] + 1)
                     x_n = self._teacher_step(rows, n, teacher, cond, null, schedule, solver)
                     self.n[rows] = n
@@ -128,7 +127,9 @@ class Walkers:
                     bar.update(len(rows))
         return steps
 
-    def _teacher_step(self, rows: Tensor, n: Tensor, teacher, cond, null, schedule, solver):
+    def _teacher_step(
+        self, rows: Tensor, n: Tensor, teacher, cond, null, schedule, solver
+    ) -> Tensor:
         """Algorithm 1, lines 11-15, as in tdd.tdd_loss, down to t_n: x_n (b, ..)."""
         sample = replace(self._step_sample(rows, n), t_n=self.grid[n]).to(self.device)
         cond = where_cond(sample.keep_prompt, cond, null)

@@ -21,7 +21,7 @@ from cifar import train as cifar_train
 from cifar.config import METHODS, PATHS, REPEATED
 from cifar.evaluate import Evaluation, make_case, method_cases, told_steps, told_wrong
 from cifar.sample import LoadedModel
-from common.compare import path_steps, title_of
+from common.compare import NAMES, path_steps
 from common.plots import Figure
 from sdxl import num_steps
 from tests.helpers import randn, run
@@ -158,7 +158,7 @@ def test_an_unknown_k_is_refused(runs, tmp_path, monkeypatch, capsys, name, K, m
      ({"methods": "tdd_k4_blind", "kmin": 6}, "tdd_k4_blind: K is drawn from several: --kmax must"),
      ({"methods": "cm tdd", "repeats": 2}, "--repeats is for pcm4, tdd_eta0, tdd_k4_data")],
 )  # fmt: skip
-def test_k_that_cannot_be_told_are_refused_before_the_first_training(
+def test_students_that_cannot_be_are_refused_before_the_first_training(
     data, tmp_path, monkeypatch, capsys, more, message
 ):
     words = flags(tmp_path / "x", data, **{"methods": "cm tdd_k"} | more)
@@ -272,7 +272,7 @@ def test_every_student_that_may_be_trained_has_a_name_in_the_pictures(data, tmp_
     evaluation.rows[name, make_case(4)] = evaluation.rows["tdd", make_case(4)]
     (title,) = [title for title, columns in figures.sheets(evaluation)[0][2]
                 if columns[0].method == name]  # fmt: skip
-    assert title == f"{title_of(name.removesuffix('_path'))}, path"
+    assert title == f"{NAMES[name.removesuffix('_path')]}, path"
 
 
 def test_samples_in_many_small_steps_are_of_their_grid(data, tmp_path, monkeypatch):

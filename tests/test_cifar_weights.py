@@ -26,7 +26,7 @@ def pictures_of_the_run():
     return grid.reshape(4, 32, 10, 32, 3).transpose(0, 2, 1, 3, 4)
 
 
-def test_they_are_small_and_what_their_trainings_wrote():
+def test_they_are_small_and_whole():
     assert sum(path.stat().st_size for path in WEIGHTS.rglob("*")) < 20 * 2**20
     stages = {path.parent.name for path in WEIGHTS.glob("*/stage.json")}
     assert stages == {*ROWS, "classifier"}

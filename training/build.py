@@ -9,7 +9,7 @@ from torch import nn
 from sdxl import num_steps
 from sdxl.lora import LoRA, init_scalar_embedding
 from sdxl.pipeline import compile_blocks
-from solvers import MULTISTEP, SOLVERS, sdxl_schedule
+from solvers import ONE_STEP, SOLVERS, sdxl_schedule
 from tcd import TCF
 from tdd import pseudo_huber, squared_l2, targets_of
 from training import loop
@@ -88,14 +88,11 @@ def describe_guidance(config: DistillConfig) -> str:
 
 
 def build_tdd_config(config: DistillConfig, device) -> TDDConfig:
-    """Algorithm 1's settings; ValueError if kmin, kmax and N do not go together.
-
-    And for a solver that is no Phi.
-    """
-    if config.solver in MULTISTEP:
+    """Algorithm 1's settings; ValueError if kmin, kmax and N do not go together, or for no Phi."""
+    if config.solver not in ONE_STEP:
         raise ValueError(
-            f"--solver {config.solver} remembers the step before, of other examples: take ddim, "
-            "dpm2s or dpm++2s"
+            f"--solver {config.solver} remembers the step before, of other examples: take "
+            f"{', '.join(ONE_STEP)}"
         )
     return TDDConfig(
         targets=targets_of(

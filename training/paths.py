@@ -21,7 +21,7 @@ def count_walkers(batch_size: int, fewest: int = 0) -> int:
 def stride(N: int) -> int:
     """Points of the grid that walkers go down by at once while they are spread.
 
-    A tenth of the path: where they begin is then a little off it, once, and cheap for many of them.
+    A tenth of the path. Many are then spread at little cost, and begin a little off their path.
     """
     return max(1, N // 10)
 
