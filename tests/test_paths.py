@@ -1,6 +1,7 @@
 """train_sdxl.py --pairs teacher: walkers in checkpoints, killed and resumed, damaged, unshared."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from tests.helpers import randn
 from tests.oracles import tiny_tdd
 from tests.runs import ENVIRONMENT, HERE, command, killed, run, same_end, stderr_of, steps_of
 from training.checkpoint import walkers_file
-from training.paths import PathLoader, prompts_place
+from training.paths import PathLoader, prompts_place, start_steps
 
 KS = (4, 6, 8)
 PATHS = ["--pairs", "teacher", "--ks", *KS, "--solver-steps", 20]
@@ -100,10 +101,10 @@ def encode(numbers):
     return cond, null_condition(cond)
 
 
-def path_loader(folder, position=0, **more):
-    """Two walkers a batch on paths of 5 steps of the tiny SDXL; with the generator."""
+def path_loader(folder, position=0, N=5, **more):
+    """Two walkers a batch on paths of N steps of the tiny SDXL; with the generator."""
     settings = {"w": (2.0, 6.0), "rho": 0.3, "eta": 0.0, "told_ks": (2, 4)}
-    targets = targets_of("tdd", 5, Ks=(2, 4))
+    targets = targets_of("tdd", N, Ks=(2, 4))
     step = tiny_tdd(folder, torch.float32, targets=targets, **settings)
     numbers, generator = Numbers(position), torch.Generator().manual_seed(0)
     is_number = lambda cond: isinstance(cond, int)  # noqa: E731
@@ -118,6 +119,16 @@ def take(loader, generator):
     with torch.no_grad():
         loss = loader.step.losses(None, *encode(batch["conds"]), sample)["loss"]
     return batch, sample, loss
+
+
+@pytest.mark.parametrize(("fewest", "W", "steps"), [(0, 8, 38), (12, 12, 58)])
+def test_walkers_are_spread_by_tenths_of_the_path(folder, fewest, W, steps):
+    """By hand: walker i is 40 i / W points of the grid down, and each step goes down up to 4."""
+    loader, _ = path_loader(folder, N=40, fewest=fewest)
+    used = []
+    assert sum(math.ceil(40 * i // W / 4) for i in range(W)) == steps == start_steps(W, 40)
+    assert loader.start(lambda conds: used.extend(conds) or encode(conds)) == steps == len(used)
+    assert loader.walkers.n.tolist() == [39 - 40 * i // W for i in range(W)]
 
 
 def test_position_and_tensors_are_all_that_a_loader_needs(folder):
