@@ -528,6 +528,26 @@ def test_a_cache_that_was_stopped_goes_on_behind_its_last_shard(mixed, tmp_path,
         is_full(tmp_path / "cut", {"resolution": (8,)})
 
 
+def test_of_two_runs_that_fill_one_cache_one_stops(mixed, tmp_path):
+    """The second begins while the first encodes, in other batches: each example is there once."""
+    folder, begun = tmp_path / "cache", []
+
+    def interrupted(batch):
+        if not begun:
+            begun.append(True)
+            loader = Loader(Images(mixed, 4, 3, 0, once=True), 1)
+            fill(folder, loader, encode, {"resolution": 4}, 0, 1, lambda: None)
+        return encode(batch)
+
+    message = rf"another run is filling {folder}: this one stops; start it again when"
+    with pytest.raises(ValueError, match=message):
+        filled(folder, mixed, interrupted)
+    rows = [{k: s[k] for k in s.keys() - {"position", "settings"}}
+            for s in shards_of(folder).values()]  # fmt: skip
+    check_rows(rows, mixed)
+    assert sorted(names(rows)) == GOOD and is_full(folder, {"resolution": 4})
+
+
 def test_a_rank_that_was_done_when_others_were_stopped_counts_nothing_twice(tmp_path):
     """The last tar is broken, so its entry comes behind the last example; no index is written."""
     source = write(tmp_path / "in", {"a.tar": pairs(0, 1, 2), "b.tar": "no"})

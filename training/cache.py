@@ -88,7 +88,8 @@ def fill(folder, loader: Loader, encode: Callable, settings: dict, rank, world, 
     """Write what encode(batch) returns: CPU tensors with a leading axis b, by name.
 
     loader: of a single pass, not begun. barrier() waits for all ranks. ValueError as in is_full, if
-    no example can be used, or if too many give tensors that are not finite, which are left out.
+    another run fills the folder too, if no example can be used, or if too many give tensors that
+    are not finite, which are left out.
     """
     if is_full(folder, settings):
         return
@@ -104,7 +105,13 @@ def fill(folder, loader: Loader, encode: Callable, settings: dict, rank, world, 
         position = {**loader.position, "left_out": loader.left_out + not_finite.counts}
         metadata = {"names": names, "position": position, "settings": settings}
         metadata = {key: json.dumps(value) for key, value in metadata.items()}
-        files.write_tensors(folder / f"rank{rank:05}-{number:05}.safetensors", tensors, **metadata)
+        path = folder / f"rank{rank:05}-{number:05}.safetensors"
+        # It was not there when this run began. Behind it lie other examples than this run's next,
+        # as a shard's length depends on the batch size.
+        if path.exists():
+            reason = "this one stops; start it again when the other has ended"
+            raise ValueError(f"another run is filling {folder}: {reason}")
+        files.write_tensors(path, tensors, **metadata)
     files.write_json(folder / f"rank{rank:05}.json", loader.left_out + not_finite.counts)
     barrier()
     paths = []
