@@ -251,7 +251,7 @@ def test_training_waits_once_a_step(method, config, side, tmp_path, monkeypatch)
         return [1.0] * len(numbers)
 
     monkeypatch.setattr(loop, "_read", look)
-    monkeypatch.setattr(TrainState, "save", lambda self, keep: None)
+    monkeypatch.setattr(TrainState, "save", lambda self, *_: None)
     optimizers = build_optimizers(distill_config, step)
     scaler = loss_scaler("cpu", True)
     state = TrainState(tmp_path, step.modules, optimizers, generator, loader, {}, scaler=scaler)

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -269,3 +270,25 @@ def test_processes_with_different_content_are_refused(monkeypatch):
             distributed.check_same(mine)
     monkeypatch.setattr(distributed, "gather", lambda value: [value, dict(value)])
     distributed.check_same(mine)
+
+
+def test_processes_with_different_flags_are_refused(monkeypatch, tmp_path):
+    """On another machine paths may differ, and what they lead to is compared; so may the device."""
+    flags = {action.dest for action in train_sdxl.parser()._actions} - {"help"}
+    settings = dict.fromkeys([*flags, "content of unet", "examples from"], "a")
+    paths = {action.dest for action in train_sdxl.parser()._actions if action.type is Path}
+    for name in settings:
+        monkeypatch.setattr(
+            distributed,
+            "gather",
+            lambda value, name=name: [
+                {**value, **dict.fromkeys(value.keys() & {name}, "b")},
+                value,
+            ],
+        )
+        if name in paths | {"device"}:
+            assert checkpoint.resume_point(tmp_path, True, settings) == (None, {})
+        else:
+            shown = name if " " in name else name.replace("_", "-")
+            with pytest.raises(ValueError, match=f"process 0 has {shown} b, not a as process 0"):
+                checkpoint.resume_point(tmp_path, True, settings)

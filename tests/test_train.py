@@ -7,6 +7,7 @@ import os
 import signal
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,10 +32,10 @@ from tests.oracles import (
     tiny_tdm,
     weights,
 )
-from training import build, checkpoint, loop
+from training import build, checkpoint, distributed, loop
 from training.adversarial import noised_times
 from training.checkpoint import TrainState, checkpoint_step, checkpoints, resume_point
-from training.log import draw_loss
+from training.log import draw_loss, peak_memory_gib
 
 # ----------------------------------------------------------------- Algorithm 1 over diffusers' UNet
 #
@@ -565,11 +566,100 @@ def test_checkpoints_are_rotated_passed_over_and_refused(tmp_path):
     path.write_text(json.dumps({**content, "positions": [1, 2]}))
     with pytest.raises(ValueError, match="made by 2 processes"):
         stub_state(tmp_path, resume=True)
-    path.write_text("{}")  # nothing to go on from: the run begins again, and so does its log
-    state, losses, _ = stub_state(tmp_path, resume=True)
-    loop.fit(state, config(2), losses)
-    log = [json.loads(x)["step"] for x in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert log == [1, 2]
+    # Nothing to go on from, and nothing that was written is lost.
+    path.write_text("{}")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    message = rf"no checkpoint in {tmp_path} is intact \(checkpoint-7\): delete them to begin again"
+    with pytest.raises(ValueError, match=message):
+        stub_state(tmp_path, resume=True)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_what_killed_runs_left_of_checkpoints_is_deleted(tmp_path):
+    """Once the output is this run's; nothing else that is hidden, or of another name."""
+    others = [".checkpoint-4.parts", ".checkpoint-x.old", ".mine", "checkpoint-1.part"]
+    for name in (".checkpoint-3.part", ".checkpoint-12.old", *others):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.safetensors").write_text("half")
+    state, *_ = stub_state(tmp_path)
+    assert (tmp_path / ".checkpoint-3.part").exists()
+    state.claim_output()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {*others, checkpoint.RUN_FILE}
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "lora.safetensors", "unet"])
+def test_another_runs_files_are_not_written_over(name, tmp_path):
+    """Its checkpoints are gone; with --resume a run that came to no checkpoint begins again."""
+    (tmp_path / name).mkdir() if name == "unet" else (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=rf"{tmp_path / name} is there: .*name another --output"):
+        stub_state(tmp_path)
+    if name == "log.jsonl":
+        assert stub_state(tmp_path, resume=True)[0].step == 0
+    else:
+        with pytest.raises(ValueError, match="a run has ended, and its checkpoints are gone"):
+            stub_state(tmp_path, resume=True)
+
+
+def test_torchrun_gives_each_process_its_gpu(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for world, device, expected in ((1, "cuda:2", "cuda:2"), (4, "cuda", "cuda:1"),
+                                    (4, "cpu", "cpu")):  # fmt: skip
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        assert distributed.get_dist_info(device) == (3, world, expected)
+    for device in ("cuda:0", "cuda:2"):
+        message = f"--device {device}: torchrun gives each process its GPU: --device cuda$"
+        with pytest.raises(ValueError, match=message):
+            distributed.get_dist_info(device)
+
+
+def test_memory_is_of_the_runs_device(monkeypatch):
+    """A GPU by its number; the process's on a CPU, also where there are GPUs, in the OS's unit."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    gib = {"cuda:0": 1, "cuda:1": 3}
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda x: gib[str(x)] * 2**30)
+    for device in gib:
+        assert peak_memory_gib(device) == peak_memory_gib(torch.device(device)) == gib[device]
+    usage = SimpleNamespace(ru_maxrss=2**22)
+    fake = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: usage)
+    monkeypatch.setattr("training.log.resource", fake)
+    for platform, expected in (("linux", 4), ("darwin", 2**-8)):
+        monkeypatch.setattr("sys.platform", platform)
+        assert peak_memory_gib("cpu") == expected
+
+
+def test_the_log_has_the_memory_of_the_weights_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "peak_memory_gib", lambda device: {"cpu": 2.5}[str(device)])
+    state, losses, _ = stub_state(tmp_path)
+    loop.fit(state, config(1), losses)
+    assert state.log[0]["memory_gib"] == 2.5
+
+
+@pytest.mark.parametrize("end", ["no batch", "no finite loss", "another run"])
+def test_processes_that_all_end_leave_each_other_first(end, tmp_path, monkeypatch):
+    """Else DDP's modules are the last to hold the group, whose threads may not end then."""
+    closed = []
+    monkeypatch.setattr(distributed, "close", closed.append)
+    state, losses, _ = stub_state(tmp_path)
+    modules = [SimpleNamespace(no_sync=None)]
+
+    def spoilt(batch):
+        if end == "another run":
+            (tmp_path / checkpoint.RUN_FILE).write_text("another one")
+        parts = losses(batch)
+        return {k: v * math.nan for k, v in parts.items()} if end == "no finite loss" else parts
+
+    def no_batch(self):
+        raise ValueError("the data is broken")
+
+    if end == "no batch":
+        monkeypatch.setattr(Stub, "__next__", no_batch)
+    messages = {"no batch": "data is broken", "no finite loss": "10 times in a row",
+                "another run": "another run .* has begun"}  # fmt: skip
+    with pytest.raises(ValueError, match=messages[end]):
+        loop.fit(state, config(10, save_every=1), spoilt, ddp_modules=modules)
+    assert closed == [modules]
 
 
 def test_tensors_are_for_whom_the_umask_lets_read(tmp_path):

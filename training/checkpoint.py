@@ -30,11 +30,11 @@ from training.log import draw_loss, write_line
 # resumes with as many processes as it had, because each has its own random generator and its own
 # share of the data.
 
-# Settings that may differ when a run goes on: learning rates, paths (settings hold the content of
-# what they lead to as well), and what no step depends on.
-MAY_CHANGE = {
+# Machines may differ in these: settings hold the content of what paths lead to as well.
+PATHS = {"model", "tokenizer", "vae", "data", "cache", "init", "sample_prompts", "output"}
+# Settings that may differ when a run goes on: learning rates, paths, and what no step depends on.
+MAY_CHANGE = PATHS | {
     "lr", "k_lr", "adv_lr", "fake_lr", "warmup",
-    "model", "tokenizer", "vae", "data", "cache", "init", "sample_prompts", "output",
     "steps", "save_every", "keep", "sample_every", "resume", "device", "compile", "checkpointing",
     "max_bad", "workers",
 }  # fmt: skip
@@ -44,6 +44,7 @@ MAY_CHANGE = {
 VERSION = {"checkpoint_version": 4}
 SCALER_STATE = GradScaler("cpu").state_dict().keys()
 RUN_FILE = ".run"  # says which run writes to a folder: two at once would mix their checkpoints
+RESULTS = ("lora.safetensors", "unet")  # what a run leaves at its end
 
 
 @dataclass
@@ -90,9 +91,9 @@ class TrainState:
                     moments[f"{key}/{i}/{name}"] = distributed.gather_full(tensor)
         return moments
 
-    def save(self, keep: int) -> None:
+    def save(self, keep: int, ddp_modules=()) -> None:
         """Write checkpoint-STEP, and delete all older ones but the newest keep - 1."""
-        self.check_alone()
+        self.check_alone(ddp_modules)
         ranks = distributed.gather((self.generator.get_state(), self.loader.position))
         tensors = self.weights() | self.moments()
         if distributed.is_main():
@@ -108,20 +109,30 @@ class TrainState:
         distributed.barrier()
 
     def claim_output(self) -> None:
-        """Make the output this run's: `check_alone` ends a run that is still writing there."""
+        """Make the output this run's: `check_alone` ends a run that is still writing there.
+
+        What killed runs left of checkpoints half written or half deleted is deleted.
+        """
         # The machine's name, because each container has a process 1.
         self.run_id = f"process {os.getpid()} on {platform.node()}, {time.ctime()}"
         if distributed.is_main():
             (self.output / RUN_FILE).write_text(self.run_id, encoding="utf-8")
+            for folder in self.output.glob(".checkpoint-*"):
+                if re.fullmatch(r"\.checkpoint-\d+\.(part|old)", folder.name):
+                    shutil.rmtree(folder, ignore_errors=True)
 
-    def check_alone(self) -> None:
-        """ValueError on all processes if another run has begun in the same output since."""
+    def check_alone(self, ddp_modules=()) -> None:
+        """ValueError on all processes if another run has begun in the same output since.
+
+        They leave each other before; ddp_modules: as for `distributed.close`.
+        """
         path, problem = self.output / RUN_FILE, ""
         if distributed.is_main() and path.exists():
             other = path.read_text(encoding="utf-8")
             if other != self.run_id:
                 problem = f"another run ({other}) has begun in {self.output}: this one stops"
         if problem := distributed.gather(problem)[0]:
+            distributed.close(ddp_modules)
             raise ValueError(problem)
 
     def log_counts(self) -> None:
@@ -277,12 +288,14 @@ def resume_point(
 ) -> tuple[Path | None, dict]:
     """The newest intact checkpoint and its config, or (None, {}) to begin at step 0.
 
-    Raises ValueError if there is one without --resume, or if its settings, of which the version is
-    one, or its number of processes are not this run's, or if the processes do not agree.
+    Raises ValueError if the processes do not agree, if none of several is intact, if a run is there
+    without --resume, or its result without a checkpoint, or if the checkpoint's settings, of which
+    the version is one, or its number of processes are not this run's.
     """
-    folder, config = _newest_intact(output, resume)
-    contents = {k: v for k, v in settings.items() if k.startswith("content of ")}
-    distributed.check_same({**contents, "checkpoint": folder.name if folder else "none"})
+    distributed.check_same({k: v for k, v in settings.items() if k not in PATHS | {"device"}})
+    _check_unused(output, resume)
+    folder, config = _newest_intact(output)
+    distributed.check_same({"checkpoint": folder.name if folder else "none"})
     if folder is None:
         return None, {}
     # Version 1 was not recorded.
@@ -295,10 +308,23 @@ def resume_point(
     return folder, config
 
 
-def _newest_intact(output: Path, resume: bool) -> tuple[Path | None, dict]:
-    for folder in reversed(checkpoints(output)):
-        if not resume:
-            raise ValueError(f"{folder} is there: add --resume to go on, or name another --output")
+def _check_unused(output: Path, resume: bool) -> None:
+    """ValueError if this run, which has no checkpoint to go on from, would erase another one."""
+    folders = checkpoints(output)
+    if folders and not resume:
+        raise ValueError(f"{folders[-1]} is there: add --resume to go on, or name another --output")
+    results = [name for name in RESULTS if (output / name).exists()]
+    if results and not folders:
+        reason = "a run has ended, and its checkpoints are gone: name another --output"
+        raise ValueError(f"{output / results[0]} is there: {reason}")
+    if (output / "log.jsonl").exists() and not resume:
+        reason = "a run has begun: add --resume to begin it again, or name another --output"
+        raise ValueError(f"{output / 'log.jsonl'} is there: {reason}")
+
+
+def _newest_intact(output: Path) -> tuple[Path | None, dict]:
+    folders = checkpoints(output)
+    for folder in reversed(folders):
         try:
             config = files.read_json(folder / "config.json")
             _check_config(config)
@@ -313,6 +339,10 @@ def _newest_intact(output: Path, resume: bool) -> tuple[Path | None, dict]:
             return folder, config
         except ValueError as problem:
             print(f"passing over {folder}: {problem}", file=sys.stderr)
+    if folders:
+        names = ", ".join(folder.name for folder in folders)
+        advice = "delete them to begin again, or name another --output"
+        raise ValueError(f"no checkpoint in {output} is intact ({names}): {advice}")
     return None, {}
 
 

@@ -22,9 +22,14 @@ from common.files import first_difference
 
 
 def get_dist_info(device: str) -> tuple[int, int, str]:
-    """(rank, world size, this process's device) as torchrun has them; (0, 1, device) without it."""
+    """(rank, world size, this process's device) as torchrun has them; (0, 1, device) without it.
+
+    ValueError for one GPU for several processes.
+    """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
+    if device.startswith("cuda:") and world > 1:
+        raise ValueError(f"--device {device}: torchrun gives each process its GPU: --device cuda")
     if device == "cuda" and world > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
     return rank, world, device

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import sys
 from itertools import accumulate
 from pathlib import Path
 
@@ -76,10 +77,12 @@ def show_line(line: dict, bar: tqdm) -> None:
     bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
 
 
-def peak_memory_gib() -> float:
-    """The highest memory use so far in GiB: of the GPU, or of the process where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+def peak_memory_gib(device: torch.device | str) -> float:
+    """The highest memory use so far in GiB: of this GPU, or of the process for other devices."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     if resource is None:
         return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # In bytes on a Mac, in KiB elsewhere.
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

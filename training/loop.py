@@ -32,7 +32,8 @@ def adamw(parameters, lr: float, weight_decay=0.0, betas=(0.9, 0.999)) -> torch.
 # ----------------------------------------------------------------------------------------- the loop
 #
 # Whatever ends or skips a step is decided by numbers that all processes share, so that none of them
-# is left waiting in a collective that the others never enter.
+# is left waiting in a collective that the others never enter. Where all end, they leave each other
+# first. An error of one process alone does not close its group: that might wait for the others.
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,12 @@ def fit(
                 write_line(state.output, line)
                 show_line(line, bar)
             if skipped == MAX_SKIPPED_STEPS:
-                _give_up(state.step, batches)
+                _give_up(state.step, batches, ddp_modules)
             # One process's signal is everyone's, at the same step: none may wait for another.
             stopping = distributed.all_reduce_mean([float(stop.signal > 0)])[0] > 0
             due = config.save_every and state.step % config.save_every == 0
             if due or stopping or state.step == config.steps:
-                state.save(config.keep)
+                state.save(config.keep, ddp_modules)
             if stopping:
                 bar.close()
                 if is_main:
@@ -121,7 +122,7 @@ def _backward(state: TrainState, count: int, losses, ddp_modules) -> StepBatches
     """Accumulate the mean gradient of `count` batches."""
     sums, timesteps, names = {}, [], []
     for i in range(count):
-        batch = _next_batch(state.loader)
+        batch = _next_batch(state.loader, ddp_modules)
         with contextlib.ExitStack() as stack:
             # Gradients travel between processes once, with the last batch's.
             if i < count - 1 and distributed.world_size() > 1:
@@ -136,7 +137,7 @@ def _backward(state: TrainState, count: int, losses, ddp_modules) -> StepBatches
     return StepBatches(sums, timesteps, names)
 
 
-def _next_batch(loader: Iterator) -> dict:
+def _next_batch(loader: Iterator, ddp_modules) -> dict:
     """The next batch; if one process has none, all end, and that one says why."""
     batch = problem = None
     try:
@@ -145,6 +146,7 @@ def _next_batch(loader: Iterator) -> dict:
         problem = error
     # Before the backward pass, in which the others would wait for this one for ever.
     if distributed.all_reduce_mean([float(problem is not None)])[0]:
+        distributed.close(ddp_modules)
         raise problem or SystemExit(2)
     return batch
 
@@ -157,6 +159,7 @@ def _optimizer_step(
     for optimizer in optimizers:
         state.scaler.unscale_(optimizer)
     norms = [_clip(optimizer, config.clip_grad) for optimizer in optimizers]
+    device = optimizer_parameters(optimizers[0])[0].device
     numbers = _read([*batches.losses.values(), *norms])
     means, norms = numbers[: len(batches.losses)], numbers[len(batches.losses) :]
     # The same decision everywhere: losses are averaged here, gradients were by DDP or FSDP.
@@ -178,7 +181,7 @@ def _optimizer_step(
         "step": state.step, **dict(zip(batches.losses, means, strict=True)), "grad_norm": norms[0],
         "lr": optimizers[0].param_groups[0]["lr"],
         "images_per_s": len(batches.names) * world / (time.perf_counter() - start),
-        "memory_gib": peak_memory_gib(), "bad": round(bad * world), "skipped": int(not finite),
+        "memory_gib": peak_memory_gib(device), "bad": round(bad * world), "skipped": int(not finite),
     }  # fmt: skip
     # JSON knows no NaN.
     return {key: value if math.isfinite(value) else None for key, value in line.items()}
@@ -195,12 +198,14 @@ def _clip(optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def _give_up(step: int, batches: StepBatches) -> None:
+def _give_up(step: int, batches: StepBatches, ddp_modules) -> None:
     finite = all(value.isfinite().item() for value in batches.losses.values())
     ranks = distributed.gather((finite, torch.cat(batches.timesteps).tolist(), batches.names))
     # If each loss was finite it was the gradient, and then it may have been anyone's.
     failing_ranks = [rank for rank in ranks if not rank[0]] or ranks
-    if not distributed.is_main():
+    is_main = distributed.is_main()
+    distributed.close(ddp_modules)
+    if not is_main:
         raise SystemExit(2)
     timesteps, names = [], []
     for _, rank_timesteps, rank_names in failing_ranks:
