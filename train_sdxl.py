@@ -37,7 +37,7 @@ from training.data import DataConfig, open_data
 from training.distill import TDDStep
 from training.export import export
 from training.paths import PathLoader, prompts_place
-from training.preview import Pictures, PreviewConfig
+from training.preview import Pictures, PreviewConfig, read_prompts
 
 # The papers' batches: 512 images a step on 8 GPUs for TDD, 448 with its adversary, 64 for TDM.
 TDD_DEFAULTS = {"steps": 20_000, "batch_size": 16, "grad_accum": 4}
@@ -46,6 +46,8 @@ TDM_DEFAULTS = {"steps": 1000, "batch_size": 8, "grad_accum": 1}
 # Fields of DistillConfig that only one of the two has a use for.
 TDD_FIELDS = ("kmin", "kmax", "reach", "rho", "eta", "pairs")
 TDM_FIELDS = ("fake_lr", "fake_weight")
+# With alpha = 0 or mu = 1 the file at the end would be as untrained as at the beginning.
+positive, below_1 = cli.number(float, 1e-6), cli.number(float, 0, 0.999999)
 
 # -------------------------------------------------------------------------------------------- setup
 #
@@ -79,10 +81,8 @@ def check(args) -> None:
         raise ValueError(f"--resolution {args.resolution} is not a multiple of 8")
     if args.guidance_range and args.guidance_range[0] > args.guidance_range[1]:
         raise ValueError(f"--guidance-range {args.guidance_range}: LO is above HI")
-    if args.sample_prompts is not None:
-        read_lines("--sample-prompts", args.sample_prompts)
-        if not args.sample_every:
-            raise ValueError("--sample-prompts needs --sample-every")
+    if read_prompts(args.sample_prompts) and not args.sample_every:
+        raise ValueError("--sample-prompts needs --sample-every")
     if args.sample_every or args.Ks:
         for k in preview_steps(build_config(args)):
             equidistant(k, args.solver_steps)
@@ -113,6 +113,8 @@ def check_method(args) -> None:
         if args.adv:
             defaults = ADV_DEFAULTS
         useless = {"loss": args.loss not in (None, *DISTANCES),
+                   "kmin": args.kmin and args.method in ("cm", "tcd") and not args.adv,
+                   "kmax": args.kmax and args.method != "tdd",
                    "ks": args.Ks and args.method != "tdd",
                    "reach": args.reach is not None and args.method != "tdd"}  # fmt: skip
     useless |= {name.replace("_", "-"): getattr(args, name) is not None for name in others}
@@ -163,11 +165,10 @@ def preview_steps(config: DistillConfig) -> list[int]:
 
 def build_preview(args, config: DistillConfig) -> PreviewConfig:
     """The flags for the picture grids; the teacher's guidance is the middle of w's range."""
-    file = args.sample_prompts
-    prompts = None if file is None else read_lines("--sample-prompts", file)
     return PreviewConfig(
         output=args.output, resolution=args.resolution, steps=preview_steps(config),
-        w=sum(config.w) / 2, solver_steps=args.solver_steps, seed=args.seed, prompts=prompts,
+        w=sum(config.w) / 2, solver_steps=args.solver_steps, seed=args.seed,
+        prompts=read_prompts(args.sample_prompts),
         offload_vae=args.cache is not None or needs_prompts(args),
     )  # fmt: skip
 
@@ -283,7 +284,7 @@ def main(args) -> None:
         model.vae.to("cpu")
     state = TrainState(
         output, step.modules, build.build_optimizers(config, step), generator, loader, settings,
-        partial(export, config, args.model, step),
+        partial(export, config, args.model, args.resolution, step),
         build.loss_scaler(device, args.dtype == "fp16"), lambda: loader.left_out)  # fmt: skip
     if folder is not None:
         state.restore(folder, saved)
@@ -304,7 +305,7 @@ def main(args) -> None:
     loop.fit(state, train_config, losses, step.after_step, step.ddp_modules, pictures)
     weights = state.weights()
     if distributed.is_main():
-        export(config, args.model, step, output, state.step, weights)
+        export(config, args.model, args.resolution, step, output, state.step, weights)
         written = "unet" if args.full else "lora.safetensors"
         print(f"{state.step} steps; {written} is in {output}/")
     distributed.close(step.ddp_modules)
@@ -317,8 +318,7 @@ def method_flags(add) -> None:
         help="the rule for targets; or tdm, distribution matching")  # fmt: skip
     add("--tcf", choices=TCF, default="1",
         help="f, the jump: TCF(1), TCF(2), or TCF(S+), a network of its target time")  # fmt: skip
-    add("--kmin", type=positive_int,
-        help="K_min, fewest steps to distil for; for pcm, the number of segments (4)")  # fmt: skip
+    add("--kmin", type=positive_int, help="K_min of tdd and --adv, number of pcm's segments: 4")
     add("--kmax", type=positive_int, help="K_max, most steps to distil for (tdd): 8")
     add("--reach", type=non_negative, metavar="E",
         help="e of Eq. 7 in timesteps, for tdd: T / K_min")  # fmt: skip
@@ -330,7 +330,7 @@ def method_flags(add) -> None:
         help="range that g is drawn from for each example; TCD's is 3 15")  # fmt: skip
     add("--solver-steps", type=positive_int, default=250, help="N, steps of the teacher's solver")
     add("--solver", choices=SOLVERS, default="ddim", help="Phi; for tdm, the student's steps")
-    add("--ema", type=share, default=0.0, dest="mu", help="mu of theta-; 0: the student itself")
+    add("--ema", type=below_1, default=0.0, dest="mu", help="mu of theta-; 0: the student itself")
     add("--loss", choices=list(dict.fromkeys([*DISTANCES, *LOSSES])),
         help="l2 or huber, the distance of Eq. 10 (l2); for tdm huber (Eq. 11), l2 (Eq. 6), dmd or "
         "fisher (huber)")  # fmt: skip
@@ -367,7 +367,7 @@ def parser() -> cli.Parser:
     add("--warmup", type=count, default=0, help="steps over which delta rises from 0")
     add("--rank", type=positive_int, default=64, help="r of a new LoRA")
     add("--full", action="store_true", help="whole UNet, sharded, instead of a LoRA: TCD's TCF(S+)")
-    add("--lora-alpha", type=non_negative, default=8.0, dest="alpha", help="alpha, for alpha / r")
+    add("--lora-alpha", type=positive, default=8.0, dest="alpha", help="alpha, for alpha / r")
     method_flags(add)
     add("--adv", action="store_true", help="adversarial TDD, the paper's Ours (adv)")
     add("--adv-weight", type=non_negative, default=0.1, help="weight of the adversarial loss")
@@ -391,7 +391,7 @@ def parser() -> cli.Parser:
     add("--keep", type=positive_int, default=2, help="number of checkpoints to keep")
     add("--resume", action="store_true", help="continue from the newest complete checkpoint")
     add("--sample-every", type=count, default=1000, help="steps between picture grids; 0: none")
-    add("--sample-prompts", type=Path, metavar="FILE", help="prompts of the grids, one a line")
+    add("--sample-prompts", type=Path, metavar="FILE", help="up to 32 prompts, one a line")
     return p
 
 

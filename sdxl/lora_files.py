@@ -259,7 +259,7 @@ KOHYA_HEADER = {
     "ss_network_module": "networks.lora", "modelspec.sai_model_spec": "1.0.0",
     "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
     "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-    "modelspec.resolution": "1024x1024", "modelspec.prediction_type": "epsilon",
+    "modelspec.prediction_type": "epsilon",
 }  # fmt: skip
 
 
@@ -283,6 +283,8 @@ def write_kohya(path: Path, lora: LoRA, **metadata: str) -> None:
     # One number for all layers, or sd-scripts' word for several.
     rank = str(*ranks) if len(ranks) == 1 else "Dynamic"
     header = {"modelspec.title": title, "ss_network_dim": rank, "ss_network_alpha": rank}
+    if side := metadata.get("tdd_resolution"):
+        header["modelspec.resolution"] = f"{side}x{side}"
     files.write_tensors(path, tensors, format="pt", **KOHYA_HEADER | header | metadata)
 
 

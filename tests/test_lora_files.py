@@ -288,7 +288,8 @@ def test_kohya_header_is_what_programs_go_by(tmp_path):
         "networks.lora", "4", "4")  # fmt: skip
     assert got["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert (got["modelspec.title"], got["modelspec.prediction_type"]) == ("TDD LoRA", "epsilon")
-    assert got["tdd_K"] == "4-8"
+    assert got["tdd_K"] == "4-8" and "modelspec.resolution" not in got
+    assert header(lora, tdd_resolution="512")["modelspec.resolution"] == "512x512"
     lora.adapters["mid_block.attentions.0.proj_in"] = Adapter(torch.ones(2, 1), torch.ones(1, 2), 2)
     got = header(lora)
     assert (got["ss_network_dim"], got["ss_network_alpha"]) == ("Dynamic", "Dynamic")

@@ -73,7 +73,7 @@ def student(wide, tmp_path_factory):
     generator = torch.Generator().manual_seed(3)
     for p in step.student.parameters():
         p.data += 0.3 * torch.randn(p.shape, generator=generator) / p[0].numel() ** 0.5
-    export(config, wide, step, output, 3, {})
+    export(config, wide, 64, step, output, 3, {})
     return output
 
 

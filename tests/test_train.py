@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,13 @@ from diffusers import UNet2DConditionModel
 
 import train_sdxl
 from common import files
+from common.pictures import to_images
 from sdxl import load, pipeline
 from sdxl.lora import LoRA
 from sdxl.pipeline import null_condition
+from solvers import CLEAN, SOLVERS, solve
 from tcd import TCF
-from tdd import StepSample, pseudo_huber, squared_l2, targets_of, tdd_loss
+from tdd import StepSample, conditioned, equidistant, pseudo_huber, squared_l2, targets_of, tdd_loss
 from tests.helpers import ALPHA, SCHEDULE
 from tests.oracles import (
     Theirs,
@@ -32,9 +35,10 @@ from tests.oracles import (
     tiny_tdm,
     weights,
 )
-from training import build, checkpoint, distributed, loop
+from training import build, checkpoint, distributed, loop, preview
 from training.adversarial import noised_times
 from training.checkpoint import TrainState, checkpoint_step, checkpoints, resume_point
+from training.export import export
 from training.log import draw_loss, peak_memory_gib
 
 # ----------------------------------------------------------------- Algorithm 1 over diffusers' UNet
@@ -660,6 +664,42 @@ def test_processes_that_all_end_leave_each_other_first(end, tmp_path, monkeypatc
     with pytest.raises(ValueError, match=messages[end]):
         loop.fit(state, config(10, save_every=1), spoilt, ddp_modules=modules)
     assert closed == [modules]
+
+
+# ------------------------------------------------------------------------- what a run leaves behind
+
+
+def test_grids_are_sampled_with_the_students_solver(folder):
+    """TDM's DPM-Solver++(2M) begins anew for each picture, and is not DDIM."""
+    model, solver = load.load_sdxl(folder), SOLVERS["dpm++2m"]
+    step = tiny_tdm(folder, make_solver=solver)
+    for module in (step.base, step.lora, step.fake_lora):
+        module.float()
+    grids = preview.PreviewConfig(None, 64, [3], 0.0, seed=5, prompts=["a red fox", "snow"])
+    pictures = preview.Pictures(grids, model, step, "cpu")
+    found = pictures.column(3, 0.0, *step.sampler(3))
+    for i, picture in enumerate(found):
+        x = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(5 + i))
+        eps = conditioned(step.student, {k: v[i : i + 1] for k, v in pictures.cond.items()})
+        with torch.no_grad():
+            x_0 = solve(eps, x, [*equidistant(3, 250), CLEAN], SCHEDULE, solver())
+            (expected,) = to_images(model.vae.decode(x_0))
+        assert np.array_equal(picture, expected)
+    plain = pictures.column(3, 0.0, step.student)
+    assert not np.array_equal(found[0], plain[0])
+
+
+@pytest.mark.parametrize("method", ["tdd", "tdm"])
+def test_headers_say_the_resolution_and_tdms_solver(method, folder, tmp_path):
+    step = (tiny_tdm if method == "tdm" else tiny_tdd)(folder)
+    distill_config = replace(build.DistillConfig.of_method(method), solver="dpm2s")
+    export(distill_config, folder, 64, step, tmp_path, 3, {})
+    for name in ("lora.safetensors", "lora_kohya.safetensors"):
+        header = files.read_tensors(tmp_path / name)[1]
+        assert header["tdd_resolution"] == "64"
+        # TDD's solver is the teacher's alone.
+        assert header.get("tdd_solver") == ("dpm2s" if method == "tdm" else None)
+    assert header["modelspec.resolution"] == "64x64"
 
 
 def test_tensors_are_for_whom_the_umask_lets_read(tmp_path):

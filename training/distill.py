@@ -154,9 +154,9 @@ class TDDStep:
         return LoRANetwork(self.base, name, lora) if full is None else FullNetwork(full)
 
     def sampler(self, k: int):
-        """The student's network eps(x_t, t, cond), and the jump to sample it with in k steps."""
+        """The student's network eps(x_t, t, cond) for k steps, and a maker of the jump for them."""
         network = num_steps.with_nearest_k(self.output_network, k, self.config.told_ks)
-        return network, self.config.jump
+        return network, lambda: self.config.jump
 
     def distribute(self, wrap_ddp) -> None:
         """Average the gradients of everything trained over the processes."""
@@ -271,8 +271,8 @@ class TDMStep:
         self.modules = {"student": self.student, "fake": self.fake}
 
     def sampler(self, k: int):
-        """The student's network eps(x_t, t, cond) for k steps, and the jump to sample it with."""
-        return self._tell(self.student, k), ddim
+        """The student's network eps(x_t, t, cond) for k steps, and a maker of its solver."""
+        return self._tell(self.student, k), self.config.make_solver
 
     def distribute(self, wrap_ddp) -> None:
         """Average the gradients of both LoRAs over the processes."""

@@ -12,21 +12,21 @@ from training.distill import TDDStep, TDMStep
 
 
 def export(
-    config: DistillConfig, model: Path, step: TDDStep | TDMStep, folder: Path, steps: int,
-    weights: dict,
+    config: DistillConfig, model: Path, resolution: int, step: TDDStep | TDMStep, folder: Path,
+    steps: int, weights: dict,
 ) -> None:  # fmt: skip
     """The student's files after so many steps, with its settings in their headers."""
     low, high = config.w
     settings = {
         "method": config.method, "w": low if low == high else [low, high], "tcf": config.tcf,
         "solver_steps": config.solver_steps, "steps": steps, "base": model.resolve().name,
-        "adversarial": config.adv, "ema": config.mu,
+        "adversarial": config.adv, "ema": config.mu, "resolution": resolution,
     }  # fmt: skip
     settings["cfg"], settings["gamma"] = RECOMMENDED[config.method]
     # Eq. 5's range, PCM's number of segments, TDM's K; the others have none.
     match config.method:
         case "tdm":
-            settings["K"] = list(config.Ks)
+            settings |= {"K": list(config.Ks), "solver": config.solver}
         case "tdd" if config.Ks:
             settings |= {"K": list(config.Ks), "gamma": 0.0}
         case "tdd":

@@ -11,7 +11,7 @@ from common.pictures import to_images
 from common.plots import GREY, INK, Figure
 from sdxl.load import SDXL
 from sdxl.pipeline import make_conditions, null_condition
-from solvers import ddim, noise_stream
+from solvers import SOLVERS, noise_stream
 from tdd import equidistant, gamma_sample, guided
 from training.distill import TDDStep, TDMStep
 
@@ -20,6 +20,18 @@ PROMPTS = [
     "a glass of water on a wooden table, morning light", "a city street at night in the rain",
 ]  # fmt: skip
 TEACHER_STEPS = 25  # of the grid's last column, at the quality that the teacher is used for
+MAX_PROMPTS = 32  # a row each, sampled one at a time while training waits
+
+
+def read_prompts(path: Path | None) -> list[str] | None:
+    """The lines of --sample-prompts, if it is given; ValueError for none or too many of them."""
+    if path is None:
+        return None
+    prompts = files.read_lines("--sample-prompts", path)
+    if len(prompts) > MAX_PROMPTS:
+        count = f"{len(prompts)} prompts, and a grid has a row for each"
+        raise ValueError(f"--sample-prompts {path} holds {count}: keep at most {MAX_PROMPTS}")
+    return prompts
 
 
 @dataclass(frozen=True)
@@ -72,8 +84,12 @@ class Pictures:
         picture_table(folder / f"step-{step:06}.png", title, headers, self.prompts, columns)
 
     @torch.no_grad()
-    def column(self, k: int, w: float, network, jump=ddim) -> list:
-        """A picture of each prompt in k steps at gamma = 0, prompt i from seed + i."""
+    def column(self, k: int, w: float, network, make_jump=SOLVERS["ddim"]) -> list:
+        """A picture of each prompt in k steps at gamma = 0, prompt i from seed + i.
+
+        make_jump() returns what `gamma_sample` takes as jump, anew for each picture: a multistep
+        solver remembers the step before.
+        """
         config, side = self.config, self.config.resolution // 8
         seeds = range(config.seed, config.seed + len(self.prompts))
         # N may be as small as 8, for 8 steps; the teacher's 25 need a finer grid.
@@ -84,7 +100,8 @@ class Pictures:
         for i, x_T in enumerate(next(noise_stream(seeds, (4, side, side), self.device))):
             cond = {name: tensor[i : i + 1] for name, tensor in self.cond.items()}
             eps = guided(network, cond, null_condition(cond), w)
-            x_0 = gamma_sample(eps, x_T[None], timesteps, self.training_step.schedule, jump=jump)
+            schedule, jump = self.training_step.schedule, make_jump()
+            x_0 = gamma_sample(eps, x_T[None], timesteps, schedule, jump=jump)
             pictures += to_images(vae.decode(x_0))
         if config.offload_vae:
             vae.to("cpu")
