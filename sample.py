@@ -8,24 +8,23 @@ The sampler is tdd.gamma_sample, its settings are sdxl/pipeline.py's SamplerConf
 """
 
 import math
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import cli, files
-from common.pictures import control_pixels, save_grid, to_images
+from common.pictures import control_pixels, to_images, write_grid
 from sdxl import lora_files, num_steps, pipeline, png
 from sdxl.load import SDXL, ModelPaths, component_files, load_controlnet, load_sdxl
 from sdxl.pipeline import DTYPES, SCHEDULES, SamplerConfig
 from sdxl.recipe import read_recipe, single_value
-from sdxl.weights import find_lora, find_weights, use_exact_float32
+from sdxl.weights import find_weights, split_scale, use_exact_float32
+from solvers import SOLVERS
 from tcd import TCF
 from training import distributed
 
@@ -40,8 +39,8 @@ EXPORT_FLAGS = {"model", "tokenizer", "unet", "vae", "lora", "output", "device",
 
 
 # What the header of a distilled file decides unless a flag does, and what holds without a header.
-FROM_HEADER = {"steps": 4, "cfg": 2.0, "gamma": 0.2, "tcf": "1", "solver_steps": 250,
-               "kmin": 4, "kmax": 8}  # fmt: skip
+FROM_HEADER = {"sampler": "tdd", "steps": 4, "cfg": 2.0, "gamma": 0.2, "tcf": "1",
+               "solver_steps": 250, "kmin": 4, "kmax": 8}  # fmt: skip
 
 
 def check(args) -> None:
@@ -59,12 +58,26 @@ def check(args) -> None:
         files.output_folder(args.save_latents.parent)
         if args.save_latents.is_dir():
             raise ValueError(f"--save-latents {args.save_latents} is a folder; name a file")
+    reason = "as the header has it" if args.cfg is None else "where guidance is off"
     read_headers(args)
-    if args.sampler != "tdd" and (args.clip_steps or args.tcf != "1"):
-        name = "clip-steps" if args.clip_steps else "tcf"
-        raise ValueError(f"--{name} works with --sampler tdd, not {args.sampler}")
+    check_sampler(args)
+    if args.negative_prompt is not None and args.cfg == 1:
+        hint = f"{reason}: give a larger --cfg, or leave it away"
+        raise ValueError(f"--negative-prompt has no effect at --cfg 1, {hint}")
     # ValueError if there are none.
     _ = build_config(args).timesteps
+
+
+def check_sampler(args) -> None:
+    """ValueError for a flag that --sampler, or C as it is asked for, has no use for."""
+    is_tdd, clips = args.sampler == "tdd", args.clip_steps > 0
+    if args.tcf != "1" and not is_tdd:
+        raise ValueError(f"--tcf works with --sampler tdd, not {args.sampler}")
+    cli.check_uses(args, parser(), {
+        "gamma": ("--sampler tdd", is_tdd), "clip_steps": ("--sampler tdd", is_tdd),
+        "clip_max": ("--clip-steps", clips),
+        "clip_percentile": ("--clip-steps with a --clip-max above 1", clips and args.clip_max > 1),
+    })  # fmt: skip
 
 
 def read_headers(args) -> None:
@@ -77,6 +90,9 @@ def read_headers(args) -> None:
     for name, default in {**FROM_HEADER, "tune_guidance": None}.items():
         values = sorted({recipe[name] for recipe in recipes if name in recipe})
         asked = getattr(args, name, None)
+        # None for a solver, which comes before it: so it is no part of a picture's settings.
+        if name == "gamma" and args.sampler != "tdd":
+            continue
         # K's range matters to the other schedule alone.
         if name in ("kmin", "kmax") and args.schedule == "equidistant":
             values = []
@@ -107,7 +123,7 @@ def build_config(args) -> SamplerConfig:
     return SamplerConfig(
         steps=args.steps, solver_steps=args.solver_steps, schedule=args.schedule,
         kmin=args.kmin, kmax=args.kmax, w=args.cfg - 1, w_distilled=w_distilled,
-        sampler=args.sampler, gamma=args.gamma, tcf=args.tcf, clip_steps=args.clip_steps,
+        sampler=args.sampler, gamma=args.gamma or 0.0, tcf=args.tcf, clip_steps=args.clip_steps,
         clip_percentile=args.clip_percentile, clip_max=args.clip_max,
     )  # fmt: skip
 
@@ -174,21 +190,6 @@ def model_paths(args) -> ModelPaths:
     return ModelPaths(args.model, args.tokenizer, args.unet, args.vae)
 
 
-def split_scale(entry: str) -> tuple[Path, float]:
-    """The file and scale of --lora PATH or PATH:SCALE.
-
-    A colon that no number follows belongs to the path, as on Windows.
-    """
-    path, _, scale = entry.rpartition(":")
-    try:
-        weight = float(scale) if path else 1.0
-    except ValueError:
-        path, weight = entry, 1.0
-    if not math.isfinite(weight):
-        raise ValueError(f"--lora {entry}: the scale is {weight}")
-    return find_lora(Path(path or entry)), weight
-
-
 def expand_prompts(prompts: list[str] | None, file: Path | None, num_images: int) -> list[str]:
     """One prompt an image: each prompt, or line of the file, num_images times over."""
     prompts = prompts if file is None else files.read_lines("--prompts", file)
@@ -229,7 +230,9 @@ class Job:
 
 
 def main(args) -> None:
-    rank, world, args.device = distributed.get_dist_info(args.device)
+    # What a picture's settings say: a process of torchrun has a device of its own.
+    device = args.device
+    rank, world, args.device = distributed.get_dist_info(device)
     if args.export_k is not None:
         return export_k(args) if rank == 0 else None
     check(args)
@@ -238,18 +241,20 @@ def main(args) -> None:
         raise ValueError("several processes share a --prompts file, and save no latents")
     # A single picture may be a file; several are a folder, as is any file of prompts.
     output, several = Path(args.output), len(prompts) > 1 or args.prompts is not None
-    single = names_png(args.output, several)
+    single = png.names_png(args.output, several)
     files.output_folder(output.parent if single else output)
     paths = [output if single else output / f"{i:05}.png" for i in range(len(prompts))]
-    flags, seed = vars(args), args.seed
+    flags, seed = vars(args) | {"device": device}, args.seed
     contents = read_contents(args)
     settings = [
         png.picture_settings(flags, contents, prompt, seed + i) for i, prompt in enumerate(prompts)
     ]
     todo = list(range(rank, len(prompts), world))
+    # ValueError for a picture of other settings in a folder: it would be lost.
+    finished = {i for i in todo if not single and png.is_finished(paths[i], settings[i])}
     # A file of thirty thousand captions is resumed: finished pictures are kept.
     if args.prompts is not None and args.save_latents is None:
-        todo = [i for i in todo if not png.is_finished(paths[i], settings[i])]
+        todo = [i for i in todo if i not in finished]
     latents = []
     if todo:
         config, size = build_config(args), (args.height, args.width)
@@ -267,7 +272,7 @@ def main(args) -> None:
     if args.save_latents:
         files.write_tensors(args.save_latents, {"latents": torch.cat(latents)})
     if len(prompts) > 1 and args.prompts is None:
-        save_grid([Image.open(path) for path in paths], output / "grid.png")
+        write_grid(paths, output / "grid.png")
     print(f"{len(todo)} pictures sampled, {len(paths)} in {output}")
 
 
@@ -276,18 +281,6 @@ def print_cut(model: SDXL, prompts: list[str]) -> None:
     for prompt in dict.fromkeys(prompts):
         if tail := model.tokenizer.tail(prompt):
             print(f"prompt {prompt[:40]!r} ..: cut before {tail!r}, 75 tokens fit", file=sys.stderr)
-
-
-def names_png(output: str, several: bool) -> bool:
-    """Whether --output is a PNG file, and not a folder; ValueError if it is neither."""
-    suffix = "" if output.endswith(("/", os.sep)) or Path(output).is_dir() else Path(output).suffix
-    if suffix.lower() in Image.registered_extensions():
-        if suffix.lower() != ".png":
-            raise ValueError(f"--output {output}: pictures are PNG files: name it .png")
-        if several:
-            raise ValueError(f"--output {output}: several pictures need a folder")
-        return True
-    return False
 
 
 @torch.no_grad()
@@ -357,8 +350,8 @@ def sampler_flags(add) -> None:
         help="instead of sampling, write --lora for one K to --output, without a crop")  # fmt: skip
     add("--solver-steps", type=cli.positive_int,
         help="grid of the schedules, N: that of the LoRA or --unet, or 250")  # fmt: skip
-    add("--sampler", choices=["tdd", "ddim", "dpm++2m", "dpm++2s"], default="tdd",
-        help="gamma-sampler, or a solver for the plain model")  # fmt: skip
+    add("--sampler", choices=["tdd", *SOLVERS],
+        help="gamma-sampler, or a solver for the plain model: as the LoRA was trained, or tdd")  # fmt: skip
 
 
 def parser() -> cli.Parser:

@@ -19,7 +19,7 @@ from multiprocessing import get_context
 import torch
 
 from benchmarks.measure import BenchConfig, Report, describe_error, errors, read_report
-from common import cli, files
+from common import files
 
 # A function(config, report) of a module, which the section's process imports, and a time limit in
 # seconds on an H100; together 415 s. What a section leaves of its time, those after it may use.
@@ -41,13 +41,12 @@ CPU_FACTOR = 10  # on the limits
 
 def bench_gpu(config: BenchConfig, names: list[str]) -> None:
     """Run the named sections, in order; SystemExit if one of them failed."""
-    cli.check_device(config.device)
     if not config.on_gpu and not config.tiny:
         raise ValueError(f"gpu on --device {config.device} is a rehearsal: add --tiny")
     files.output_folder(config.out)
     start = time.perf_counter()
     # fp16 on a CPU as well: a rehearsal is to find what mixes precisions.
-    config = replace(config, dtype="fp16", rounds=min(config.rounds, 3))
+    config = replace(config, dtype="fp16", rounds=3)
     if config.tiny:
         config = replace(config, rounds=1, batch_sizes=(1, 2))
     failed = run_sections(config, {name: SECTIONS[name] for name in names})

@@ -68,7 +68,7 @@ LESS_MEMORY = {
 
 def check_uses(args, parser: Parser, uses: dict[str, tuple[str, bool]]) -> None:
     """ValueError for a flag without use; uses: what each is for, and whether there is that."""
-    flags = {action.dest: action.option_strings[0] for action in parser._actions}
+    flags = {a.dest: a.option_strings[0] for a in parser._actions if a.option_strings}
     for name, (what, is_there) in uses.items():
         if not is_there and getattr(args, name) != parser.get_default(name):
             raise ValueError(f"{flags[name]} is for {what}: leave it away")

@@ -6,9 +6,11 @@ Nothing is ever unpickled: only safetensors, JSON and text are read.
 import contextlib
 import hashlib
 import json
-import os
 import re
+import sys
+import uuid
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -19,16 +21,28 @@ from torch import Tensor
 
 
 def read_lines(flag: str, path: Path) -> list[str]:
-    """The lines of the file of a flag that are not blank; ValueError if there are none."""
+    """The lines of the file of a flag that are not blank; ValueError if there are none.
+
+    Prompts are numbered without blank lines, so a line on stderr says how many shift the numbers.
+    """
     try:
         # Read as text, all line ends are line feeds; splitlines() would cut at a dozen others too.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as problem:
         raise ValueError(f"{flag} {path} cannot be read: {problem}") from None
-    lines = [line for line in lines if line.strip()]
-    if not lines:
+    numbers = [i for i, line in enumerate(lines, 1) if line.strip()]
+    if not numbers:
         raise ValueError(f"{flag} {path} holds no prompt")
-    return lines
+    if count := numbers[-1] - len(numbers):
+        first = next(i for i, number in enumerate(numbers, 1) if i < number)
+        _print_once(f"{path}: {count} blank lines passed over (first: line {first})")
+    return [lines[i - 1] for i in numbers]
+
+
+@cache
+def _print_once(line: str) -> None:
+    # Training reads a file of prompts when it checks the flags, and again for its data.
+    print(line, file=sys.stderr)
 
 
 def read_json(path: Path) -> dict:
@@ -61,12 +75,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def check_finite(path: Path, tensors: dict[str, Tensor], reason="it is a broken file") -> None:
-    """ValueError that names the first tensor of a file with NaN or infinity in it."""
+    """ValueError that names a file's first tensor with NaN or infinity in it, or of 4 bits."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
             # Both are NaN if any number is; a gigabyte takes a twentieth of a second. Eight bits
             # have no minimum in torch.
-            low, high = (tensor if tensor.itemsize > 1 else tensor.half()).aminmax()
+            try:
+                low, high = (tensor if tensor.itemsize > 1 else tensor.half()).aminmax()
+            except NotImplementedError:
+                kind = f"is of {tensor.dtype}, which cannot be computed with"
+                raise ValueError(f"{path}: its tensor {name} {kind}") from None
             if not (low.isfinite() and high.isfinite()):
                 raise ValueError(f"{path}: its tensor {name} holds NaN or infinity: {reason}")
 
@@ -94,6 +112,7 @@ def _other_format(path: Path) -> str:
 # same may lie elsewhere.
 
 SMALL = 2**20  # bytes; a file up to here is read whole
+LONGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
 BLOCKS = 256  # so many, of 4 KiB each, of a larger one
 
 
@@ -123,7 +142,10 @@ def _sampled_parts(path: Path, size: int) -> Iterator[tuple[int, int]]:
         yield (size - 4096) * i // (BLOCKS - 1), 4096
     if path.suffix == ".safetensors":
         with open(path, "rb") as file:
-            length = min(int.from_bytes(file.read(8), "little"), size - 8)
+            length = int.from_bytes(file.read(8), "little")
+            # A file of another kind under this name: what it begins with is no length.
+            if length > min(LONGEST_HEADER, size - 8):
+                return
             header = file.read(length)
         yield 0, 8 + length
         # A fine-tuned layer between two blocks would go unnoticed otherwise.
@@ -153,9 +175,10 @@ def output_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Permissions do not show everything (read-only mounts, full disks): try it.
-        probe = folder / f".write-{os.getpid()}"
+        # Processes of several machines may have the same number.
+        probe = folder / f".write-{uuid.uuid4().hex}"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as problem:
         reason = problem.strerror
         raise ValueError(f"cannot write to {folder}: {reason}; name another folder") from problem

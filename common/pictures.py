@@ -3,6 +3,7 @@
 import io
 import math
 import sys
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -134,6 +135,8 @@ def control_pixels(path: Path, width: int, height: int) -> Tensor:
 
 # ------------------------------------------------------------------------------------------ writing
 
+LARGEST_GRID = 100  # pictures: of 1024 pixels each it takes 300 MB
+
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
     """Pixels (b, 3, H, W) in [-1, 1] as pictures."""
@@ -141,13 +144,26 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(x) for x in rearrange(pixels, "b c h w -> b h w c").cpu().numpy()]
 
 
-def save_grid(images: list[Image.Image], path: Path, columns: int = 0) -> None:
-    """Pictures of one size row by row; without a number of columns as near a square as possible."""
+def save_grid(images: list[Image.Image | Path], path: Path, columns: int = 0) -> None:
+    """Pictures of one size row by row; without a number of columns as near a square as possible.
+
+    images: pictures, or their files, of which one is open at a time.
+    """
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
-    width, height = images[0].size
-    grid = Image.new("RGB", (columns * width, rows * height), "white")
     for i, image in enumerate(images):
-        grid.paste(image, (i % columns * width, i // columns * height))
+        with Image.open(image) if isinstance(image, Path) else nullcontext(image) as picture:
+            width, height = picture.size
+            if i == 0:
+                grid = Image.new("RGB", (columns * width, rows * height), "white")
+            grid.paste(picture, (i % columns * width, i // columns * height))
     with files.atomic_write(path) as part:
         grid.save(part, "PNG")
+
+
+def write_grid(paths: list[Path], path: Path) -> None:
+    """The pictures of these files side by side, unless they are too many to be looked at."""
+    if len(paths) <= LARGEST_GRID:
+        save_grid(paths, path)
+    else:
+        print(f"no {path.name}: {len(paths)} pictures, and {LARGEST_GRID} fit", file=sys.stderr)

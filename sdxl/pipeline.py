@@ -142,8 +142,9 @@ class SamplerConfig:
     """One way to sample: w of Eq. 12, gamma of Eq. 18, C of Eq. 17 in the first clip_steps steps.
 
     w_distilled: w' of the student, for Eq. 13's tuning, or None. sampler: "tdd", the gamma-sampler,
-    or one of solvers.SOLVERS for the plain model. solver_steps: N. kmin, kmax: of the
-    non-equidistant schedule. tcf: one of tcd.TCF.
+    or one of solvers.SOLVERS for the plain model and for a TDM student of that solver, where gamma,
+    C and tcf have no part. solver_steps: N. kmin, kmax: of the non-equidistant schedule. tcf: one
+    of tcd.TCF.
     """
 
     steps: int = 4

@@ -1,6 +1,7 @@
 """Pictures as PNG files that carry their settings and a command line that makes them again."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -13,6 +14,18 @@ SETTINGS_VERSION = 3
 
 # The same content under another path gives the same picture, so paths are not compared.
 PATHS = ("model", "tokenizer", "unet", "vae", "lora", "controlnet", "control_image")
+
+
+def names_png(output: str, several: bool) -> bool:
+    """Whether --output is a PNG file, and not a folder; ValueError if it is neither."""
+    suffix = "" if output.endswith(("/", os.sep)) or Path(output).is_dir() else Path(output).suffix
+    if suffix.lower() in Image.registered_extensions():
+        if suffix.lower() != ".png":
+            raise ValueError(f"--output {output}: pictures are PNG files: name it .png")
+        if several:
+            raise ValueError(f"--output {output}: several pictures need a folder")
+        return True
+    return False
 
 
 def picture_settings(flags: dict, contents: dict, prompt: str, seed: int) -> dict:

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from solvers import SOLVERS
 from tcd import TCF
 
 # Guidance g and gamma that each method's students are sampled with: g from the appendix of TDD on
@@ -26,7 +27,7 @@ def read_recipe(path: Path, header: dict[str, str]) -> dict:
             recipe["cfg"], recipe["gamma"] = RECOMMENDED[method]
         for name, text in entries.items():
             recipe |= _read_entry(name, text, method)
-    except (KeyError, ValueError, TypeError, IndexError, RecursionError):
+    except (KeyError, ValueError, TypeError, IndexError, OverflowError, RecursionError):
         broken = f"tdd_{name} {entries[name]!r}"
         raise ValueError(f"{path}: its header is broken, {broken}: download it again") from None
     return recipe
@@ -43,6 +44,10 @@ def _read_entry(name: str, text: str, method: str | None) -> dict:
             return {"tcf": text}
         case "solver_steps":
             return {"solver_steps": _within(1, int(text))}
+        # The student's own steps; of other methods it is Phi, the teacher's. DDIM is the
+        # gamma-sampler at TDM's gamma = 0.
+        case "solver" if method == "tdm" and SOLVERS[text]:
+            return {"sampler": "tdd" if text == "ddim" else text}
         case "w":
             low, high = w if isinstance(w := json.loads(text), list) else (w, w)
             return {"tune_guidance": _within(1, 1 + (low + high) / 2)}
@@ -51,6 +56,8 @@ def _read_entry(name: str, text: str, method: str | None) -> dict:
         # "4-8" of TDD, [1, 2, 4] of TDM, the number of PCM's segments.
         case "K" if method in ("tdd", "pcm", "tdm"):
             Ks = [_within(1, int(k)) for k in re.findall(r"\d+", text)]
+            if re.fullmatch(r"\d+-\d+", text):
+                Ks = range(Ks[0], Ks[1] + 1)
             # Older files of PCM have TDD's range.
             Ks = Ks[:1] if method == "pcm" else Ks
             # TDM's most; of TDD's the fewest that it is meant for, K_min = 4, or its most.

@@ -5,6 +5,7 @@ only to be replaced, and a module uses the file's pages until its precision or d
 """
 
 import gc
+import math
 from pathlib import Path
 
 import torch
@@ -43,6 +44,21 @@ def find_lora(path: Path) -> Path:
     if len(files) != 1:
         raise ValueError(f"{path} is a folder with {len(files)} .safetensors in it: name one file")
     return files[0]
+
+
+def split_scale(entry: str) -> tuple[Path, float]:
+    """The file and scale of --lora PATH or PATH:SCALE.
+
+    A colon that no number follows belongs to the path, as on Windows.
+    """
+    path, _, scale = entry.rpartition(":")
+    try:
+        weight = float(scale) if path else 1.0
+    except ValueError:
+        path, weight = entry, 1.0
+    if not math.isfinite(weight):
+        raise ValueError(f"--lora {entry}: the scale is {weight}")
+    return find_lora(Path(path or entry)), weight
 
 
 # ------------------------------------------------------------------------------- what is predicted

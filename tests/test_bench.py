@@ -15,10 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
+import bench
 import solvers
 from benchmarks import data, gpu
 from benchmarks.data import Rate
 from benchmarks.measure import BenchConfig, Report, count_kernels, errors
+from tests import helpers
 from tests.gpu_checks import count_waits
 from training.cache import Cached
 from training.images import Images
@@ -262,3 +264,45 @@ def test_the_profiler_counts_and_a_full_size_run_on_a_cpu_is_refused(tmp_path):
         count_kernels(config, lambda: None)
     with pytest.raises(ValueError, match="a rehearsal: add --tiny"):
         gpu.bench_gpu(config, ["correct"])
+
+
+# ----------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["gpu", "--dtype", "bf16"], "--dtype is for unet, sample, train"),
+        (["load", "--dtype", "bf16"], "--dtype is for unet, sample, train"),
+        (["gpu", "--rounds", 2], "--rounds is for unet, sample, train, load, data"),
+        (["data", "--profile"], "--profile is for"), (["gpu", "--profile"], "--profile is for"),
+        (["unet", "--only", "correct"], "--only is for gpu"),
+        (["train", "--out", "x"], "--out is for gpu"),
+        (["unet", "--dir", "x"], "--dir is for load, data"),
+        (["unet", "--batch-size", 7], "--batch-size is for train, gpu"),
+        (["gpu", "--tiny", "--batch-size", 7], "--batch-size is for gpu without --tiny"),
+        (["load", "--compile"], "--compile is for"), (["data", "--tiny"], "--tiny is for"),
+        (["unet", "--device", "meta"], "--device meta cannot be used here"),
+        (["gpu"], "a rehearsal: add --tiny"),
+    ],
+)  # fmt: skip
+def test_flags_without_use_are_refused_in_one_line(words, said, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = words if "--device" in words else [*words, "--device", "cpu"]
+    code, _, err = helpers.run(bench, monkeypatch, capsys, *words)
+    assert (code, err.count("\n"), said in err) == (2, 1, True), err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_or_a_package_that_is_not_there_is_named(monkeypatch, capsys):
+    for name in ("diffusers", "peft"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            code, _, err = helpers.run(bench, patch, capsys, "train", "--device", "cpu")
+        assert (code, err) == (
+            2, f"bench.py: train needs {name}: pip install -r requirements-test.txt\n"
+        )  # fmt: skip
+    if not torch.cuda.is_available():
+        for what in bench.BENCHMARKS:
+            code, _, err = helpers.run(bench, monkeypatch, capsys, what, "--device", "cuda")
+            assert (code, err.count("\n"), "no GPU is visible" in err) == (2, 1, True)

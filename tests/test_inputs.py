@@ -17,7 +17,7 @@ import sample
 import tdd
 from common import cli, files
 from common.pictures import control_pixels
-from sdxl import keys, load
+from sdxl import keys, load, png
 from sdxl.load import ModelPaths
 from sdxl.lora import LoRA
 from sdxl.lora_files import write_diffusers
@@ -176,6 +176,13 @@ def test_whole_numbers_are_no_weights(folder, tmp_path):
     save_file({**tensors, "conv_in.weight": tensors["conv_in.weight"].to(torch.int8)}, path)
     with pytest.raises(ValueError, match=r"1 of whole numbers, as quantised .*: conv_in.weight"):
         load.load_sdxl(root)
+
+
+def test_four_bits_are_no_weights(tmp_path):
+    path, packed = tmp_path / "x.safetensors", torch.zeros(4, 4, dtype=torch.uint8)
+    save_file({"conv_in.bias": packed.view(torch.float4_e2m1fn_x2)}, path)
+    with pytest.raises(ValueError, match=r"x.safetensors: its tensor conv_in.bias is of .*float4"):
+        files.check_finite(path, files.read_tensors(path)[0])
 
 
 def test_latents_that_are_not_finite_are_no_picture(folder, monkeypatch, capsys, tmp_path):
@@ -387,6 +394,18 @@ RECIPES = [
      {"cfg": 2, "gamma": 0.2, "steps": 4, "kmin": 4, "kmax": 8, "tune_guidance": 4.5, "tcf": "1"}),
     ({"tdd_method": "tdm", "tdd_K": "[1, 2, 4]", "tdd_w": "7.0"},
      {"cfg": 1, "gamma": 0, "steps": 4, "kmin": 1, "kmax": 4, "tune_guidance": 8}),
+    ({"tdd_method": "tdm", "tdd_K": "[3]", "tdd_solver": "dpm++2m"},
+     {"cfg": 1, "gamma": 0, "steps": 3, "kmin": 3, "kmax": 3, "sampler": "dpm++2m"}),
+    # DDIM is the gamma-sampler at gamma = 0.
+    ({"tdd_method": "tdm", "tdd_solver": "ddim"}, {"cfg": 1, "gamma": 0, "sampler": "tdd"}),
+    ({"tdd_method": "cm", "tdd_solver": "dpm2s"}, {"cfg": 1, "gamma": 1}),
+    # Of a range every K counts, not its ends alone.
+    ({"tdd_method": "tdd", "tdd_K": "2-8"},
+     {"cfg": 2, "gamma": 0.2, "steps": 4, "kmin": 2, "kmax": 8}),
+    ({"tdd_method": "tdd", "tdd_K": "2-3"},
+     {"cfg": 2, "gamma": 0.2, "steps": 3, "kmin": 2, "kmax": 3}),
+    ({"tdd_method": "tdd", "tdd_K": "6-8"},
+     {"cfg": 2, "gamma": 0.2, "steps": 6, "kmin": 6, "kmax": 8}),
     ({"tdd_method": "pcm", "tdd_K": "6", "tdd_solver_steps": "50"},
      {"cfg": 1.6, "gamma": 0, "steps": 6, "kmin": 6, "kmax": 6, "solver_steps": 50}),
     ({"tdd_method": "pcm", "tdd_K": "4-8"},
@@ -417,7 +436,9 @@ def test_a_header_says_how_to_sample(header, expected, tmp_path):
     [
         {"tdd_method": "lcm++"}, {"tdd_w": "NaN"}, {"tdd_w": "[1, 2, 3]"}, {"tdd_w": '"7"'},
         {"tdd_w": "[" * 100_000}, {"tdd_method": "tdd", "tdd_K": "many"}, {"tdd_tcf": "3"},
-        {"tdd_method": "pcm", "tdd_K": "0"}, {"tdd_solver_steps": "1e3"}, {"tdd_gamma": "2"},
+        {"tdd_w": "1" + "0" * 400}, {"tdd_method": "tdm", "tdd_solver": "euler"},
+        {"tdd_method": "tdd", "tdd_K": "8-4"}, {"tdd_method": "pcm", "tdd_K": "0"},
+        {"tdd_solver_steps": "1e3"}, {"tdd_gamma": "2"},
     ],
 )  # fmt: skip
 def test_a_broken_header_is_refused(header, tmp_path):
@@ -450,6 +471,12 @@ def test_flags_not_given_are_the_files(folder, monkeypatch, capsys, tmp_path):
     got = config("--lora", tdm, "--cfg", 3, "--gamma", 0.5, "--steps", 2, "--tune-guidance")
     assert (got.steps, got.w, got.gamma, got.w_distilled) == (2, 2, 0.5, 7)
     assert config("--lora", tdm, "--tune-guidance", 4.5).w_distilled == 3.5
+    negative = ["--lora", tdm, "--negative-prompt", "b"]
+    assert config(*negative, "--cfg", 2).w == 1
+    solver = tmp_path / "solver.safetensors"
+    write_diffusers(solver, lora, tdd_method="tdm", tdd_solver="dpm++2m")
+    assert config("--lora", solver).sampler == "dpm++2m"
+    assert config("--lora", solver, "--sampler", "tdd").gamma == 0
     plain = config()
     assert (plain.steps, plain.w, plain.gamma, plain.w_distilled) == (4, 1, 0.2, None)
     # Where they differ, the line names a flag that there is, and only for what is used.
@@ -465,6 +492,8 @@ def test_flags_not_given_are_the_files(folder, monkeypatch, capsys, tmp_path):
         ([*tcfs, "--tcf", "1"], "trained for 1 and s: give one of them"),
         (["--lora", pcm, "--tune-guidance"], "no header says a value: give it as a number"),
         (["--tune-guidance"], "no header says a value"),
+        (negative, "no effect at --cfg 1, as the header has it: give a larger --cfg"),
+        (["--lora", solver, "--gamma", 0.5], "--gamma is for --sampler tdd"),
     ):
         with pytest.raises(ValueError, match=said):
             config(*words)
@@ -629,7 +658,36 @@ def test_fingerprint_sees_one_changed_layer_of_a_large_file(tmp_path):
     assert files.fingerprint(path, copy) not in (before, files.fingerprint(copy, path, copy))
 
 
+def test_of_a_misnamed_file_only_blocks_are_read(tmp_path):
+    """A pickle's first bytes are no header's length; nor is a length above safetensors' limit."""
+    path, size = tmp_path / "x.safetensors", 200_000_000
+    for start in (b"PK\x03\x04\0\0archive", (100_000_001).to_bytes(8, "little"), b"\x80\x02" * 8):
+        with open(path, "wb") as file:
+            file.write(start)
+            file.truncate(size)
+        parts = files._sampled_parts(path, size)
+        assert sum(length for _, length in parts) == files.BLOCKS * 4096
+    with open(path, "wb") as file:
+        file.write((100_000_000).to_bytes(8, "little"))
+        file.truncate(size)
+    assert (0, 100_000_008) in files._sampled_parts(path, size)
+
+
 # --------------------------------------------------------------------------------- where to write
+
+
+def test_two_machines_try_the_same_folder_at_once(monkeypatch, tmp_path):
+    """Their processes may have the same number; the other's try falls into this one's."""
+    touch = files.Path.touch
+
+    def touch_beside_another(path):
+        touch(path)
+        with monkeypatch.context() as patch:
+            patch.setattr(files.Path, "touch", touch)
+            files.output_folder(tmp_path)
+
+    monkeypatch.setattr(files.Path, "touch", touch_beside_another)
+    assert files.output_folder(tmp_path) == tmp_path and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -644,9 +702,9 @@ def test_fingerprint_sees_one_changed_layer_of_a_large_file(tmp_path):
 def test_output_is_a_png_or_a_folder(output, several, expected, tmp_path):
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
-            sample.names_png(f"{tmp_path}/{output}", several)
+            png.names_png(f"{tmp_path}/{output}", several)
     else:
-        assert sample.names_png(f"{tmp_path}/{output}", several) == expected
+        assert png.names_png(f"{tmp_path}/{output}", several) == expected
 
 
 def test_a_folder_for_a_single_picture(folder, monkeypatch, capsys, tmp_path):

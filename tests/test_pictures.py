@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from common import pictures
 from common.pictures import _srgb_transform, open_image, to_rgb
 from tests.datasets import encoded, names, noise, on_white, write
 from training.images import Images
@@ -310,3 +311,33 @@ def test_control_images_are_read_as_training_images_are(tmp_path):
             open_image(write(tmp_path, {name: content}) / name)
     with pytest.raises(ValueError, match="none is no picture"):
         open_image(tmp_path / "none")
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def test_a_grid_has_one_file_open_at_a_time(monkeypatch, capsys, tmp_path):
+    paths, opened, open_file = [], [], Image.open
+    for i in range(3):
+        paths.append(tmp_path / f"{i}.png")
+        Image.new("RGB", (4, 2), (i, 0, 0)).save(paths[-1])
+
+    def open_and_count(path):
+        assert all(image.fp is None for image in opened)
+        opened.append(open_file(path))
+        return opened[-1]
+
+    monkeypatch.setattr(Image, "open", open_and_count)
+    pictures.write_grid(paths, tmp_path / "grid.png")
+    monkeypatch.undo()
+    with Image.open(tmp_path / "grid.png") as grid:
+        pixels = np.asarray(grid)
+    assert len(opened) == 3 and pixels.shape == (4, 8, 3)
+    assert [pixels[y, x, 0] for y, x in ((0, 0), (0, 4), (2, 0), (2, 4))] == [0, 1, 2, 255]
+    # Pictures in memory, as cifar/sample.py has them, give the same.
+    pictures.save_grid([Image.open(path) for path in paths], tmp_path / "other.png")
+    assert (tmp_path / "other.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
+    monkeypatch.setattr(pictures, "LARGEST_GRID", 2)
+    pictures.write_grid(paths, tmp_path / "none.png")
+    assert capsys.readouterr().err == "no none.png: 3 pictures, and 2 fit\n"
+    assert not (tmp_path / "none.png").exists()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
 import sample
-from common import pictures
+from common import files, pictures
 from sdxl import keys, load
 from sdxl.lora import LoRA
 from sdxl.lora_files import write_diffusers
@@ -77,7 +77,7 @@ CASES = [
     ("equidistant", 4, {"clip_steps": 4, "percentile": 0.8, "highest": 20.0}),
     ("equidistant", 4, {"cfg": 3.0, "tune": 3.5}),
     ("equidistant", 4, {"cfg": 2.0, "tune": 3.5, "negative": "grey, 7"}),
-    ("equidistant", 4, {"cfg": 1.0, "tune": 3.5, "negative": "grey, 7"}),
+    ("equidistant", 4, {"cfg": 1.5, "tune": 3.5, "negative": "grey, 7"}),
 ]
 FLAGS = {"gamma": "--gamma", "cfg": "--cfg", "negative": "--negative-prompt",
          "tune": "--tune-guidance", "clip_steps": "--clip-steps",
@@ -233,7 +233,7 @@ def test_picture_is_diffusers_decoding_and_tells_how_it_was_made(
     assert np.array_equal(np.asarray(Image.open(tmp_path / "y.png")), np.asarray(picture))
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpm++2m", "dpm++2s"])
+@pytest.mark.parametrize("name", SOLVERS)
 def test_solvers_sample_the_teacher(name, folder, monkeypatch, capsys, tmp_path):
     got = ours(monkeypatch, capsys, folder, tmp_path, "--prompt", "a fox", "--sampler", name,
                "--steps", 5, "--cfg", 3)  # fmt: skip
@@ -254,6 +254,31 @@ def test_solvers_sample_the_teacher(name, folder, monkeypatch, capsys, tmp_path)
     with torch.no_grad():
         x = torch.randn((1, 4, 8, 9), generator=torch.Generator().manual_seed(0))
         assert close(got, solve(eps, x, [*times, -1], SCHEDULE, SOLVERS[name]()))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_tdm_student_is_sampled_as_it_was_trained(name, folder, monkeypatch, capsys, tmp_path):
+    """By the solver of its header, unless a flag says another; the PNG's command does the same."""
+    lora, plain = tmp_path / "tdm.safetensors", tmp_path / "plain.safetensors"
+    fresh = LoRA.init(load.load_sdxl(folder).unet, 4, 2.0, torch.Generator().manual_seed(0))
+    write_diffusers(lora, fresh, tdd_method="tdm", tdd_K="[3]", tdd_solver=name)
+    write_diffusers(plain, fresh)
+    flags = ["--steps", 3, "--cfg", 1, "--prompt", "a fox", "--lora", plain, "--sampler"]
+    expected = ours(monkeypatch, capsys, folder, tmp_path, *flags, name)
+    words = ["--model", folder, "--device", "cpu", "--height", 64, "--width", 72, "--lora", lora]
+    words += ["--prompt", "a fox", "--output", tmp_path / "x.png"]
+    code, said, err = run_sample(monkeypatch, capsys, *words)
+    # DDIM is the gamma-sampler at gamma = 0, and stays open to another gamma.
+    sampler = "sampler tdd, steps 3, cfg 1.0, gamma 0.0" if name == "ddim" else f"sampler {name}, "
+    assert code == 0 and f"from the header of tdm.safetensors: {sampler}" in said, err
+    assert ("gamma" in said) == (name == "ddim")
+    got = ours(monkeypatch, capsys, folder, tmp_path, *words[2:])
+    assert torch.equal(got, expected)
+    picture = Image.open(tmp_path / "x.png")
+    again = shlex.split(picture.text["command"])[2:-1]
+    assert ("--gamma=0.0" in again) == (name == "ddim")
+    assert run_sample(monkeypatch, capsys, *again, "--output", tmp_path / "y.png")[0] == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "y.png")), np.asarray(picture))
 
 
 def test_controlnet(folder, monkeypatch, capsys, tmp_path):
@@ -329,6 +354,51 @@ def test_prompts_file_is_resumed_and_shared_out(folder, monkeypatch, capsys, tmp
         Image.new("RGB", (8, 8)).save(out / "00000.png", kind)
         code, _, err = run_sample(monkeypatch, capsys, *words)
         assert (code, "00000.png is not sample.py's: name another --output" in err) == (2, True)
+
+
+def test_a_folders_pictures_are_not_lost_to_other_settings(folder, monkeypatch, capsys, tmp_path):
+    """With --prompt, and with --save-latents, where pictures are made anew."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox\nan owl\n")
+    words = ["--model", folder, "--device", "cpu", "--height", 64, "--width", 64, "--steps", 1]
+    latents = ["--save-latents", tmp_path / "l.safetensors"]
+    one, two = ["--prompt", "a fox"], ["--prompt", "a fox", "--num-images", 2]
+    for i, asked in enumerate((one, two, ["--prompts", prompts, *latents])):
+        call = [*words, *asked, "--output", f"{tmp_path}/set-{i}/"]
+        assert run_sample(monkeypatch, capsys, *call)[0] == 0
+        first = (tmp_path / f"set-{i}" / "00000.png").read_bytes()
+        made_anew = f"{min(i + 1, 2)} pictures sampled"
+        assert made_anew in run_sample(monkeypatch, capsys, *call)[1]
+        code, _, err = run_sample(monkeypatch, capsys, *call, "--cfg", 3)
+        said = "00000.png was made with another cfg: name another --output"
+        assert (code, err.count("\n"), said in err) == (2, 1, True), err
+        assert (tmp_path / f"set-{i}" / "00000.png").read_bytes() == first
+    # A file that is named is meant.
+    for cfg in (2, 3):
+        call = [*words, *one, "--output", tmp_path / "x.png", "--cfg", cfg]
+        assert run_sample(monkeypatch, capsys, *call)[0] == 0
+
+
+def test_a_process_of_several_names_no_gpu_of_its_own(folder, monkeypatch, capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a fox\nan owl\n")
+    monkeypatch.setattr(sample.distributed, "get_dist_info", lambda device: (1, 2, f"{device}:0"))
+    words = ["--model", folder, "--device", "cpu", "--height", 64, "--width", 64, "--steps", 1]
+    words += ["--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "set"]
+    assert run_sample(monkeypatch, capsys, *words)[0] == 0
+    text = Image.open(tmp_path / "set" / "00001.png").text
+    assert "--device=cpu" in shlex.split(text["command"])
+    assert json.loads(text["settings"])["device"] == "cpu"
+
+
+def test_blank_lines_among_prompts_are_counted(tmp_path, capsys):
+    """They shift numbers and seeds; those at the end do not. Training reads its file twice."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\n\n \nb\n\nc\n\n\n")
+    for _ in range(2):
+        assert files.read_lines("--prompts", file) == ["a", "b", "c"]
+    assert capsys.readouterr().err == f"{file}: 3 blank lines passed over (first: line 2)\n"
+    file.write_text("a\nb\n\n")
+    assert files.read_lines("--prompts", file) == ["a", "b"] and not capsys.readouterr().err
 
 
 def test_a_line_is_a_prompt(tmp_path):
@@ -412,7 +482,15 @@ def test_spoilt_models_are_refused_in_one_line(how, said, folder, monkeypatch, c
         (["--model", "nowhere"], "does not exist"),
         (["--model", "SINGLE"], "holds no tokenizer"),
         (["--model", "EMPTY"], "model_index.json is missing"),
-        (["--sampler", "ddim", "--clip-steps", 1], "works with --sampler tdd"),
+        (["--sampler", "ddim", "--clip-steps", 1], "--clip-steps is for --sampler tdd"),
+        (["--sampler", "ddim", "--gamma", 0.7], "--gamma is for --sampler tdd: leave it away"),
+        (["--sampler", "ddim", "--tcf", 2], "--tcf works with --sampler tdd, not ddim"),
+        (["--clip-max", 2], "--clip-max is for --clip-steps"),
+        (["--clip-percentile", 0.9, "--clip-max", 1], "--clip-percentile is for --clip-steps"),
+        (["--clip-percentile", 0.9, "--clip-steps", 1], "--clip-steps with a --clip-max above 1"),
+        (["--negative-prompt", "x", "--cfg", 1], "no effect at --cfg 1, where guidance is off"),
+        # Eq. 13's other terms are of the prompt and the null condition.
+        (["--negative-prompt", "x", "--cfg", 1, "--tune-guidance", 4.5], "no effect at --cfg 1"),
         (["--cfg", "nan"], "at least 0"), (["--lora", "x.safetensors:nan"], "the scale is nan"),
         (["--device", "foo"], "cannot be used here"), (["--device", "meta"], "cannot be used here"),
         (["--output", "x.jpg"], "name it .png"), (["--save-latents", "EMPTY"], "is a folder"),
