@@ -150,7 +150,7 @@ def curves(path: Path, evaluation: Evaluation, methods: list[str], title: str) -
     compare.legend(figure, methods, (1425, 1450), 1458, 15)
     note = "pictures from the same noise; logarithmic scales; bands are standard errors"
     if several := [title_of(name) for name in methods if len(evaluation.trainings(name)) > 1]:
-        note += f", of {', '.join(several)} deviations over trainings at gamma = 0"
+        note += f", of {' and '.join(several)} deviations over trainings at gamma = 0"
     figure.text(30, 615, f"{config.samples} {note}", 15, GREY)
     figure.save(path)
 
