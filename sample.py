@@ -70,7 +70,8 @@ def check(args) -> None:
 
 def check_sampler(args) -> None:
     """ValueError for a flag that --sampler, or C as it is asked for, has no use for."""
-    is_tdd, clips = args.sampler == "tdd", args.clip_steps > 0
+    is_tdd = args.sampler == "tdd"
+    clips = args.clip_steps > 0
     if args.tcf != "1" and not is_tdd:
         raise ValueError(f"--tcf works with --sampler tdd, not {args.sampler}")
     cli.check_uses(args, parser(), {
@@ -351,7 +352,7 @@ def sampler_flags(add) -> None:
     add("--solver-steps", type=cli.positive_int,
         help="grid of the schedules, N: that of the LoRA or --unet, or 250")  # fmt: skip
     add("--sampler", choices=["tdd", *SOLVERS],
-        help="gamma-sampler, or a solver for the plain model: as the LoRA was trained, or tdd")  # fmt: skip
+        help="gamma-sampler, or a solver for the plain model: the header's, or tdd")  # fmt: skip
 
 
 def parser() -> cli.Parser:

@@ -47,7 +47,8 @@ TDM_DEFAULTS = {"steps": 1000, "batch_size": 8, "grad_accum": 1}
 TDD_FIELDS = ("kmin", "kmax", "reach", "rho", "eta", "pairs")
 TDM_FIELDS = ("fake_lr", "fake_weight")
 # With alpha = 0 or mu = 1 the file at the end would be as untrained as at the beginning.
-positive, below_1 = cli.number(float, 1e-6), cli.number(float, 0, 0.999999)
+positive = cli.number(float, 1e-6)
+below_1 = cli.number(float, 0, 0.999999)
 
 # -------------------------------------------------------------------------------------------- setup
 #

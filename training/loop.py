@@ -181,7 +181,8 @@ def _optimizer_step(
         "step": state.step, **dict(zip(batches.losses, means, strict=True)), "grad_norm": norms[0],
         "lr": optimizers[0].param_groups[0]["lr"],
         "images_per_s": len(batches.names) * world / (time.perf_counter() - start),
-        "memory_gib": peak_memory_gib(device), "bad": round(bad * world), "skipped": int(not finite),
+        "memory_gib": peak_memory_gib(device), "bad": round(bad * world),
+        "skipped": int(not finite),
     }  # fmt: skip
     # JSON knows no NaN.
     return {key: value if math.isfinite(value) else None for key, value in line.items()}
