@@ -206,6 +206,28 @@ def test_k_told_on_images_is_what_the_docs_say(means):
         assert 1 < means[path].mean() / means[data].mean() < 1.08
 
 
+def test_k_told_beside_rmse_at_gamma_0_is_what_the_docs_say(figure, means):
+    """Where it is not ahead, whose the gain is, and what rmse does not show."""
+    nearer = {4: ["pcm4", "tdd"], 6: ["pcm4", "tdd", "tdd_eta0", "tdd_k4_blind_data"],
+              8: ["pcm4", "tdd_eta0", "tdd_k4_blind_data"]}  # fmt: skip
+    for k, rivals in nearer.items():
+        told = figure("tdd_k4_data", k, gamma=0.2)
+        assert all(figure(rival, k, gamma=0.2) < told for rival in rivals)
+    data = over_k(figure, "frechet_data", BEYOND)
+    told, *papers = (data[m] for m in ("tdd_k4_data", "pcm4", "tdd"))
+    assert told == pytest.approx(np.mean(papers, 0), rel=0.06)
+    accuracy = over_k(figure, "accuracy", BEYOND)
+    assert all((accuracy["tdd_k4_data"] > accuracy[m]).all() for m in ("cm", "pcm4", "tdd"))
+    shares = [means[m].mean() for m in ("tdd", "tdd_eta0", "tdd_k4_blind_data", "tdd_k4_data")]
+    assert shares == pytest.approx([0.101, 0.074, 0.062, 0.058], abs=6e-4)
+    bits = [figure("tdd_k4_data", k, "png_bits") for k in (4, 8)]
+    assert bits == pytest.approx([18.7, 18.7], abs=0.05)
+    # With the teacher's pairs noise costs as much; K of 1 to 8 is too much for the LoRA.
+    for k in (4, 6, 8):
+        assert figure("tdd_k4", k, gamma=0.2) > figure("tdd_k4_data", k, gamma=0.2)
+    assert figure("tdd_k", 6, tell_k=8) < figure("tdd_k", 6)
+
+
 def test_k_told_apart_on_images_is_what_the_docs_say(figures, means):
     """F5 to F7, and the unpaired distance of F2."""
 
