@@ -46,7 +46,7 @@ WIDE = UNET | {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 6 * 256 + 48,
 }
-TIMES = {4: [999, 751, 499, 251], 8: [999, 875, 751, 627, 499, 375, 251, 127]}
+TIMES = {2: [999, 499], 4: [999, 751, 499, 251], 8: [999, 875, 751, 627, 499, 375, 251, 127]}
 PROMPT = "a red fox"
 NO_ENCODERS = torch.nn.Module(), torch.nn.Module()  # for LoRAs of the UNet alone
 
@@ -68,7 +68,16 @@ def settings(method="tdd", **more):
 @pytest.fixture(scope="module")
 def student(wide, tmp_path_factory):
     """The folder of a told student's files, every weight of it off its start."""
-    config, output = settings(), tmp_path_factory.mktemp("student")
+    return export_student(settings(), wide, tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="module")
+def unify(wide, tmp_path_factory):
+    """The same of TDM, for K = 1, 2 and 4."""
+    return export_student(settings("tdm", Ks=(1, 2, 4)), wide, tmp_path_factory.mktemp("unify"))
+
+
+def export_student(config, wide, output):
     step = build.build_step(config, load.load_sdxl(wide).unet, "cpu")
     generator = torch.Generator().manual_seed(3)
     for p in step.student.parameters():
@@ -269,6 +278,20 @@ def test_told_k_it_samples_the_same_in_diffusers(name, student, wide, here, capl
     for top in (0, 32):
         found = their_latents(pipeline, wide, 8, 2, crops_coords_top_left=(top, 0))
         assert not close(found, expected, 1e-2), top
+
+
+def test_tdms_student_samples_the_same_in_diffusers(unify, wide, here, tmp_path, caplog):
+    """Told K, and as a file for one K."""
+    path, unet = unify / "lora.safetensors", load.load_sdxl(wide).unet
+    pipeline = in_diffusers(wide, path, caplog)
+    expected = {K: here(path, K, 1) for K in (2, 4)}
+    for K in expected:
+        found = their_latents(pipeline, wide, K, 1, crops_coords_top_left=(8 * K, 0))
+        assert close(found, expected[K], 1e-5), K
+    assert not close(here(path, 4, 1, "--tell-k", 2), expected[4], 1e-2)
+    one, _ = export_for_one_K(path, 4, unet, tmp_path / "one.safetensors")
+    pipeline = in_diffusers(wide, one, caplog)
+    assert close(their_latents(pipeline, wide, 4, 1), expected[4], 1e-5)
 
 
 def test_tell_k_overrides(student, wide, here, caplog):

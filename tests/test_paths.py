@@ -230,6 +230,24 @@ def test_one_process_killed_and_resumed_ends_the_same(folder, prompts, train, tm
     }.items()  # fmt: skip
 
 
+def test_every_consistency_method_takes_the_teachers_pairs(train, tmp_path):
+    """The walkers are the teacher's business: by the same random numbers they end the same."""
+    flags = ["--pairs", "teacher", "--rho", 0, "--solver-steps", 20, "--steps", 1]
+    first = None
+    for words in ("--tcf 1", "--tcf 2", "--tcf s", "--method cm", "--method pcm", "--method tcd"):
+        output = tmp_path / words.replace(" ", "")
+        code, _, err = train(output, *flags, *words.split())
+        assert code == 0, err
+        about = files.read_tensors(output / "lora.safetensors")[1]
+        assert about["tdd_pairs"] == "teacher" and about["tdd_rho"] == "0.0"
+        assert words.split()[-1] in (about["tdd_tcf"], about["tdd_method"])
+        (line,) = steps_of(output / "log.jsonl")
+        assert line["loss"] > 0 and line["grad_norm"] > 0 and not line["skipped"]
+        x = load_file(walkers_file(output / "checkpoint-1", 0))["x"]
+        first = x if first is None else first
+        assert torch.equal(x, first), words
+
+
 @pytest.mark.slow
 def test_two_processes_with_an_adversary_killed_and_resumed_end_the_same(folder, prompts, tmp_path):
     whole, cut, words = tmp_path / "whole", tmp_path / "cut", [*PATHS, "--adv"]

@@ -11,6 +11,7 @@ import torch
 from common.compare import PASSES, path_steps
 from common.walkers import BATCHES, Walkers, stagger_goal, stagger_steps
 from solvers import SOLVERS, solver_grid
+from tcd import TCF
 from tdd import sample_step, targets_of, tdd_loss
 from tests.helpers import ALPHA, SCHEDULE, SIGMA, Net, randn
 from tests.oracles import next_stop
@@ -385,10 +386,17 @@ def test_targets_below_the_stop_are_eq_8s():
 # ---------------------------------------------------------------------------------------- the loss
 
 
-def test_x_next_in_the_place_of_noised_data():
-    """tdd_loss of x_next, and of the x_0 and noise that give the same: equal to the bit."""
-    b, N = 6, 50
-    targets, generator = targets_of("tdd", N, Ks=(4, 8)), torch.Generator().manual_seed(3)
+METHODS = {
+    "K drawn": targets_of("tdd", 50, Ks=(4, 8)), "CM": targets_of("cm", 50),
+    "PCM-4": targets_of("pcm", 50, 4), "TCD": targets_of("tcd", 50), "TDD": targets_of("tdd", 50),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("jump", ["1", "2"])
+@pytest.mark.parametrize("method", METHODS)
+def test_x_next_in_the_place_of_noised_data(method, jump):
+    """tdd_loss of x_next, and of the x_0 and noise that give the same."""
+    b, targets, generator = 6, METHODS[method], torch.Generator().manual_seed(3)
     sample = sample_step(targets, (b, *SHAPE), 0.0, 0.4, generator)
     x_0 = randn(b, *SHAPE, seed=9)
     cond, null = encode(range(b))
@@ -396,10 +404,10 @@ def test_x_next_in_the_place_of_noised_data():
     x_next = a * x_0 + s * sample.noise
     fields = {**vars(sample), "noise": None, "x_next": x_next}
     w = torch.linspace(1, 5, b)
-    found = tdd_loss(
-        STUDENT, TARGET, TEACHER, None, cond, null, type(sample)(**fields), w, SCHEDULE
+    found, expected = (
+        tdd_loss(STUDENT, TARGET, TEACHER, x, cond, null, each, w, SCHEDULE, jump=TCF[jump])
+        for x, each in ((None, type(sample)(**fields)), (x_0, sample))
     )
-    expected = tdd_loss(STUDENT, TARGET, TEACHER, x_0, cond, null, sample, w, SCHEDULE)
     gradients = [torch.autograd.grad(each.loss.sum(), STUDENT.a)[0] for each in (found, expected)]
     for mine, theirs in (*zip(found, expected, strict=True), gradients):
         assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12)
