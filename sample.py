@@ -56,8 +56,7 @@ def check(args) -> None:
     cli.check_device(args.device)
     if args.save_latents is not None:
         files.output_folder(args.save_latents.parent)
-        if args.save_latents.is_dir():
-            raise ValueError(f"--save-latents {args.save_latents} is a folder; name a file")
+        files.check_replaceable("--save-latents", args.save_latents, {"latents"})
     reason = "as the header has it" if args.cfg is None else "where guidance is off"
     read_headers(args)
     check_sampler(args)

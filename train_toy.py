@@ -19,12 +19,13 @@ from common import cli, files
 from common.compare import BEYOND, GAMMAS
 from solvers import ONE_STEP, sdxl_schedule
 from tcd import TCF
-from tdd import targets_of
+from tdd import equidistant, targets_of
 from toy import ablations, explorer, figures
 from toy.config import ToyConfig
 from toy.data import DATA, Data
 from toy.evaluate import Evaluation, evaluate
 from toy.students import PATHS, STUDENTS, make_students, train_groups, train_teacher
+from toy.tdm import TDM_STUDENTS
 
 
 def main(args) -> None:
@@ -33,9 +34,9 @@ def main(args) -> None:
         args.steps, args.seeds, args.samples = min(args.steps, 500), 1, 512
         print(f"--quick: a first look ({args.steps} steps, 1 seed, 512 samples), not a result")
     config = build_config(args)
-    # Whatever the methods, all are sampled in kmin to kmax steps.
-    targets_of("tdd", config.N, config.kmin, config.kmax)
-    output = files.output_folder(args.output)
+    check(args, config)
+    output, settings = files.output_folder(args.output), {**vars(args), "output": str(args.output)}
+    claim(output, settings)
     print(f"guidance to distil: g = {args.guidance:g}, the paper's w' = g - 1 = {config.w:g}")
     # The picture that needs no training comes first: something to look at meanwhile.
     figures.targets(output / "targets.png", make_students(config))
@@ -55,7 +56,7 @@ def main(args) -> None:
         # After Ctrl-C too: the rows so far cost a minute or two.
         if ev.rows:
             metrics = {
-                "settings": {**vars(args), "output": str(output), "torch": torch.__version__},
+                "settings": {**settings, "torch": torch.__version__},
                 "rows": [*ev.rows.values()], "noise_floor": ev.noise_floor(),
                 "efficiency": [*ev.efficiency.values()],
                 "ablations": ablation_rows,
@@ -82,6 +83,46 @@ def build_config(args) -> ToyConfig:
         settings[name] = tuple(dict.fromkeys(settings[name]))  # each once, in the user's order
     settings |= {"w": args.guidance - 1, "N": args.solver_steps}
     return ToyConfig(**settings, reference_steps=80 if args.quick else 160)
+
+
+def check(args, config: ToyConfig) -> None:
+    """ValueError for values that do not go together, and for flags without use."""
+    # Whatever the methods, all are sampled in kmin to kmax steps.
+    targets_of("tdd", config.N, config.kmin, config.kmax)
+    trained = [*TDM_STUDENTS] if args.ablations else config.methods
+    for name in TDM_STUDENTS.keys() & {*trained}:
+        equidistant(max(TDM_STUDENTS[name].Ks), config.N)
+    students = make_students(config)
+    tdd = [s.method for s in students if s.method.startswith("tdd") and s.targets.K is None]
+    has_eta = args.ablations or any("eta0" not in method for method in tdd)
+    has_tcf = not {"tcd", "tdd"}.isdisjoint(config.methods)
+    consistency = "consistency methods", args.ablations or bool(students)
+    cli.check_uses(args, parser(), {
+        "tcf": ("--methods tcd and tdd", has_tcf), "reach": ("--methods tdd", bool(tdd)),
+        "eta": ("--methods tdd", has_eta), "rho": consistency, "ema": consistency,
+        "solver": consistency,
+    })  # fmt: skip
+
+
+def claim(output: Path, settings: dict) -> None:
+    """Make the folder this run's; ValueError if it holds results of another, but for a first look.
+
+    The same run with --ablations goes on from the one without.
+    """
+    path = output / "metrics.json"
+    if path.exists():
+        recorded = files.read_json(path).get("settings")
+        recorded = recorded if isinstance(recorded, dict) else {}
+        added = ("ablations",) if settings["ablations"] else ()
+        difference = files.first_difference(recorded, settings, ("output", "torch", *added))
+        if not difference:
+            return
+        if not recorded.get("quick"):
+            raise ValueError(f"{output} holds results of {difference}: name another --output")
+    # A picture that this run has nothing for must not stay beside its table.
+    for name in ("metrics.json", "explore.html"):
+        (output / name).unlink(missing_ok=True)
+    figures.remove_all(output)
 
 
 def parser() -> cli.Parser:

@@ -59,7 +59,11 @@ def run_sections(config: BenchConfig, sections: dict[str, tuple]) -> list[str]:
     """Run sections and print a line for each; returns the names of those with an error."""
     path, failed = config.out / "gpu.json", []
     device = torch.cuda.get_device_name() if config.on_gpu else "CPU"
-    files.write_json(path, read_report(path) | {"machine": f"{device}, torch {torch.__version__}"})
+    machine = f"{device}, torch {torch.__version__}" + (", tiny" if config.tiny else "")
+    report = read_report(path)
+    if (other := report.setdefault("machine", machine)) != machine:
+        raise ValueError(f"{path} holds figures of {other}, not {machine}: name another --out")
+    files.write_json(path, report)
     end = time.perf_counter()
     for name, (function, limit) in sections.items():
         start = time.perf_counter()

@@ -65,7 +65,7 @@ def bench_unet(config: BenchConfig, report: Report):
 
 def bench_load(config: BenchConfig, report: Report) -> None:
     """Each load in a process of its own: until the module exists, and until its pages are read."""
-    folder = config.dir / "unet"
+    folder = config.dir / "unet-float16"  # a name that no model's folder has
     if not (folder / "config.json").exists():
         # A process inherits its parent's peak of memory, so the parent must not need any.
         measure.run_alone(write_full_unet, folder)

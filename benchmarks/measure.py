@@ -107,8 +107,13 @@ class Report:
 
 
 def read_report(path: Path) -> dict:
-    """The file's content, or what a new file begins with."""
-    return files.read_json(path) if path.exists() else {"sections": {}}
+    """The file's content, or what a new file begins with; ValueError for another kind of file."""
+    if not path.exists():
+        return {"sections": {}}
+    content = files.read_json(path)
+    if not isinstance(content.get("sections"), dict):
+        raise ValueError(f"{path} is no report of bench.py: name another --out")
+    return content
 
 
 def describe_error(problem: Exception) -> str:

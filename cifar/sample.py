@@ -24,6 +24,7 @@ from sdxl.load import load_component
 from sdxl.lora import merge
 from sdxl.lora_files import read_lora
 from sdxl.pipeline import DTYPES, SCHEDULES, null_condition, scalar_network
+from sdxl.png import names_png
 from sdxl.recipe import RECOMMENDED
 from sdxl.weights import use_exact_float32
 from solvers import ddim, noise_stream, sdxl_schedule
@@ -94,7 +95,10 @@ def load_student(runs: Path, name: str, teacher: UNet) -> LoadedModel:
 def sample_pictures(
     model: LoadedModel, label: Tensor, seeds, timesteps: list[int], case: Case
 ) -> Tensor:
-    """Pictures (n, 3, 32, 32) in uint8 for labels (n,), picture i from seeds[i]."""
+    """Pictures (n, 3, 32, 32) in uint8 for labels (n,), picture i from seeds[i].
+
+    Raises ValueError for samples that are not finite.
+    """
     device, schedule, pictures = model.unet.conv_in.weight.device, sdxl_schedule(), []
     network = scalar_network(model.unet, model.scalar_embedding)
     network = num_steps.with_nearest_k(network, case.tell_k or len(timesteps), model.told_ks)
@@ -110,6 +114,8 @@ def sample_pictures(
         x_0 = gamma_sample(
             eps, x_T, timesteps, schedule, case.gamma, noise, clip_x0, case.clip_steps, model.jump
         )
+        if not x_0.isfinite().all():
+            raise ValueError("samples are not finite: a diverged network, or too large a guidance")
         pictures.append(to_bytes(x_0).cpu())
     return torch.cat(pictures)
 
@@ -122,6 +128,8 @@ def main(args) -> None:
     use_exact_float32(torch.float32)
     if args.sample == "teacher" and args.tune_guidance is not None:
         raise ValueError("--tune-guidance is for a student: no guidance is distilled in a teacher")
+    if not names_png(str(args.output), several=False):
+        raise ValueError(f"--output {args.output}: the grid is one PNG file: name it .png")
     files.output_folder(args.output.parent)
     if args.runs is None:
         args.runs = Path("runs/cifar10")

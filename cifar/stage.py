@@ -81,7 +81,13 @@ class Stage:
     def finished(self) -> bool:
         """Whether it is; ValueError if it, or a checkpoint of it, was made with other settings."""
         if read_stage(self.folder, self.settings) is None:
-            self._resume_point()
+            checkpoint, _ = self._resume_point()
+            # A training that is over has both until stage.json is there.
+            if checkpoint is None and weights_digest(self.folder):
+                raise ValueError(
+                    f"{self.folder} holds weights without their stage.json: they would be trained "
+                    "over; put it back, or train into another folder"
+                )
             return False
         print(f"{self.folder.name}: finished before, used again")
         return True

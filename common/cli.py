@@ -115,5 +115,6 @@ def check_device(device: str) -> None:
     # A device that cannot hold a number and give it back ("meta", say) is unusable.
     try:
         torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError):
+    # Some kinds of device belong to packages that are not there.
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise ValueError(f"--device {device} cannot be used here; use cpu or cuda") from None

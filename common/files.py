@@ -185,6 +185,16 @@ def output_folder(folder: Path) -> Path:
     return folder
 
 
+def check_replaceable(flag: str, path: Path, names: set[str]) -> None:
+    """ValueError unless the path is free, or holds tensors of these names, as an earlier run's."""
+    if path.is_dir():
+        raise ValueError(f"{flag} {path} is a folder; name a file")
+    with contextlib.suppress(ValueError):
+        if not path.exists() or read_tensors(path)[0].keys() == names:
+            return
+    raise ValueError(f"{flag} {path} holds something else, which would be lost: name another")
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path):
     """A temporary name to write to, renamed to `path` when the block ends without an error.

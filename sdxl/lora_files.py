@@ -311,8 +311,9 @@ def check_export(path: Path, K: int, output: Path) -> None:
     Ks = read_recipe(path, files.read_tensors(path)[1]).get("told_ks", ())
     if K not in Ks:
         raise ValueError(f"--export-k {K}: {path} is told {[*Ks] if Ks else 'no K'}")
-    if path.resolve() in (output.resolve(), kohya_beside(output).resolve()):
-        raise ValueError(f"--output {output} would replace the --lora itself: name another")
+    for file in (output, kohya_beside(output)):
+        if file.exists():
+            raise ValueError(f"--output {output} would replace {file}: name another")
 
 
 def export_for_one_K(path: Path, K: int, unet: UNet, output: Path) -> list[Path]:

@@ -182,6 +182,24 @@ def test_a_section_that_fails_or_hangs_leaves_its_figures_and_ends_no_other(
     assert "Traceback" in (tmp_path / "log.txt").read_text()
 
 
+def test_figures_of_another_machine_are_not_written_over(tmp_path, monkeypatch, capsys):
+    """Nor of other sizes, nor a file that is no report."""
+    words = ["gpu", "--device", "cpu", "--tiny", "--only", "unet", "--out", tmp_path]
+    path = tmp_path / "gpu.json"
+    contents = {
+        json.dumps({"machine": "NVIDIA H200, torch 2.13", "sections": {"unet": {"x": 1}}}):
+            f"holds figures of NVIDIA H200, torch 2.13, not CPU, torch {torch.__version__}, tiny",
+        json.dumps({"machine": f"CPU, torch {torch.__version__}", "sections": {}}): ", tiny: name",
+        '{"a": 1}': "is no report of bench.py: name another --out",
+        '{"sections": []}': "is no report of bench.py",
+    }  # fmt: skip
+    for content, said in contents.items():
+        path.write_text(content)
+        code, _, err = helpers.run(bench, monkeypatch, capsys, *words)
+        assert (code, err.count("\n"), said in err) == (2, 1, True), err
+        assert path.read_text() == content
+
+
 @pytest.mark.slow
 def test_a_cpu_agrees_with_itself_and_half_precision_nearly(tmp_path):
     config = BenchConfig("gpu", "cpu", out=tmp_path, tiny=True)

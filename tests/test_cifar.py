@@ -373,6 +373,28 @@ def test_weights_of_elsewhere_are_no_finished_stage(
     assert run(cifar_train, monkeypatch, capsys, *flags(output, data, methods="tdd"))[0] == 0
 
 
+@pytest.mark.parametrize("name", ["classifier", "teacher", "tdd"])
+def test_weights_without_their_settings_are_not_trained_over(
+    name, runs, data, tmp_path, monkeypatch, capsys
+):
+    output = tmp_path / "cifar10"
+    shutil.copytree(runs[0], output)
+    (output / name / "stage.json").unlink()
+    (path,) = (output / name).glob("*.safetensors")
+    before = path.read_bytes()
+    code, _, err = run(cifar_train, monkeypatch, capsys, *flags(output, data, methods="tdd"))
+    assert code == 2 and err.count("\n") == 1 and str(output / name) in err
+    assert path.read_bytes() == before
+
+
+def test_flags_without_use_are_refused(runs, data, tmp_path, monkeypatch, capsys):
+    for methods, flag in (("tdd", "walkers"), ("tdm4", "rho"), ("tdm4", "ema")):
+        words = flags(tmp_path / "new", data, methods=methods, **{flag: 1})
+        code, _, err = run(cifar_train, monkeypatch, capsys, *words)
+        assert code == 2 and f"--{flag} is for " in err and err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
 def test_samples_of_other_weights_are_not_used_again(runs, data, tmp_path, monkeypatch, capsys):
     output = tmp_path / "cifar10"
     shutil.copytree(runs[0], output)
@@ -688,6 +710,9 @@ def test_sampling_from_the_command_line_of_the_toy(runs, tmp_path):
         (["--sample", "tdd", "--device", "nowhere"], "--device nowhere cannot be used here"),
         (["--sample", "tdd", "--labels", "unicorn"], "invalid choice: 'unicorn'"),
         (["--sample", "tdd", "--runs", "none"], "holds no finished teacher: python train_toy.py "),
+        (["--sample", "tdd", "--cfg", 1e39], "samples are not finite"),
+        (["--sample", "tdd", "--output", "x.jpg"], "--output x.jpg: pictures are PNG files"),
+        (["--sample", "tdd", "--output", "."], "--output .: the grid is one PNG file: name it"),
     ],
 )
 def test_sampling_says_what_is_wrong(runs, tmp_path, monkeypatch, capsys, words, message):

@@ -284,9 +284,9 @@ def test_targets_of_every_start_are_tdds(run, page, tmp_path):
      (2, 1, 1, None, 0.0), (20, 4, 12, None, 5.0)],
 )  # fmt: skip
 def test_targets_of_other_settings_are_tdds(N, kmin, kmax, reach, w, tmp_path):
+    methods = ("tdd", "tcd", "tdd_k4", "cm_path", "tcd_path")
     config = replace(
-        CONFIG, N=N, kmin=kmin, kmax=kmax, reach=reach, w=w, methods=("tdd", "tcd", "tdd_k4"),
-        seeds=1, tcf=("1",),
+        CONFIG, methods=methods, N=N, kmin=kmin, kmax=kmax, reach=reach, w=w, seeds=1, tcf=("1",),
     )  # fmt: skip
     ev, groups = evaluation(config), random_groups(config)
     explorer.write(tmp_path / "explore.html", ev, groups)

@@ -494,6 +494,9 @@ def test_spoilt_models_are_refused_in_one_line(how, said, folder, monkeypatch, c
         (["--cfg", "nan"], "at least 0"), (["--lora", "x.safetensors:nan"], "the scale is nan"),
         (["--device", "foo"], "cannot be used here"), (["--device", "meta"], "cannot be used here"),
         (["--output", "x.jpg"], "name it .png"), (["--save-latents", "EMPTY"], "is a folder"),
+        (["--save-latents", "FILE"], "FILE holds something else, which would be lost"),
+        (["--save-latents", "SINGLE"], "holds something else, which would be lost"),
+        (["--device", "hpu"], "--device hpu cannot be used here"),
         (["--control-image", "FILE", "--controlnet", "UNET"], "no picture that can be read"),
     ],
 )  # fmt: skip

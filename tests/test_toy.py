@@ -134,8 +134,18 @@ run_script = partial(helpers.run, train_toy)
         (["--seed", 2**64], "at most"),
         (["--output", "FILE/below"], "cannot write"),
         (["--what"], "--what"),
+        (["--methods", "pcm4", "--tcf", "s"], "--tcf is for --methods tcd and tdd"),
+        (["--methods", "tdd_k4", "pcm4", "--reach", 3], "--reach is for --methods tdd"),
+        (["--methods", "tdd_eta0", "--eta", 0.5], "--eta is for --methods tdd"),
+        (["--methods", "tdm4", "--rho", 0.5], "--rho is for consistency methods"),
+        (["--methods", "tdm4", "--ema", 0.5], "--ema is for consistency methods"),
+        (["--methods", "tdm4", "--solver", "dpm++2s"], "--solver is for consistency methods"),
+        (["--methods", "tdm4", "--kmin", 1, "--kmax", 2, "--solver-steps", 2],
+         "4 steps: from 1 to 2"),
+        (["--methods", "cm", "--ablations", "--kmin", 1, "--kmax", 2, "--solver-steps", 2],
+         "4 steps: from 1 to 2"),
     ],
-)
+)  # fmt: skip
 def test_bad_flags_are_refused_in_one_line(words, message, monkeypatch, capsys, tmp_path):
     (tmp_path / "FILE").write_text("in the way")
     output = [] if "--output" in words else ["--output", tmp_path / "out"]
@@ -198,6 +208,52 @@ def test_unusual_flags_run(words, monkeypatch, capsys, tmp_path):
     assert len(set(keys)) == len(keys)
     for name in tmp_path.glob("*.png"):
         Image.open(name).verify()
+
+
+def test_a_folder_of_another_runs_results_is_refused(monkeypatch, capsys, tmp_path):
+    """But for a first look's, and the same run's without ablations; nothing of it is lost."""
+    base = ["--seeds", 1, "--samples", 64, "--steps", 2, "--output", tmp_path]
+    assert run_script(monkeypatch, capsys, *base, "--quick", "--methods", "tdd")[0] == 0
+    assert {"targets.png", "paths.gif"} < {path.name for path in tmp_path.iterdir()}
+    # Of a first look with other methods nothing stays.
+    run_script(monkeypatch, capsys, *base, "--quick", "--methods", "tdm4")
+    assert not {"targets.png", "paths.gif"} & {path.name for path in tmp_path.iterdir()}
+    code, _, err = run_script(monkeypatch, capsys, *base, "--methods", "pcm4")
+    assert code == 0, err
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for words, said in (
+        (["--methods", "pcm4", "--data", "gaussians"], "data spirals, not gaussians"),
+        (["--methods", "cm"], "methods ['pcm4'], not ['cm']"),
+        (["--quick", "--methods", "pcm4"], "samples 64, not 512"),
+    ):
+        code, _, err = run_script(monkeypatch, capsys, *base, *words)
+        line = f"train_toy.py: {tmp_path} holds results of {said}: name another --output"
+        assert code == 2 and err.splitlines() == [line]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    settings = vars(train_toy.parser().parse_args([*map(str, base), "--methods", "pcm4"]))
+    train_toy.claim(tmp_path, {**settings, "ablations": True})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("steps, warned", [(2, True), (30, True), (40, False)])
+def test_walkers_leave_a_short_training_few_steps_or_one(
+    steps, warned, monkeypatch, capsys, tmp_path
+):
+    """Then with a line, and with the snapshots that there are; 33 of N = 50's steps are theirs."""
+    words = ["--seeds", 1, "--samples", 64, "--steps", steps, "--methods", "tdd", "tdd_k4"]
+    words += ["--batch-size", 8, "--tcf", 1, "--output", tmp_path]
+    code, out, err = run_script(monkeypatch, capsys, *words)
+    assert code == 0, err
+    assert ("one step is left after the walkers: give more --steps" in err) == warned
+    result, _ = load_rows(tmp_path / "metrics.json")
+    rows = {(row["method"], row["k"], row["steps"]) for row in result["efficiency"]}
+    shares = [s for s in model.SNAPSHOTS if round(s * steps)]
+    assert {n for method, _, n in rows if method == "tdd"} == {
+        *(round(s * steps) for s in shares), steps,
+    }  # fmt: skip
+    kept = {n for method, _, n in rows if method == "tdd_k4"}
+    assert steps in kept and (len(kept) == 1) == warned
+    assert (tmp_path / "efficiency.png").exists() and "tdd_k4" in out
 
 
 def test_ablations_are_of_the_networks_that_the_tables_are_of(monkeypatch, capsys, tmp_path):
@@ -460,6 +516,8 @@ def test_the_w_of_a_student_of_a_range_is_uniform(monkeypatch):
         ("--methods tdm4", {"family"}),
         ("--methods tdd --tcf 1 --kmin 20 --kmax 20", {"efficiency", "guidance", "sweep"}),
         ("--methods tcd --tcf 1 --kmin 11 --kmax 13", {"efficiency", "sweep"}),
+        ("--methods tdd_rho0 pcm4", {"efficiency", "guidance"}),
+        ("--methods tdd_k4", {"efficiency"}),
     ],
 )
 def test_runs_of_few_methods_and_other_steps(words, pictures, tmp_path):
@@ -471,16 +529,24 @@ def test_runs_of_few_methods_and_other_steps(words, pictures, tmp_path):
     figures.draw_all(tmp_path, ev, groups)
     some = {"efficiency", "guidance", "family", "sweep"}
     assert {path.stem for path in tmp_path.glob("*.png")} & some == pictures
+    # Whoever has a student of the main comparison sees its paths; the film is of four of them.
+    names = {"trajectories.png", "paths.gif"} if "efficiency" in pictures else set()
+    names -= {"paths.gif"} if "tdd_k4" in words else set()
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found & {"trajectories.png", "paths.gif"} == names
     assert ev.config.ends.count(ev.config.kmin) == 1  # or a panel would be drawn twice
     more = toy_eval.more_steps(ev.config)
     assert more == [k for k in (12, 16, 20) if k > ev.config.kmax]
 
 
-def test_guidance_students_have_their_methods_targets():
-    config = train_toy.build_config(train_toy.parser().parse_args(["--methods", "tdd_rho0"]))
+@pytest.mark.parametrize("kmin", [4, 2])
+def test_guidance_students_have_their_methods_targets(kmin):
+    """PCM-4 has four segments whatever TDD is trained for."""
+    words = ["--methods", "tdd_rho0", "--kmin", str(kmin)]
+    config = train_toy.build_config(train_toy.parser().parse_args(words))
     for student in students.make_students(config):
         method = {"pcm4": "pcm", "tcd": "tcd"}.get(student.method, "tdd")
-        expected = targets_of(method, 50)
+        expected = targets_of(method, 50, kmin if method == "tdd" else 4)
         for n in range(50):
             assert helpers.admitted(student.targets, n) == helpers.admitted(expected, n)
 

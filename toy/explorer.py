@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common import files
-from common.compare import Case, colour_of, title_of
+from common.compare import PATH, Case, colour_of, title_of
 from common.plots import CLASS_COLOURS
 from toy.config import ToyConfig
 from toy.evaluate import Evaluation
@@ -151,9 +151,10 @@ def describe_targets(student: Student, config: ToyConfig) -> dict:
     if student.targets.K is not None:
         return {"Ks": student.targets.K.unique().tolist()}
     N, T = config.N, int(student.targets.grid[-1]) + 1
-    if student.method == "cm":
+    method = student.method.removesuffix(PATH)
+    if method == "cm":
         return {"kmin": 1, "kmax": 1, "e": T}
-    if student.method.startswith("tcd"):
+    if method.startswith("tcd"):
         return {"kmin": N, "kmax": N, "e": T}
     reach = T / config.kmin if config.reach is None else config.reach
     return {"kmin": config.kmin, "kmax": config.kmax, "e": reach}

@@ -1,6 +1,7 @@
 """The pictures of the 2-D experiment, named after the paper's figures that they mirror."""
 
 from collections import Counter
+from collections.abc import Iterable
 from copy import copy
 from pathlib import Path
 
@@ -23,15 +24,21 @@ FAMILY = ("tcd2", "tcds", "tdd2", "tdds", "tdm4", "tdm_unify")
 LIMITS = (-2.6, 2.6)  # of both axes of a cloud of points
 
 
+PICTURES = ("samples", "curves", "trajectories", "guidance", "family", "family_curves", "sweep",
+            "efficiency", "targets")  # fmt: skip
+
+
+def remove_all(output: Path) -> None:
+    """Delete the pictures of an earlier run: this one may have nothing for some of them."""
+    for name in ("paths.gif", *(f"{name}.png" for name in PICTURES)):
+        (output / name).unlink(missing_ok=True)
+
+
 def draw_all(output: Path, ev: Evaluation, groups: list[Group]) -> None:
     """Every picture that this run has the methods for."""
     main = [method for method in ev.methods if method not in FAMILY]
     samples(output / "samples.png", ev, main)
     curves(output / "curves.png", ev, main)
-    # A picture that this run has nothing for must not stay from the run before.
-    (output / "paths.gif").unlink(missing_ok=True)
-    for name in ("trajectories", "guidance", "family", "family_curves", "sweep", "efficiency"):
-        (output / f"{name}.png").unlink(missing_ok=True)
     trained = {method for method, *_ in ev.efficiency}
     if not trained.isdisjoint(main):
         efficiency(output / "efficiency.png", ev, [m for m in main if m in trained])
@@ -42,7 +49,10 @@ def draw_all(output: Path, ev: Evaluation, groups: list[Group]) -> None:
         family = [m for m in ev.methods if m in ("teacher", "tcd", "tdd", *FAMILY)]
         samples(output / "family.png", ev, family)
         curves(output / "family_curves.png", ev, family)
-    main_group = next((g for g in groups if g.students[0].method in main), None)
+    # The first group that has any: the guidance study's students stand first in some.
+    main_group = next(
+        (g for g in groups if any(g.students[i].method in main for i in g.plain)), None
+    )
     if main_group:
         exact, students = teacher_paths(ev), {}
         for i in main_group.plain:
@@ -153,8 +163,9 @@ def efficiency(path: Path, ev: Evaluation, methods: list[str]) -> None:
     for i, k in enumerate(ks):
         panel = {}
         for method in methods:
-            rows = [ev.efficiency[method, k, n] for n in steps]
-            panel[method] = steps, *_mean_and_std(rows)
+            # What walkers cost may leave a short training without an early snapshot.
+            rows = {n: row for n in steps if (row := ev.efficiency.get((method, k, n)))}
+            panel[method] = [*rows], *_mean_and_std(rows.values())
         box, ylabel = (100 + i * 500, 100, 440, 440), "" if i else "rmse (log scale)"
         title, xlabel = f"{k} steps of sampling", "steps of training (log scale)"
         compare.curve_panel(
@@ -164,7 +175,7 @@ def efficiency(path: Path, ev: Evaluation, methods: list[str]) -> None:
     figure.save(path)
 
 
-def _mean_and_std(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+def _mean_and_std(rows: Iterable[dict]) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.array([row[field] for row in rows]) for field in ("mean", "std"))
 
 

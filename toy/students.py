@@ -1,5 +1,6 @@
 """Teacher and students on 2-D data: who is trained, and Algorithm 1 for many students at once."""
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -120,7 +121,7 @@ def guidance_students(config: ToyConfig) -> list[Student]:
     The paper takes it back from TCD, whose w' is drawn from a range (Eq. 14 has its middle), and
     from PCM; TDD stands beside them.
     """
-    tcd, pcm = (targets_of(name, config.N, config.kmin) for name in ("tcd", "pcm"))
+    tcd, pcm = targets_of("tcd", config.N), targets_of("pcm", config.N, SEGMENTS["pcm4"])
     tdd = targets_of("tdd", config.N, config.kmin, config.kmax, config.reach)
     rho, high, wide = config.rho, f"w'={W_HIGH:g}", f"w'={W_RANGE[0]:g}..{W_RANGE[1]:g}"
     return [
@@ -198,6 +199,8 @@ def train_students(
     if pairs == "teacher":
         staggering = stagger_steps(BATCHES * config.batch_size, config.N)
         steps = path_steps(steps, config.batch_size, staggering, tcf)
+        if steps == 1:
+            print("one step is left after the walkers: give more --steps", file=sys.stderr)
     name, snapshots = "students" if tcf == "1" else f"TCF({tcf})", {}
     name = "K told" if tell_k else name
     train(student, loss, steps, config.lr, name, update_target_net, snapshots=snapshots)
