@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from common import cli, files
-from common.cli import count, non_negative, positive_int, share
+from common.cli import below_1, count, non_negative, positive_int, share
 from common.files import read_lines
 from sdxl import num_steps
 from sdxl.load import SDXL, ModelPaths, load_sdxl
@@ -46,9 +46,8 @@ TDM_DEFAULTS = {"steps": 1000, "batch_size": 8, "grad_accum": 1}
 # Fields of DistillConfig that only one of the two has a use for.
 TDD_FIELDS = ("kmin", "kmax", "reach", "rho", "eta", "pairs")
 TDM_FIELDS = ("fake_lr", "fake_weight")
-# With alpha = 0 or mu = 1 the file at the end would be as untrained as at the beginning.
+# With alpha = 0 the file at the end would be as untrained as at the beginning.
 positive = cli.number(float, 1e-6)
-below_1 = cli.number(float, 0, 0.999999)
 
 # -------------------------------------------------------------------------------------------- setup
 #

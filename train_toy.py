@@ -146,7 +146,7 @@ def parser() -> cli.Parser:
     flag("--seed", type=number(int, 0, 2**31), default=0, help="random seed")
     flag("--batch-size", type=cli.positive_int, default=256, help="examples a step and student")
     flag("--lr", type=cli.non_negative, default=1e-3, help="learning rate delta")
-    flag("--ema", type=cli.share, default=0.95, help="decay mu of the target network theta-")
+    flag("--ema", type=cli.below_1, default=0.95, help="decay mu of the target network theta-")
     flag("--kmin", type=cli.positive_int, default=4, help="K_min, fewest steps to distil for")
     flag("--kmax", type=cli.positive_int, default=8, help="K_max, most steps to distil for")
     flag("--reach", type=cli.non_negative, metavar="E", help="e of Eq. 7 for tdd: T/K_min")

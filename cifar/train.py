@@ -332,14 +332,14 @@ def parser(preset: str | None = None) -> cli.Parser:
     flag("--teacher-steps", type=count, help="training steps of the teacher")
     flag("--teacher-batch", type=count, help="pictures a step of the teacher")
     flag("--teacher-lr", type=cli.non_negative, default=1e-3, help="learning rate of the teacher")
-    flag("--teacher-ema", type=share, default=0.998, help="rate of the teacher's moving average")
+    flag("--teacher-ema", type=cli.below_1, default=0.998, help="mu of the teacher's average")
     flag("--drop", type=share, default=0.12, help="share of null conditions for the teacher")
     flag("--steps", type=count, help="training steps of a student")
     flag("--batch-size", type=count, help="pictures a step of a student")
     flag("--walkers", type=count, default=WALKERS,
          help="walkers on the teacher's path, four batches or more")  # fmt: skip
     flag("--lr", type=cli.non_negative, default=4e-4, help="delta, the students' learning rate")
-    flag("--ema", type=share, default=0.99, help="mu of the target network theta-")
+    flag("--ema", type=cli.below_1, default=0.99, help="mu of the target network theta-")
     flag("--rank", type=count, default=32, help="rank r of the LoRA, also its alpha")
     flag("--kmin", type=count, default=4, help="K_min, fewest steps to distil for")
     flag("--kmax", type=count, default=8, help="K_max, most steps to distil for")

@@ -106,6 +106,7 @@ def number(kind=float, low=-math.inf, high=math.inf):
 
 positive_int, count = number(int, 1), number(int, 0)
 share, non_negative = number(float, 0, 1), number(float, 0)
+below_1 = number(float, 0, 0.999999)  # of a moving average, which at 1 would stay where it began
 
 
 def check_device(device: str) -> None:

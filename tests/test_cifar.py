@@ -23,7 +23,7 @@ from cifar import data as cifar_data
 from cifar import evaluate as cifar_eval
 from cifar import sample as cifar_sample
 from cifar import train as cifar_train
-from cifar.config import METHODS
+from cifar.config import METHODS, WALKERS
 from cifar.stage import weights_digest
 from common import files, plots
 from solvers import sdxl_schedule
@@ -45,6 +45,9 @@ W = 2.0
 
 def flags(output, data, **more):
     values = {"data": "cifar10", "data-dir": data, "output": output, **TINY, **more}
+    if "_path" not in values["methods"] and "tdd_k" not in values["methods"]:
+        # Without the teacher's pairs there are none.
+        values |= {"walkers": more.get("walkers", WALKERS)}
     words = []
     for name, value in values.items():
         words += [f"--{name}", *str(value).split()]
@@ -388,10 +391,15 @@ def test_weights_without_their_settings_are_not_trained_over(
 
 
 def test_flags_without_use_are_refused(runs, data, tmp_path, monkeypatch, capsys):
-    for methods, flag in (("tdd", "walkers"), ("tdm4", "rho"), ("tdm4", "ema")):
-        words = flags(tmp_path / "new", data, methods=methods, **{flag: 1})
+    for methods, flag, value in (("tdd", "walkers", 1), ("tdm4", "rho", 1), ("tdm4", "ema", 0)):
+        words = flags(tmp_path / "new", data, methods=methods, **{flag: value})
         code, _, err = run(cifar_train, monkeypatch, capsys, *words)
         assert code == 2 and f"--{flag} is for " in err and err.count("\n") == 1
+    # A moving average that stays where it began.
+    for flag in ("ema", "teacher-ema"):
+        words = flags(tmp_path / "new", data, methods="tdd", **{flag: 1})
+        code, _, err = run(cifar_train, monkeypatch, capsys, *words)
+        assert code == 2 and f"argument --{flag}: a number" in err
     assert not (tmp_path / "new").exists()
 
 

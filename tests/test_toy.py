@@ -121,6 +121,7 @@ run_script = partial(helpers.run, train_toy)
         (["--kmin", 0], "at least 1"),
         (["--eta", 1.5], "at most 1"),
         (["--eta", "nan"], "at least 0"),
+        (["--ema", 1], "at most 0.999999"),
         (["--rho", -0.1], "at least 0"),
         (["--steps", 0], "at least 1"),
         (["--steps", "ten"], "whole number"),
