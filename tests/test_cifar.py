@@ -323,7 +323,7 @@ CHANGED = {
     "seed": 1, "dtype": "bf16", "walkers": 17,
 }  # fmt: skip
 # What the evaluation alone depends on, or no result at all.
-MAY_CHANGE = {"repeats": 2, "methods": "tdd", "samples": 16, "compile": ""}
+MAY_CHANGE = {"repeats": 2, "methods": "tdd pcm4_path", "samples": 16, "compile": ""}
 
 
 def test_every_flag_is_among_the_settings_or_makes_no_difference(runs, data):
