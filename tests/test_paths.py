@@ -230,6 +230,7 @@ def test_one_process_killed_and_resumed_ends_the_same(folder, prompts, train, tm
     }.items()  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_consistency_method_takes_the_teachers_pairs(train, tmp_path):
     """The walkers are the teacher's business: by the same random numbers they end the same."""
     flags = ["--pairs", "teacher", "--rho", 0, "--solver-steps", 20, "--steps", 1]
