@@ -35,7 +35,8 @@ def main(args) -> None:
         print(f"--quick: a first look ({args.steps} steps, 1 seed, 512 samples), not a result")
     config = build_config(args)
     check(args, config)
-    output, settings = files.output_folder(args.output), {**vars(args), "output": str(args.output)}
+    output = files.output_folder(args.output)
+    settings = {**vars(args), "output": str(output)}
     claim(output, settings)
     print(f"guidance to distil: g = {args.guidance:g}, the paper's w' = g - 1 = {config.w:g}")
     # The picture that needs no training comes first: something to look at meanwhile.
@@ -89,9 +90,9 @@ def check(args, config: ToyConfig) -> None:
     """ValueError for values that do not go together, and for flags without use."""
     # Whatever the methods, all are sampled in kmin to kmax steps.
     targets_of("tdd", config.N, config.kmin, config.kmax)
-    trained = [*TDM_STUDENTS] if args.ablations else config.methods
-    for name in TDM_STUDENTS.keys() & {*trained}:
-        equidistant(max(TDM_STUDENTS[name].Ks), config.N)
+    for name, student in TDM_STUDENTS.items():
+        if args.ablations or name in config.methods:
+            equidistant(max(student.Ks), config.N)
     students = make_students(config)
     tdd = [s.method for s in students if s.method.startswith("tdd") and s.targets.K is None]
     has_eta = args.ablations or any("eta0" not in method for method in tdd)
@@ -120,9 +121,8 @@ def claim(output: Path, settings: dict) -> None:
         if not recorded.get("quick"):
             raise ValueError(f"{output} holds results of {difference}: name another --output")
     # A picture that this run has nothing for must not stay beside its table.
-    for name in ("metrics.json", "explore.html"):
+    for name in ("metrics.json", "explore.html", *figures.PICTURES):
         (output / name).unlink(missing_ok=True)
-    figures.remove_all(output)
 
 
 def parser() -> cli.Parser:

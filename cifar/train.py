@@ -245,12 +245,11 @@ def build_config(args) -> CifarConfig:
             check_student(config, student)
         except ValueError as problem:
             raise ValueError(f"--methods {name}: {problem}") from None
-    path = any(student.pairs == "teacher" for student in students.values())
-    consistency = any(student.method != "tdm" for student in students.values())
-    consistency = "consistency methods", consistency
+    has_walkers = any(student.pairs == "teacher" for student in students.values())
+    consistency = "consistency methods", any(s.method != "tdm" for s in students.values())
     cli.check_uses(args, parser(args.preset), {
-        "walkers": ("methods with the teacher's pairs", path), "rho": consistency,
-        "ema": consistency,
+        "walkers": ("methods with the teacher's pairs", has_walkers),
+        "rho": consistency, "ema": consistency,
     })  # fmt: skip
     if args.repeats > 1 and not students.keys() & {*REPEATED}:
         raise ValueError(f"--repeats is for {', '.join(REPEATED)}")

@@ -22,16 +22,10 @@ from toy.students import Group, Student
 # The methods of the two sibling papers have pictures of their own, beside TCD and TDD.
 FAMILY = ("tcd2", "tcds", "tdd2", "tdds", "tdm4", "tdm_unify")
 LIMITS = (-2.6, 2.6)  # of both axes of a cloud of points
-
-
-PICTURES = ("samples", "curves", "trajectories", "guidance", "family", "family_curves", "sweep",
-            "efficiency", "targets")  # fmt: skip
-
-
-def remove_all(output: Path) -> None:
-    """Delete the pictures of an earlier run: this one may have nothing for some of them."""
-    for name in ("paths.gif", *(f"{name}.png" for name in PICTURES)):
-        (output / name).unlink(missing_ok=True)
+PICTURES = (
+    "targets.png", "samples.png", "curves.png", "efficiency.png", "sweep.png", "family.png",
+    "family_curves.png", "trajectories.png", "paths.gif", "guidance.png",
+)  # fmt: skip
 
 
 def draw_all(output: Path, ev: Evaluation, groups: list[Group]) -> None:
